@@ -1,0 +1,319 @@
+"""Clip files <-> pictures and waveforms; the only importer of av and soundfile.
+
+Video files (.mpg .mp4 .avi .mov .mkv) are decoded by PyAV in one pass, sound files (.wav .flac) by libsndfile. A clip keeps its
+own frame count, sound length, rate and channels: nothing is padded, cut, mixed or resampled on the way in. Times are seconds
+from the presentation times of the file. Not done here: rotation flags and non-square pixels are ignored, pictures come as
+stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import numpy as np
+
+from avsi_jax import spec
+
+VIDEO_SUFFIXES = (".mpg", ".mp4", ".avi", ".mov", ".mkv")
+SOUND_SUFFIXES = (".wav", ".flac")
+MAX_PICTURE_BYTES = 6 * 2**30  # decoded; 75 Grid pictures take 23 MB, one minute of 1080p 9 GB
+PCM_BITS = {"PCM_U8": 8, "PCM_S8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
+SAME_START_S = 1e-4  # two streams start together within this
+
+
+class MediaError(ValueError):
+    """A clip cannot be read or written; one line: found, expected, what mends it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    rgb: np.ndarray  # (T, H, W, 3) uint8
+    fps: float
+    start_s: float  # time of the first frame in the container
+    times: np.ndarray  # (T,) float64, seconds from the first frame, ascending
+
+
+@dataclasses.dataclass(frozen=True)
+class Sound:
+    samples: np.ndarray  # (N, C) float32 as decoded (16-bit / 32768); lossy codecs may pass 1.0
+    rate: int  # Hz
+    start_s: float  # time of the first sample in the container
+    subtype: str  # what `write_sound` takes to write it back: PCM_16, PCM_24, FLOAT, ...
+    codec: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    path: str
+    pictures: Pictures | None
+    sound: Sound | None
+
+
+def read_clip(path, *, pictures: bool = True, sound: bool = True) -> Clip:
+    """Decodes a clip; what is not asked for, or not in the file, is None.
+
+    Raises FileNotFoundError, or MediaError where the suffix is unknown, the file cannot be decoded or holds nothing asked for.
+    """
+    file = pathlib.Path(path)
+    suffix = file.suffix.lower()
+    if suffix not in VIDEO_SUFFIXES + SOUND_SUFFIXES:
+        raise MediaError(
+            f"{file}: found suffix {suffix!r}, expected one of {' '.join(VIDEO_SUFFIXES + SOUND_SUFFIXES)}; "
+            "convert the clip to one of them"
+        )
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: no such file; expected a clip ({' '.join(VIDEO_SUFFIXES + SOUND_SUFFIXES)})")
+    if not file.is_file():
+        raise MediaError(f"{file}: found a folder, expected a clip file")
+    if suffix in SOUND_SUFFIXES:
+        return Clip(str(file), None, _read_sound_file(file) if sound else None)
+    clip = _read_video_file(file, pictures, sound)
+    wanted = (pictures and clip.pictures is not None) or (sound and clip.sound is not None)
+    if (pictures or sound) and not wanted:
+        asked = " or ".join(name for name, on in (("pictures", pictures), ("sound", sound)) if on)
+        raise MediaError(f"{file}: found no {asked} that can be decoded; check that the file plays, or fetch it again")
+    return clip
+
+
+def mono(samples: np.ndarray) -> np.ndarray:
+    """(N, C) -> (N,) float32, the mean of the channels (a decoder's own downmix scales by 1.41 and clips)."""
+    return np.asarray(samples, np.float32).mean(axis=1, dtype=np.float64).astype(np.float32)
+
+
+def resample(x: np.ndarray, rate_from: int, rate_to: int) -> np.ndarray:
+    """(N,) or (N, C) at `rate_from` Hz -> float32 at `rate_to` Hz, soxr HQ."""
+    x = np.asarray(x, np.float32)
+    if rate_from == rate_to or not len(x):
+        return x.copy()
+    import soxr
+
+    return soxr.resample(x, rate_from, rate_to, quality="HQ")
+
+
+def to_int16(x: np.ndarray) -> np.ndarray:
+    """Float sound -> int16, clip(round(32768 x)): the one rule for what leaves the program as 16 bit."""
+    return (_quantise(x, 16) >> 16).astype(np.int16)
+
+
+def from_int16(x: np.ndarray) -> np.ndarray:
+    """int16 -> float32, x / 32768."""
+    return np.asarray(x, np.float32) / np.float32(32768)
+
+
+def sound_lag_s(clip: Clip) -> float:
+    """Seconds by which sound lags the pictures: what is seen t after the first frame is heard t + lag after the first sample.
+
+    Presentation times do not show the delay of Grid's MP2 encoder (spec.MPEG_SOUND_LAG_S); it is added where the sound is as
+    Grid made it: MP2 at 44.1 kHz that starts with the pictures. 0 where the clip has only one of the two.
+    """
+    if clip.pictures is None or clip.sound is None:
+        return 0.0
+    lag = clip.pictures.start_s - clip.sound.start_s
+    of_grid = clip.sound.codec == "mp2" and clip.sound.rate == 44_100 and abs(lag) < SAME_START_S
+    return lag + spec.MPEG_SOUND_LAG_S if of_grid else lag
+
+
+def write_sound(path, samples: np.ndarray, rate: int, subtype: str = "PCM_16") -> None:
+    """Writes (N,) or (N, C), float or int16, as .wav or .flac; integer subtypes get clip(round(2^(bits-1) x)).
+
+    Raises MediaError for another suffix, a subtype the format cannot hold, or sound that is not finite.
+    """
+    import soundfile
+
+    file, samples = pathlib.Path(path), np.asarray(samples)
+    kind = file.suffix.lower().lstrip(".")
+    if f".{kind}" not in SOUND_SUFFIXES:
+        raise MediaError(f"{file}: found suffix {file.suffix!r}, expected {' or '.join(SOUND_SUFFIXES)} to write sound")
+    if not soundfile.check_format(kind, subtype):
+        raise MediaError(f"{file}: {kind} cannot hold subtype {subtype}; name the file .wav, or write PCM_16 or PCM_24")
+    if not np.isfinite(samples).all():
+        raise MediaError(f"{file}: the sound holds NaN or infinite samples; nothing is written")
+    try:
+        soundfile.write(file, _as_written(samples, subtype), rate, subtype=subtype, format=kind)
+    except (soundfile.SoundFileError, OSError) as e:
+        raise MediaError(
+            f"{file}: cannot be written ({_line(e)}); expected an existing folder with room, and {rate} Hz to be "
+            "a rate the format takes"
+        ) from e
+
+
+def _as_written(samples: np.ndarray, subtype: str) -> np.ndarray:
+    """What libsndfile stores as meant: int32 with the sample in the upper bits, or float for the other subtypes."""
+    if samples.dtype == np.int16:
+        if subtype == "PCM_16":
+            return samples
+        samples = from_int16(samples)
+    if subtype in PCM_BITS:
+        return _quantise(samples, PCM_BITS[subtype])
+    return np.asarray(samples, np.float64 if subtype == "DOUBLE" else np.float32)
+
+
+def _quantise(x: np.ndarray, bits: int) -> np.ndarray:
+    """Float sound -> int32 that carries clip(round(2^(bits-1) x)) in its upper bits."""
+    full = 2 ** (bits - 1)
+    whole = np.clip(np.rint(np.asarray(x, np.float64) * full), -full, full - 1).astype(np.int64)
+    return (whole << (32 - bits)).astype(np.int32)
+
+
+def _read_sound_file(file: pathlib.Path) -> Sound:
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(file) as f:
+            samples = f.read(dtype="float32", always_2d=True)
+            keeps = f.subtype in (*PCM_BITS, "FLOAT", "DOUBLE")
+            sound = Sound(samples, f.samplerate, 0.0, f.subtype if keeps else "PCM_16", f"{f.format} {f.subtype}".lower())
+    except (soundfile.SoundFileError, OSError) as e:
+        raise MediaError(f"{file}: cannot be decoded as {file.suffix[1:].lower()} ({_line(e)}); check that it plays") from e
+    if not len(samples):
+        raise MediaError(f"{file}: found 0 samples, expected sound")
+    return sound
+
+
+def _read_video_file(file: pathlib.Path, want_pictures: bool, want_sound: bool) -> Clip:
+    import av
+
+    try:
+        with av.open(str(file)) as container:
+            video = next((s for s in container.streams.video if not _is_cover(s)), None) if want_pictures else None
+            audio = next(iter(container.streams.audio), None) if want_sound else None
+            readers = {s.index: r for s, r in ((video, _PictureReader(file)), (audio, _SoundReader(file))) if s is not None}
+            if readers:
+                _decode(container, [s for s in (video, audio) if s is not None], readers)
+            return Clip(
+                str(file),
+                readers[video.index].result(video) if video is not None else None,
+                readers[audio.index].result(audio) if audio is not None else None,
+            )
+    except av.FFmpegError as e:
+        raise MediaError(f"{file}: cannot be decoded ({_line(e)}); check that it plays, or fetch it again") from e
+
+
+def _decode(container, streams, readers) -> None:
+    """One pass over the file; a packet that cannot be decoded is left out and noted with its reader."""
+    import av
+
+    for packet in container.demux(streams):
+        try:
+            frames = packet.decode()
+        except av.FFmpegError:
+            readers[packet.stream.index].note_loss()
+            continue
+        for frame in frames:
+            readers[packet.stream.index].add(frame)
+
+
+class _PictureReader:
+    """Collects pictures; lost ones only leave a hole in `times`."""
+
+    def __init__(self, file):
+        self.file, self.rgb, self.seconds, self.num_bytes = file, [], [], 0
+
+    def note_loss(self):
+        pass
+
+    def add(self, frame):
+        rgb = frame.to_ndarray(format="rgb24")
+        self.num_bytes += rgb.nbytes
+        if self.num_bytes > MAX_PICTURE_BYTES:
+            raise MediaError(
+                f"{self.file}: its pictures take more than {MAX_PICTURE_BYTES / 2**30:g} GiB decoded; "
+                "cut the clip around the damage or scale its pictures down"
+            )
+        if self.rgb and rgb.shape != self.rgb[0].shape:
+            raise MediaError(
+                f"{self.file}: the picture size changes from {self.rgb[0].shape[1::-1]} to {rgb.shape[1::-1]}; "
+                "expected one size, re-encode the clip"
+            )
+        self.rgb.append(rgb)
+        self.seconds.append(_frame_time(frame))
+
+    def result(self, stream) -> Pictures | None:
+        if not self.rgb:
+            return None
+        rate = stream.average_rate or stream.guessed_rate or stream.base_rate
+        fps = float(rate) if rate else spec.GRID_FPS
+        seconds = _fill_times(np.array(self.seconds), fps)
+        order = np.argsort(seconds, kind="stable")
+        seconds = seconds[order]
+        return Pictures(np.stack([self.rgb[i] for i in order]), fps, float(seconds[0]), seconds - seconds[0])
+
+
+class _SoundReader:
+    """Collects sound; a packet lost between others would shift all that follows, so it is an error."""
+
+    def __init__(self, file):
+        self.file, self.parts, self.start_s, self.rate, self.losses = file, [], np.nan, 0, []
+
+    def note_loss(self):
+        self.losses.append(len(self.parts))
+
+    def add(self, frame):
+        x = _frame_samples(frame)
+        if self.parts and (x.shape[1] != self.parts[0].shape[1] or frame.sample_rate != self.rate):
+            raise MediaError(f"{self.file}: the sound's rate or channels change inside the file; expected one, re-encode it")
+        if not self.parts:
+            self.start_s, self.rate = _frame_time(frame), frame.sample_rate
+        self.parts.append(x)
+
+    def result(self, stream) -> Sound | None:
+        if not self.parts or not sum(map(len, self.parts)):
+            return None
+        if any(0 < n < len(self.parts) for n in self.losses):
+            raise MediaError(f"{self.file}: {len(self.losses)} sound packets cannot be decoded; fetch the file again")
+        start = 0.0 if np.isnan(self.start_s) else self.start_s
+        context = stream.codec_context
+        return Sound(np.concatenate(self.parts), self.rate, start, _subtype(context), context.codec.canonical_name)
+
+
+def _frame_time(frame) -> float:
+    """Seconds in the container, NaN where the file does not say."""
+    stamp = frame.pts if frame.pts is not None else frame.dts
+    return float(stamp * frame.time_base) if stamp is not None and frame.time_base else np.nan
+
+
+def _fill_times(seconds: np.ndarray, fps: float) -> np.ndarray:
+    """Times (T,) with the missing ones put on the clip's own frame raster, from its first known time (else 0)."""
+    known = np.flatnonzero(~np.isnan(seconds))
+    raster = np.arange(len(seconds)) / fps
+    if len(known):
+        raster += seconds[known[0]] - raster[known[0]]
+    return np.where(np.isnan(seconds), raster, seconds)
+
+
+def _frame_samples(frame) -> np.ndarray:
+    """One audio frame -> (n, C) float32; integers by their full scale."""
+    x = frame.to_ndarray()
+    channels = frame.layout.nb_channels
+    x = x.T if frame.format.is_planar else x.reshape(-1, channels)
+    if x.dtype.kind == "u":
+        return ((x.astype(np.float64) - 128) / 128).astype(np.float32)
+    if x.dtype.kind == "i":
+        return (x / float(2 ** (8 * x.dtype.itemsize - 1))).astype(np.float32)
+    return x.astype(np.float32)
+
+
+def _subtype(context) -> str:
+    """soundfile subtype that holds what the codec holds; lossy codecs decode to float and go back as PCM_16."""
+    name = context.codec.canonical_name
+    if name.startswith("pcm_f"):
+        return "DOUBLE" if "64" in name else "FLOAT"
+    if name in ("pcm_u8", "pcm_s8"):
+        return "PCM_U8"
+    lossless = name.startswith("pcm_s") or name in ("flac", "alac")
+    if not lossless or context.format.bytes <= 2:
+        return "PCM_16"
+    # 24 bits arrive in the upper part of 32-bit frames; only plain 32-bit PCM fills them
+    return "PCM_32" if name.startswith("pcm_s32") else "PCM_24"
+
+
+def _is_cover(stream) -> bool:
+    """A still cover picture in a sound-only file."""
+    from av.stream import Disposition
+
+    return bool(stream.disposition & Disposition.attached_pic)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

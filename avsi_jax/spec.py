@@ -1,0 +1,95 @@
+"""The signal presets: the one home of every constant of the sound (DESIGN.md section 4).
+
+Letters for shapes, here and everywhere:
+  B clips, N samples, T video frames, F spectrogram frames (steps), K bands, L landmarks (68).
+Units: samples and hertz where a name says so, otherwise seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+RECORD_RATE = 16_000  # Hz; records hold one mono sound at this rate, presets below it are decimated in the step
+NUM_LANDMARKS = 68  # iBUG order
+GRID_FPS = 25.0
+GRID_FRAMES = 75
+MPEG_SOUND_LAG_S = 0.0110  # sound of an untouched Grid MPEG lags its picture and the wav by this (FRONT_END.md, grid/README.md)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """One signal preset. A spectrogram has `num_frames` frames of `bands` bands, one every `hop` samples at `rate` Hz."""
+
+    name: str
+    rate: int  # Hz
+    n_fft: int
+    window: int  # Hann, samples
+    hop: int  # samples
+    bands: int
+    scale: str  # 'mel' (Slaney, magnitude) or 'linear' (magnitude)
+    level: str  # 'db': 20 log10(max(1e-5, x)), (dB + 80) / 80 clipped to [0, 1]; 'log': ln(x + log_floor)
+    pre_emphasis: float
+    num_samples: int  # the preset's clip length at `rate`
+    centred: bool
+    log_floor: float = 0.0  # 'log' only
+
+    def __post_init__(self):
+        if RECORD_RATE % self.rate:
+            raise ValueError(f"preset {self.name}: rate {self.rate} must divide the records' {RECORD_RATE} Hz")
+        if not self.hop <= self.window <= self.n_fft:
+            raise ValueError(f"preset {self.name}: expected hop <= window <= n_fft, found {self.hop}, {self.window}, {self.n_fft}")
+        if self.scale not in ("mel", "linear") or self.level not in ("db", "log"):
+            raise ValueError(f"preset {self.name}: unknown scale {self.scale!r} or level {self.level!r}")
+        if self.scale == "linear" and self.bands != self.n_fft // 2 + 1:
+            raise ValueError(f"preset {self.name}: a linear scale has {self.n_fft // 2 + 1} bands, found {self.bands}")
+
+    @property
+    def num_frames(self) -> int:
+        """F of a whole clip."""
+        return self.frames_of(self.num_samples)
+
+    @property
+    def decimation(self) -> int:
+        return RECORD_RATE // self.rate
+
+    @property
+    def record_samples(self) -> int:
+        """N of a whole clip at RECORD_RATE."""
+        return self.num_samples * self.decimation
+
+    @property
+    def hop_s(self) -> float:
+        return self.hop / self.rate
+
+    def frames_of(self, num_samples: int) -> int:
+        """Frames of a sound of `num_samples` at `rate`: 1 + n // hop where centred, else only whole windows, the last one padded."""
+        if self.centred:
+            return 1 + num_samples // self.hop
+        return -(-num_samples // self.hop)
+
+
+PRESETS = {
+    s.name: s
+    for s in (
+        # The paper's code: 40 ms windows every 20 ms at 8 kHz, 149 frames = 23,824 samples = one Grid MPEG's sound.
+        Spec(
+            name="paper", rate=8_000, n_fft=510, window=320, hop=160, bands=64, scale="mel", level="db",
+            pre_emphasis=0.97, num_samples=23_824, centred=True,
+        ),
+        Spec(
+            name="wide", rate=16_000, n_fft=512, window=400, hop=160, bands=80, scale="mel", level="log",
+            pre_emphasis=0.0, num_samples=48_000, centred=True, log_floor=1e-5,
+        ),
+        Spec(
+            name="morrone", rate=16_000, n_fft=512, window=384, hop=192, bands=257, scale="linear", level="log",
+            pre_emphasis=0.0, num_samples=48_000, centred=False, log_floor=1e-6,
+        ),
+    )
+}  # fmt: skip
+
+
+def get(name: str) -> Spec:
+    """The preset of that name; ValueError names those there are."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]
