@@ -1,0 +1,72 @@
+# Every target sets itself up: a Python 3.11 or 3.12 with its headers, a C compiler and make are all a fresh machine needs.
+#   PYTHON=/path/to/python  which Python makes the environment      VENV=.venv-312  where it lies
+#   ARGS="-k stft"          more words for pytest
+#   GRID=DIR OUT=DIR EPOCHS=N for `make demo`
+
+.DEFAULT_GOAL := help
+.PHONY: help venv lint test test-slow demo clean
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PINS := pyproject.toml setup.py constraints/tests.txt
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+
+# The first Python 3.11 or 3.12 that can make an environment and compile against its headers.
+USABLE := import ensurepip, os, sys, sysconfig, venv; \
+  sys.exit(not ((3, 11) <= sys.version_info < (3, 13) and os.path.exists(sysconfig.get_path("include") + "/Python.h")))
+ifndef PYTHON
+PYTHON := $(shell for p in python3.11 python3.12 python3 $$HOME/.pyenv/versions/3.11*/bin/python \
+  $$HOME/.pyenv/versions/3.12*/bin/python; do "$$p" -c '$(USABLE)' 2>/dev/null && { command -v "$$p"; break; }; done)
+endif
+
+# What the environment was made from: the Python and the place first (another one: start anew), then what is installed.
+PLACE := import os, sys; print(sys.version.split()[0], sys.base_prefix, os.getcwd())
+HASH := import hashlib, sys; print(hashlib.sha256(b"".join(open(p, "rb").read() for p in sys.argv[1:])).hexdigest())
+
+help:
+	@echo "make test           lint and all tests but the slow ones"
+	@echo "make test-slow      the slow tests"
+	@echo "make demo GRID=DIR  the whole way on a folder of Grid clips: build, train, evaluate, repair a clip"
+	@echo "make lint           ruff"
+	@echo "make venv           only the environment, in $(VENV)"
+	@echo "make clean          remove the environment and build litter"
+
+venv:
+	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11 or 3.12 with venv and Python.h; install one" \
+	  "(Debian: apt-get install python3-venv python3-dev) or name it: make PYTHON=/path/to/python" >&2; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is" \
+	  "`"$(PYTHON)" -V 2>&1`, expected 3.11 or newer; name another one: make PYTHON=/path/to/python" >&2; exit 2; }
+	@set -e; place=`"$(PYTHON)" -c '$(PLACE)'`; pins=`"$(PYTHON)" -c '$(HASH)' $(PINS)`; \
+	if [ "`cat "$(VENV)/made-by" 2>/dev/null`" != "$$place" ]; then \
+	  echo "$(VENV): making it with $$place"; \
+	  "$(PYTHON)" -m venv --clear "$(VENV)"; echo "$$place" > "$(VENV)/made-by"; \
+	fi; \
+	if [ "`cat "$(VENV)/made-from" 2>/dev/null`" != "$$pins" ]; then \
+	  echo "$(VENV): installing (about 3 GB; some minutes the first time)"; \
+	  "$(BIN)/python" -m pip install -qq --upgrade pip; \
+	  "$(BIN)/python" -m pip install -qq -e '.[prepare,test]' -c constraints/tests.txt; \
+	  "$(BIN)/python" -m pip check; \
+	  echo "$$pins" > "$(VENV)/made-from"; \
+	fi; \
+	echo "$(VENV): ready, `"$(BIN)/python" -V`"
+
+lint: venv
+	"$(BIN)/ruff" check .
+
+test: lint
+	"$(BIN)/python" -m pytest -m "not slow" --durations=20 $(ARGS)
+
+test-slow: venv
+	"$(BIN)/python" -m pytest -m slow --durations=20 $(ARGS)
+
+ifneq ($(filter demo,$(MAKECMDGOALS)),)
+ifeq ($(GRID),)
+$(error make demo needs a folder of Grid clips (sN/*.mpg and alignments/sN/*.align): make demo GRID=DIR)
+endif
+endif
+demo: venv
+	@PATH="`cd "$(BIN)" && pwd`:$$PATH" GRID="$(GRID)" OUT="$(OUT)" EPOCHS="$(EPOCHS)" bash launch/demo.sh
+
+clean:
+	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

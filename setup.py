@@ -1,0 +1,5 @@
+"""Thin: everything is in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
