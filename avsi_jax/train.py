@@ -1,0 +1,488 @@
+"""Set-up -> step -> loop: avsi-train.
+
+The loop is one function that reads from top to bottom. Everything a run needs to be understood or gone on with lies in its workdir:
+config.json, run.json (versions, devices, data), metrics.csv (identical after a resume), timing.csv (speed), checkpoints/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import configs
+
+METRICS = "metrics.csv"
+TIMING = "timing.csv"
+CONFIG = "config.json"
+
+
+class TrainState(NamedTuple):
+    """What the step changes. lr_scale: what the plateau schedule has made of the learning rate."""
+
+    step: Any
+    params: Any
+    opt_state: Any
+    lr_scale: Any
+
+
+# ---- set-up --------------------------------------------------------------------------------------------------------------------
+
+
+def make_model(config):
+    """The network of a config."""
+    from avsi_jax import models, spec
+
+    system = models.get(config.system)
+    sizes = {"layers": config.layers, "units": config.units, "lstm": config.lstm}
+    if system.reads_lips:
+        sizes["bottleneck"] = config.bottleneck
+    return system.module(bands=spec.get(config.preset).bands, **sizes)
+
+
+def make_feature_config(config):
+    from avsi_jax import features, spec
+
+    return features.FeatureConfig(spec.get(config.preset), config.gaps.protocol, config.landmarks)
+
+
+def make_optimiser(config, steps_per_epoch: int):
+    """Adam at learning rate 1 x schedule; the plateau's factor comes from the state."""
+    import optax
+
+    total = max(1, config.epochs * steps_per_epoch)
+    if config.schedule == "cosine":
+        warm = min(int(config.warmup_epochs * steps_per_epoch), total - 1)
+        rate = optax.warmup_cosine_decay_schedule(config.learning_rate if not warm else 0.0, config.learning_rate, warm, total)
+    elif config.schedule == "plateau":
+        rate = config.learning_rate
+    else:
+        raise ValueError(f"config.schedule: found {config.schedule!r}, expected 'plateau' or 'cosine'")
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    return optax.chain(*clip, optax.adam(rate))
+
+
+def example_features(config, batch_size: int = 1):
+    """Features of a made-up batch: what a network is initialised with."""
+    import jax.numpy as jnp
+
+    from avsi_jax import features, spec
+
+    fc = make_feature_config(config)
+    frames, bands = fc.spec.num_frames, spec.get(config.preset).bands
+    flat = jnp.zeros((batch_size, frames), bool)
+    bank = jnp.zeros((batch_size, frames, bands))
+    return features.Features(
+        spectrogram=bank, mask=flat, video=jnp.zeros((batch_size, frames, fc.video_size)), target=bank, valid=~flat,
+        num_frames=jnp.full((batch_size,), frames, jnp.int32),
+    )  # fmt: skip
+
+
+def init_params(config):
+    """Fresh parameters from config.seed."""
+    import jax
+
+    return jax.jit(make_model(config).init)(jax.random.key(config.seed), example_features(config))["params"]
+
+
+def init_state(config, steps_per_epoch: int) -> TrainState:
+    import jax.numpy as jnp
+
+    params = init_params(config)
+    return TrainState(jnp.int32(0), params, make_optimiser(config, steps_per_epoch).init(params), jnp.float32(1.0))
+
+
+# ---- step ----------------------------------------------------------------------------------------------------------------------
+
+
+def make_loss(config):
+    """loss(params, batch, key) -> (scalar of the whole batch's share on this device, sums for the metrics)."""
+    import jax.numpy as jnp
+
+    from avsi_jax import features as features_lib
+    from avsi_jax import gaps, losses, models, parallel
+
+    model, feature_config = make_model(config), make_feature_config(config)
+    reads_lips = models.get(config.system).reads_lips
+    draw = {k: v for k, v in config.gaps.items() if k != "protocol"}
+
+    def loss(params, batch, key):
+        drawn = gaps.draw_batch(key, batch["id_hash"], batch["audio_length"], **draw)
+        features = features_lib.make_features(batch, drawn, feature_config)
+        output = model.apply({"params": params}, features)
+        whole = features.valid * batch["weight"][:, None]
+        hole = features.mask * whole
+        terms = {
+            "whole": losses.spectrogram_error(output.level, features.target, whole, config.loss.kind),
+            "gap": losses.spectrogram_error(output.level, features.target, hole, config.loss.kind),
+        }
+        if reads_lips:
+            terms["ctc"] = losses.ctc(
+                output.logits, features.num_frames, batch["labels"], batch["label_length"], batch["weight"]
+            )
+        # A mean of means is wrong as soon as gaps differ between devices: every sum is divided by the count of the whole batch.
+        means = {k: s / jnp.maximum(parallel.sum_over_devices(n), 1.0) for k, (s, n) in terms.items()}
+        total = sum(config.loss[k] * m for k, m in means.items())
+        error = losses.spectrogram_error(models.composite(output.level, features), features.target, hole, "l1")
+        sums = {**{k: t for k, t in terms.items()}, "gap_l1": error}
+        return total, sums
+
+    return loss
+
+
+def make_train_step(config, optimiser):
+    """The pure step (state, batch) -> (state, metrics); `parallel` maps it over devices, tests run it unmapped."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from avsi_jax import parallel
+
+    loss = make_loss(config)
+
+    def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
+        grads, sums = parallel.sum_over_devices((grads, sums))
+        updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
+        updates = jax.tree.map(lambda u: u * state.lr_scale, updates)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {**sums, "grad_norm": (optax.global_norm(grads), jnp.float32(1))}
+        return TrainState(state.step + 1, params, opt_state, state.lr_scale), metrics
+
+    return step
+
+
+def make_validation_step(config):
+    """(params, batch) -> sums; a clip's gaps depend on its id alone, so every validation sees the same ones."""
+    import jax
+
+    from avsi_jax import parallel
+
+    loss = make_loss(config)
+
+    def step(params, batch: dict) -> dict:
+        return parallel.sum_over_devices(loss(params, batch, jax.random.key(config.seed + 1))[1])
+
+    return step
+
+
+class Means:
+    """Sums of (sum, count) metrics over steps; fetched from the device a few steps late, so that its queue never runs empty."""
+
+    LATE = 16
+
+    def __init__(self):
+        self.sums: dict[str, list[float]] = {}
+        self.pending: list[dict] = []
+
+    def add(self, metrics: dict) -> None:
+        self.pending.append(metrics)
+        if len(self.pending) > self.LATE:
+            self._fetch(self.pending.pop(0))
+
+    def _fetch(self, metrics: dict) -> None:
+        for name, (total, count) in metrics.items():
+            pair = self.sums.setdefault(name, [0.0, 0.0])
+            pair[0] += float(total)
+            pair[1] += float(count)
+
+    def result(self, config, prefix: str) -> dict[str, float]:
+        """Means under `prefix`, with the objective's value and the gap's mean absolute error in dB."""
+        from avsi_jax import spec, stft
+
+        while self.pending:
+            self._fetch(self.pending.pop(0))
+        means = {k: s / max(n, 1.0) for k, (s, n) in self.sums.items()}
+        means["gap_l1_db"] = means.pop("gap_l1") * stft.db_per_level(spec.get(config.preset))
+        loss = sum(config.loss[k] * means[k] for k in ("whole", "gap", "ctc") if k in means)
+        return {f"{prefix}_{k}": v for k, v in ({"loss": loss} | means).items()}
+
+
+# ---- the host's part of the schedule -------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """What decides about rate and end: best loss, epochs without gain, the learning rate's factor. Saved with every checkpoint."""
+
+    def __init__(self, config):
+        self.config = config
+        self.best, self.best_epoch, self.since_gain, self.since_drop, self.lr_scale = float("inf"), 0, 0, 0, 1.0
+
+    def update(self, epoch: int, loss: float) -> bool:
+        """Takes one validation; true where early stop says to end (Keras' ReduceLROnPlateau and EarlyStopping)."""
+        if loss < self.best - self.config.min_delta:
+            self.best, self.best_epoch, self.since_gain, self.since_drop = loss, epoch, 0, 0
+        else:
+            self.since_gain += 1
+            self.since_drop += 1
+        if self.config.schedule == "plateau" and self.since_drop >= self.config.plateau_patience:
+            self.lr_scale *= self.config.plateau_factor
+            self.since_drop = 0
+        return bool(self.config.early_stop_patience) and self.since_gain >= self.config.early_stop_patience
+
+    def save(self) -> dict:
+        return {k: v for k, v in vars(self).items() if k != "config"} | {"best": min(self.best, 1e30)}
+
+    def load(self, saved: dict) -> None:
+        vars(self).update({k: saved[k] for k in self.save()})
+
+
+# ---- loop ----------------------------------------------------------------------------------------------------------------------
+
+
+def train(config, workdir: str | Path) -> dict[str, float]:
+    """Trains until config.epochs or early stop, resuming from the workdir's newest checkpoint; returns the last row of metrics."""
+    from avsi_jax import parallel
+
+    parallel.use_every_core()
+    import jax
+    import numpy as np
+
+    from avsi_jax import input_pipeline
+    from avsi_jax.checkpoints import Checkpoints
+
+    # 1. What was asked for, refused before any work where it cannot be.
+    workdir = Path(workdir)
+    parallel.check_batch(config.batch_size)
+    dataset = input_pipeline.find_dataset(config.data_dir, config.builder_config)
+    training = input_pipeline.Records(dataset, config.train_split)
+    validation = input_pipeline.Records(dataset, config.validation_split)
+    if len(training) < config.batch_size:
+        raise ValueError(f"{config.train_split} holds {len(training)} clips, fewer than config.batch_size={config.batch_size}; give a smaller one")
+    steps_per_epoch = len(training) // config.batch_size
+    check_config(config, workdir)
+    say(f"{config.system}: {len(training)} clips to train on, {len(validation)} to validate, {steps_per_epoch} steps an epoch of "
+        f"{config.batch_size}, {jax.device_count()} x {jax.devices()[0].device_kind}")  # fmt: skip
+
+    # 2. State: fresh, then over it the newest checkpoint; on all devices only once it is what training starts with.
+    optimiser = make_optimiser(config, steps_per_epoch)
+    state = init_state(config, steps_per_epoch)
+    checkpoints, progress = Checkpoints(workdir, keep=config.keep), Progress(config)
+    start = checkpoints.latest_step() or 0
+    stop = False
+    if checkpoints.latest_step() is not None:
+        state, host = checkpoints.restore(start, state)
+        progress.load(host["progress"])
+        stop = host["stop"]
+        say(f"resumed at step {start}, epoch {start // steps_per_epoch}")
+    cut_rows(workdir / METRICS, start)
+    write_run(config, workdir, dataset, training, validation)
+    state = parallel.replicate(state)
+
+    # 3. Steps.
+    train_step = parallel.map_train_step(make_train_step(config, optimiser))
+    validation_step = parallel.map_evaluation_step(make_validation_step(config))
+    batches = input_pipeline.train_batches(
+        training, config.batch_size, config.seed, process_index=jax.process_index(), process_count=jax.process_count(), start_step=start
+    )
+
+    def validate() -> dict[str, float]:
+        means = Means()
+        for batch in input_pipeline.eval_batches(validation, config.batch_size):
+            means.add(jax.device_get(validation_step(state.params, parallel.split(batch))))
+        return means.result(config, "val")
+
+    # 4. Epochs. Where CPU devices share cores one step is in flight, no more (see parallel.devices_share_cores).
+    row = last_row(workdir / METRICS)
+    first, began = start // steps_per_epoch, time.monotonic()
+    for epoch in range(first, config.epochs):
+        if stop:
+            break
+        means, waited, epoch_began = Means(), 0.0, time.monotonic()
+        for index in range(steps_per_epoch):
+            asked = time.monotonic()
+            batch = parallel.split(next(batches))
+            waited += time.monotonic() - asked
+            state, metrics = train_step(state, batch)
+            if parallel.devices_share_cores():
+                jax.block_until_ready((state, metrics))
+            means.add(metrics)
+            tick(epoch + 1, index + 1, steps_per_epoch, epoch_began)
+        step = (epoch + 1) * steps_per_epoch
+        row = {"step": step, "epoch": epoch + 1} | means.result(config, "train")
+        train_seconds = time.monotonic() - epoch_began
+        if not np.isfinite(row["train_loss"]):
+            raise FloatingPointError(f"the loss is {row['train_loss']} in epoch {epoch + 1}; the checkpoints before it are kept")
+        last = epoch + 1 == config.epochs
+        if last or (epoch + 1) % config.validate_every == 0:
+            row |= validate()
+            stop = progress.update(epoch + 1, row["val_loss"])
+            state = state._replace(lr_scale=parallel.replicate(np.float32(progress.lr_scale)))
+            row["lr_scale"] = progress.lr_scale
+            add_row(workdir / METRICS, row)
+            if last or stop or (epoch + 1) % config.checkpoint_every == 0:
+                checkpoints.save(step, state, {"progress": progress.save(), "stop": stop}, row)
+        speed = steps_per_epoch / train_seconds
+        add_row(workdir / TIMING, timing(step, speed, config.batch_size, waited / train_seconds, time.monotonic() - epoch_began))
+        report(row, config.epochs, speed, (time.monotonic() - began) / (epoch + 1 - first))
+    checkpoints.close()
+    say(f"done: best val_loss {progress.best:.5f} in epoch {progress.best_epoch}; everything is in {workdir}")
+    return row
+
+
+# ---- files of the workdir ------------------------------------------------------------------------------------------------------
+
+
+def check_config(config, workdir: Path) -> None:
+    """Writes config.json, or refuses a config that differs from the run's own in more than where to stop and what to keep."""
+    may_change = {"epochs", "data_dir", "validate_every", "checkpoint_every", "keep", "early_stop_patience", "lstm"}
+    path = workdir / CONFIG
+    now = json.loads(config.to_json())
+    if path.exists():
+        before = json.loads(path.read_text())
+        differ = [k for k in sorted(now.keys() | before.keys()) if k not in may_change and now.get(k) != before.get(k)]
+        if differ:
+            listed = "; ".join(f"{k}: {before.get(k)!r} there, {now.get(k)!r} here" for k in differ)
+            raise ValueError(f"{workdir} holds a run with another config ({listed}); resume with the same, or take another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(now, indent=2, sort_keys=True) + "\n")
+
+
+def write_run(config, workdir: Path, dataset, training, validation) -> None:
+    """run.json: what else decided the numbers. Versions, devices, git revision, data."""
+    import importlib.metadata
+    import platform
+
+    import jax
+
+    packages = ("avsi_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed as a package"
+    run = {
+        "revision": git_revision(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "devices": [str(d.device_kind) for d in jax.devices()],
+        "processes": jax.process_count(),
+        "parameters": count_of(config),
+        "dataset": {"builder_config": config.builder_config, "version": Path(str(dataset)).name,
+                    "clips": {config.train_split: len(training), config.validation_split: len(validation)}},
+    }  # fmt: skip
+    (workdir / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+
+
+def git_revision() -> str:
+    """Revision of the checkout this code runs from, 'unknown' outside of one."""
+    import subprocess
+
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def add_row(path: Path, row: dict) -> None:
+    """Appends one row to a CSV file, with a header where the file is new."""
+    new = not path.exists() or path.stat().st_size == 0
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def read_rows(path: Path) -> list[dict[str, float]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def last_row(path: Path) -> dict[str, float]:
+    return (read_rows(path) or [{}])[-1]
+
+
+def cut_rows(path: Path, step: int) -> None:
+    """Drops the rows after `step`: a resumed run writes them again."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = lines[:1] + [line for line in lines[1:] if float(line.split(",", 1)[0]) <= step]
+        path.write_text("".join(kept))
+
+
+def timing(step: int, speed: float, batch_size: int, waiting: float, seconds: float) -> dict[str, float]:
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"step": step, "steps_per_s": round(speed, 4), "clips_per_s": round(speed * batch_size, 2),
+            "waiting_share": round(waiting, 5), "epoch_s": round(seconds, 3), "peak_rss_mb": round(peak_mb)}  # fmt: skip
+
+
+# ---- what the user sees --------------------------------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def tick(epoch: int, done: int, total: int, began: float) -> None:
+    """One line that rewrites itself, on a terminal only."""
+    if sys.stderr.isatty():
+        speed = done / (time.monotonic() - began)
+        end = "\r" if done < total else "\r\033[K"
+        print(f"epoch {epoch}  step {done}/{total}  {speed:.2f} steps/s", end=end, file=sys.stderr, flush=True)
+
+
+def report(row: dict, epochs: int, speed: float, epoch_s: float) -> None:
+    """One line an epoch: losses, the gap's error, speed, time left."""
+    left = (epochs - row["epoch"]) * epoch_s
+    shown = "  ".join(f"{k} {row[k]:.4g}" for k in ("train_loss", "val_loss", "train_gap_l1_db", "val_gap_l1_db", "train_ctc", "val_ctc") if k in row)
+    say(f"epoch {row['epoch']:.0f}/{epochs}  {shown}  {speed:.2f} steps/s  {int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d} left")
+
+
+def count_of(config) -> int:
+    """Parameters of a config's network, without making them."""
+    import jax
+
+    from avsi_jax import models
+
+    return models.count_parameters(jax.eval_shape(lambda: make_model(config).init(jax.random.key(0), example_features(config))))
+
+
+def show(config) -> None:
+    """What `--show` prints: the config, the signal, the network's table, its shapes. Needs no data."""
+    import dataclasses
+
+    import flax.linen as nn
+    import jax
+
+    from avsi_jax import spec
+
+    print(config)
+    print(*(f"{k}: {v}" for k, v in dataclasses.asdict(spec.get(config.preset)).items()), sep="\n")
+    print(nn.tabulate(make_model(config), jax.random.key(0), depth=2, console_kwargs={"width": 160})(example_features(config)))
+    print(f"parameters: {count_of(config)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("avsi-train", description="Train a system of avsi_jax; resumes by itself from its workdir.")
+    parser.add_argument("--config", default="av_mtl_s2s", help=f"a name ({', '.join(configs.names())}) or a .py file; default %(default)s")
+    parser.add_argument("--workdir", help="where the run lives; an earlier run there is gone on with")
+    parser.add_argument("--show", action="store_true", help="print config, signal, network and parameters, and leave")
+    parser.epilog = "Fields: --config.FIELD=VALUE, e.g. --config.data_dir=DATA --config.batch_size=64 --config.loss.gap=1"
+    known, rest = parser.parse_known_args(argv)
+    try:
+        config = configs.load(known.config, configs.split_overrides(rest))
+        if known.show:
+            show(config)
+        elif not known.workdir:
+            raise ValueError("no --workdir given; expected a folder for checkpoints and metrics")
+        else:
+            train(config, known.workdir)
+    except (ValueError, FileNotFoundError, OSError, FloatingPointError) as error:
+        print(f"avsi-train: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

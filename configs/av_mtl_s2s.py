@@ -1,0 +1,12 @@
+"""av_mtl_s2s, the paper's headline: lips -> encoder (CTC reads it) -> joined with the damaged spectrogram -> decoder. 8.15 M parameters.
+
+    avsi-train --config=av_mtl_s2s --workdir=DIR --config.data_dir=DATA
+"""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.system = "av_mtl_s2s"
+    return config

@@ -1,0 +1,60 @@
+"""The whole experiment, with the paper's values. A system's file is this plus the lines in which it differs.
+
+    avsi-train --config=av_mtl_s2s --workdir=DIR --config.data_dir=DATA
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+
+    # What is trained.
+    config.system = "av_mtl_s2s"  # a name of avsi_jax.models.SYSTEMS
+    config.preset = "paper"  # signal preset of avsi_jax.spec: paper (8 kHz, 64 mel)
+    config.landmarks = "face"  # face: all 68 points, the paper's code; mouth: its text
+    config.layers = 3  # bidirectional LSTM layers of each of encoder and decoder
+    config.units = 256  # LSTM units a direction
+    config.bottleneck = 136  # width of the encoder's ReLU layer (the CTC head reads it)
+    config.lstm = "auto"  # separate (CPU), joined (GPU, TPU), auto
+
+    # Data.
+    config.data_dir = ""  # where avsi-prepare wrote
+    config.builder_config = "speaker_independent"
+    config.train_split = "train"
+    config.validation_split = "validation"  # unseen speakers; small data: validation_seen
+
+    # Gaps of training and validation, drawn fresh in every step, in the waveform.
+    config.gaps = ml_collections.ConfigDict()
+    config.gaps.protocol = "waveform"  # paper: whole frames of the spectrogram set to 0
+    config.gaps.max_count = 8  # gaps a clip ~ U{1..8}
+    config.gaps.total = "normal"  # time lost in all ~ N(low_ms, high_ms); uniform: U(low_ms, high_ms)
+    config.gaps.low_ms = 900.0
+    config.gaps.high_ms = 300.0
+    config.gaps.min_ms = 60.0  # 3 frames, the shortest gap
+
+    # Objective: whole * error(all valid frames) + gap * error(frames a gap touches) + ctc * CTC.
+    config.loss = ml_collections.ConfigDict()
+    config.loss.kind = "mse"  # mse or l1, of the normalised level
+    config.loss.whole = 1.0
+    config.loss.gap = 0.0  # the paper weighs valid frames and gaps alike
+    config.loss.ctc = 1e-3
+
+    # Optimisation.
+    config.seed = 0
+    config.batch_size = 32  # of all devices together
+    config.epochs = 200
+    config.learning_rate = 1e-3  # Adam
+    config.clip_norm = 0.0  # largest global norm of the gradient; 0: not clipped
+    config.schedule = "plateau"  # plateau (x factor after patience epochs without gain) or cosine (to 0 over all epochs)
+    config.warmup_epochs = 0.0  # cosine only
+    config.plateau_factor = 0.1
+    config.plateau_patience = 5
+    config.early_stop_patience = 10  # epochs without gain; 0: never
+    config.min_delta = 1e-4  # what counts as a gain for early stop (Keras' ReduceLROnPlateau has the same default)
+
+    # Keeping.
+    config.validate_every = 1  # epochs
+    config.checkpoint_every = 1  # epochs; the last epoch is always saved
+    config.keep = 2  # last checkpoints kept beside the best
+    return config

@@ -1,0 +1,16 @@
+"""A network small enough for tests and for the tour of `make demo`: av_mtl_s2s with one layer of 32 units.
+
+    avsi-train --config=tiny --workdir=DIR --config.data_dir=DATA
+"""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.layers = 1
+    config.units = 32
+    config.bottleneck = 32
+    config.batch_size = 4
+    config.epochs = 2
+    return config
