@@ -1,0 +1,316 @@
+"""Split + protocol + Restorer -> clips.csv, summary.json, sounds, report.html: avsi-evaluate.
+
+Every clip of the split gets one gap of every length, placed inside its words by a hash of its id; beside the system stand the
+damaged sound, the linear interpolation of the log-mel, the same system with the lips of another clip, and the true log-mel through
+the same vocoder (the ceiling). All sounds are scored against the recording, at the rate of the system's preset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import sys
+import time
+from pathlib import Path
+
+import configs
+
+SYSTEM_METRICS = ("gap_l1_mel_db", "gap_l1_db", "pesq_nb", "pesq_wb", "stoi", "estoi", "cer")
+COLUMNS = (
+    "clip_id", "speaker", "gap_ms", "start_s", "end_s", "in_words", "system", "kind",
+    *SYSTEM_METRICS, "said", "text", "reason",
+)  # fmt: skip
+PROTOCOLS = ("waveform",)
+SUITES = ("lengths",)
+
+
+def evaluate(config, workdir: Path, *, baseline: Path | None = None, overwrite: bool = False, command: str = "") -> Path:
+    """Evaluates the run in `workdir` (and the one in `baseline` beside it) on one split; returns the folder of the results."""
+    from avsi_jax import input_pipeline, metrics, report
+    from avsi_jax.restore import Restorer
+
+    # 1. What was asked for.
+    check(config)
+    folder = Path(workdir) / "eval" / f"{config.protocol}-{config.split}-{config.suite}"
+    if (folder / "summary.json").exists() and not overwrite:
+        raise FileExistsError(f"{folder} holds an evaluation; take --overwrite to replace it")
+    restorer = Restorer.from_workdir(workdir, config.checkpoint)
+    others = [Restorer.from_workdir(baseline, config.checkpoint)] if baseline else []
+    if others and others[0].config.preset != restorer.config.preset:
+        raise ValueError(f"--baseline has preset {others[0].config.preset}, the system {restorer.config.preset}; compare at one preset")
+    dataset = input_pipeline.find_dataset(config.data_dir or restorer.config.data_dir, config.builder_config or restorer.config.builder_config)
+    records = input_pipeline.Records(dataset, config.split)
+    systems = lineup(restorer, others)
+    (folder / "sounds").mkdir(parents=True, exist_ok=True)
+
+    # 2. Restore, batch by batch, and score.
+    rows, examples, began, scoring = [], [], time.monotonic(), 0.0
+    clips = chosen_clips(records, config.max_clips)
+    shown = dict(zip(spread(sorted(clips), config.examples), cycle(config.gap_ms), strict=False))
+    work = [(batch, ms) for batch in batches(records, clips, config.batch_size) for ms in config.gap_ms]
+    for index, (batch, gap_ms) in enumerate(work):
+        made, items = restore_batch(batch, gap_ms, restorer, others, systems)
+        asked = time.monotonic()
+        scores = metrics.score_many(items, workers=config.workers or None)
+        scoring += time.monotonic() - asked
+        for row, score in zip(made, scores, strict=True):
+            rows.append({**row["row"], **{k: score.get(k) for k in ("gap_l1_db", "pesq_nb", "pesq_wb", "stoi", "estoi", "reason")}})
+        examples += [keep_example(folder, clip, gap_ms, made, batch) for clip, ms in shown.items() if ms == gap_ms and clip in batch["clip_id"]]
+        tick(index + 1, len(work), len(rows), began)
+
+    # 3. Write.
+    write_rows(folder / "clips.csv", rows)
+    lead = systems[-2] if restorer.system.uses_video else systems[-1]
+    lead = next(s for s in systems if s["kind"] == "system")
+    pairs = [(s["name"], lead["name"]) for s in systems if s["kind"] in ("baseline", "interpolation", "other_video")]
+    summary = {
+        "title": f"{restorer.name} on {config.split}",
+        "system": restorer.name,
+        "protocol": config.protocol,
+        "split": config.split,
+        "suite": config.suite,
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "seconds": {"all": round(time.monotonic() - began, 1), "scoring": round(scoring, 1)},
+        "versions": versions(),
+        "runs": {r.name: run_facts(r) for r in [restorer, *others]},
+        "metric_rate": restorer.spec.rate,
+        "num_clips": len(clips),
+        "systems": systems,
+        "gap_ms": list(config.gap_ms),
+        "examples": examples,
+        **metrics.summarise(rows, SYSTEM_METRICS, pairs),
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    report.write_report(folder)
+    return folder
+
+
+def check(config) -> None:
+    if config.protocol not in PROTOCOLS:
+        raise ValueError(f"config.protocol: found {config.protocol!r}, expected {' or '.join(PROTOCOLS)}")
+    if config.suite not in SUITES:
+        raise ValueError(f"config.suite: found {config.suite!r}, expected {' or '.join(SUITES)}")
+    if any(not 20 <= ms <= 3000 for ms in config.gap_ms) or not config.gap_ms:
+        raise ValueError(f"config.gap_ms: found {tuple(config.gap_ms)}, expected lengths between 20 and 3000 ms")
+
+
+def lineup(restorer, others) -> list[dict]:
+    """Names and kinds of every row of a clip, in the order of the tables."""
+    names = [{"name": "damaged", "kind": "damaged"}, {"name": "interpolation", "kind": "interpolation"}]
+    for other in others:
+        names.append({"name": other.name if other.name != restorer.name else f"{other.name} (baseline)", "kind": "baseline"})
+    names.append({"name": restorer.name, "kind": "system"})
+    if restorer.system.uses_video:
+        names.append({"name": f"{restorer.name}, another clip's video", "kind": "other_video"})
+    return [*names, {"name": "true mel (ceiling)", "kind": "ceiling"}]
+
+
+# ---- clips ---------------------------------------------------------------------------------------------------------------------
+
+
+def chosen_clips(records, max_clips: int) -> dict[str, int]:
+    """clip id -> index in the records, spread evenly over the sorted ids where only some are wanted."""
+    place = {clip: i for i, clip in enumerate(records.clip_ids)}
+    wanted = spread(sorted(place), max_clips) if max_clips else sorted(place)
+    return {clip: place[clip] for clip in wanted}
+
+
+def spread(items: list, count: int) -> list:
+    """`count` of the items, evenly spread, in order; all of them where there are fewer."""
+    if count >= len(items):
+        return list(items)
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
+
+
+def cycle(values):
+    import itertools
+
+    return itertools.cycle(values)
+
+
+def batches(records, clips: dict[str, int], batch_size: int):
+    """Raw batches of the clips, each with `speaker`, `text` and the pictures' side of another clip under `other`.
+
+    The other clip is the speaker's next one by id, or the next of anybody where the speaker has only one. The last batch is
+    filled up with its last clip at weight 0, so that every batch has one shape.
+    """
+    import numpy as np
+
+    from avsi_jax import input_pipeline
+
+    raw = {clip: records[i] for clip, i in clips.items()}
+    partner = other_clips({clip: r["speaker"] for clip, r in raw.items()})
+    ids = sorted(raw)
+    for start in range(0, len(ids), batch_size):
+        part = ids[start : start + batch_size]
+        filled = part + [part[-1]] * (batch_size - len(part))
+        batch = stack([input_pipeline.to_example(raw[c]) for c in filled])
+        batch["weight"] = np.asarray([1.0] * len(part) + [0.0] * (batch_size - len(part)), np.float32)
+        batch["speaker"], batch["text"] = ([raw[c][k] for c in filled] for k in ("speaker", "text"))
+        other = stack([input_pipeline.to_example(raw[partner[c]]) for c in filled])
+        video = ("landmarks", "landmarks_valid", "num_frames", "frame_size", "fps", "offset_s")
+        batch["other"] = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)} | {k: other[k] for k in video}
+        yield batch
+
+
+def stack(examples: list[dict]) -> dict:
+    import numpy as np
+
+    return {k: [e[k] for e in examples] if k == "clip_id" else np.stack([e[k] for e in examples]) for k in examples[0]}
+
+
+def other_clips(speakers: dict[str, str]) -> dict[str, str]:
+    """clip id -> the id whose video stands in for its own."""
+    partner = {}
+    for pool in [sorted(speakers)] + [sorted(c for c in speakers if speakers[c] == s) for s in set(speakers.values())]:
+        if len(pool) > 1:
+            partner |= {clip: pool[(i + 1) % len(pool)] for i, clip in enumerate(pool)}
+    return {clip: partner.get(clip, clip) for clip in speakers}
+
+
+# ---- one batch -----------------------------------------------------------------------------------------------------------------
+
+
+def restore_batch(batch: dict, gap_ms: int, restorer, others, systems) -> tuple[list[dict], list[dict]]:
+    """Every system's sound for every clip of a batch with a gap of one length.
+
+    Returns, row by row, {"row": the cells known so far, "sound"} and what `metrics.score_many` takes.
+    """
+    import numpy as np
+
+    from avsi_jax import gaps, media, metrics, stft
+    from avsi_jax.restore import fill, interpolate_level
+    from avsi_jax.spec import RECORD_RATE
+
+    spec = restorer.spec
+    lengths = np.minimum(batch["audio_length"], spec.record_samples)
+    gap = np.asarray(
+        [[gaps.place_in_speech(c, gap_ms, tuple(s), int(n))] for c, s, n in zip(batch["clip_id"], batch["speech"], lengths, strict=True)]
+    )
+    restored = restorer.restore(batch, gap)
+    features = restored.features
+    levels = {"interpolation": interpolate_level(features.spectrogram, features.mask, features.valid), "ceiling": features.target, "system": restored.level}
+    said = {"system": restored.said}
+    for other in others:
+        result = other.restore(batch, gap)
+        levels["baseline"], said["baseline"] = result.level, result.said
+    if restorer.system.uses_video:
+        result = restorer.restore(batch["other"], gap)
+        levels["other_video"], said["other_video"] = result.level, result.said
+    centred = np.asarray(gaps.centred_frames(np.asarray(gap), spec, spec.num_frames) & features.valid)
+    error = {k: stft.db_per_level(spec) * masked_mean(np.abs(np.asarray(v - features.target)), centred) for k, v in levels.items()}
+    arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
+    sounds = {k: fill(v, arrays, gap, restorer.config.preset) for k, v in levels.items()}
+    original = media.from_int16(batch["audio"])
+    original = np.stack([x[: spec.record_samples] for x in original])
+    sounds["damaged"] = np.where(_inside(gap, original.shape[1]), 0.0, original).astype(np.float32)
+    made, items = [], []
+    for b, clip in enumerate(batch["clip_id"]):
+        if not batch["weight"][b]:
+            continue
+        start, end = (gap[b, 0] / RECORD_RATE).tolist()
+        n = int(lengths[b])
+        for system in systems:
+            kind = system["kind"]
+            heard = said.get(kind, [""] * len(lengths))[b]
+            reads = kind in said and (kind != "baseline" or others[0].system.reads_lips) and (kind == "baseline" or restorer.system.reads_lips)
+            row = {
+                "clip_id": clip, "speaker": batch["speaker"][b], "gap_ms": gap_ms, "start_s": round(start, 6), "end_s": round(end, 6),
+                "in_words": bool(batch["has_words"][b]), "system": system["name"], "kind": kind,
+                "gap_l1_mel_db": float(error[kind][b]) if kind in error else None,
+                "cer": metrics.character_error(batch["text"][b], heard) if reads and batch["text"][b] else None,
+                "said": heard, "text": batch["text"][b],
+            }  # fmt: skip
+            made.append({"row": row, "sound": sounds[kind][b, :n], "original": original[b, :n]})
+            at_rate = lambda x: media.resample(x[:n], RECORD_RATE, spec.rate)
+            items.append({"reference": at_rate(original[b]), "degraded": at_rate(sounds[kind][b]), "rate": spec.rate, "gap_s": (start, end)})
+    return made, items
+
+
+def _inside(gap, num_samples: int):
+    import numpy as np
+
+    position = np.arange(num_samples)
+    return ((position >= gap[..., :1]) & (position < gap[..., 1:])).any(-2)
+
+
+def masked_mean(values, mask):
+    """(B, F, K) and bool (B, F) -> (B,): mean over the marked frames."""
+    import numpy as np
+
+    return (values.mean(-1) * mask).sum(-1) / np.maximum(mask.sum(-1), 1)
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------------------
+
+
+def keep_example(folder: Path, clip: str, gap_ms: int, made: list[dict], batch: dict) -> dict:
+    """Writes one clip's sounds and returns what the report needs to show them."""
+    from avsi_jax import media
+    from avsi_jax.spec import RECORD_RATE
+
+    mine = [m for m in made if m["row"]["clip_id"] == clip]
+    sounds = {"original": f"sounds/{clip}-{gap_ms}-original.flac"}
+    media.write_sound(folder / sounds["original"], mine[0]["original"], RECORD_RATE)
+    for m in mine:
+        name = m["row"]["system"]
+        sounds[name] = f"sounds/{clip}-{gap_ms}-{m['row']['kind']}.flac"
+        media.write_sound(folder / sounds[name], m["sound"], RECORD_RATE)
+    first = mine[0]["row"]
+    said = {m["row"]["system"]: m["row"]["said"] for m in mine if m["row"]["said"]}
+    return {"clip_id": clip, "gap_ms": gap_ms, "start_s": first["start_s"], "end_s": first["end_s"], "text": first["text"], "said": said, "sounds": sounds}
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def run_facts(restorer) -> dict:
+    """What tells one run from another in a table."""
+    c = restorer.config
+    return {"step": restorer.step, "preset": c.preset, "loss": c.loss.to_dict(), "gaps": c.gaps.to_dict(), "seed": c.seed, "epochs": c.epochs,
+            "batch_size": c.batch_size, "schedule": c.schedule, "learning_rate": c.learning_rate}  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    import importlib.metadata
+
+    return {p: importlib.metadata.version(p) for p in ("jax", "numpy", "pesq", "pystoi", "librosa", "soxr", "jiwer")}
+
+
+def tick(done: int, total: int, rows: int, began: float) -> None:
+    seconds = time.monotonic() - began
+    left = seconds / done * (total - done)
+    end = "\n" if done == total or not sys.stderr.isatty() else "\r"
+    print(f"evaluated {done}/{total} batches, {rows} sounds, {rows / seconds:.1f} sounds/s, {left:.0f} s left ", end=end, file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("avsi-evaluate", description="Evaluate a trained system on one split; writes a report into its workdir.")
+    parser.add_argument("--config", default="eval", help="a name or a .py file; default %(default)s")
+    parser.add_argument("--workdir", help="the run to evaluate")
+    parser.add_argument("--baseline", help="another run at the same preset, shown beside it with paired differences")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation of the same split and protocol")
+    parser.epilog = "Fields: --config.FIELD=VALUE, e.g. --config.split=test --config.gap_ms=300,900 --config.max_clips=20"
+    known, rest = parser.parse_known_args(argv)
+    try:
+        config = configs.load(known.config, configs.split_overrides(rest))
+        if not known.workdir:
+            raise ValueError("no --workdir given; expected the folder of a training")
+        command = "avsi-evaluate " + " ".join(sys.argv[1:] if argv is None else argv)
+        folder = evaluate(config, Path(known.workdir), baseline=known.baseline, overwrite=known.overwrite, command=command)
+        print(folder / "report.html")
+    except (ValueError, OSError) as error:
+        print(f"avsi-evaluate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Restorer: a checkpoint and a damaged raw batch -> restored log-mel, waveform and what the lips said.
+
+The one way through features, models, vocoder and decode: evaluation and repair both take it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from avsi_jax import decode, gaps, media, models, stft, train, vocoder
+from avsi_jax.checkpoints import CheckpointError, Checkpoints
+from avsi_jax.features import Features, make_features, record_sound
+from avsi_jax.spec import RECORD_RATE, get
+
+
+class Restored(NamedTuple):
+    """level (B, F, K): the prediction where the sound is lost, what was heard elsewhere; said: B texts, '' without a lip reader."""
+
+    level: jax.Array
+    said: list[str]
+    features: Features
+
+
+class Restorer:
+    """A trained system, ready to restore. `which`: 'best' by validation, 'last', or a step."""
+
+    def __init__(self, config: ml_collections.ConfigDict, params, step: int):
+        self.config, self.params, self.step = config, params, step
+        self.spec = get(config.preset)
+        self.system = models.get(config.system)
+        self._predict = jax.jit(functools.partial(_predict, train.make_model(config), train.make_feature_config(config)))
+
+    @classmethod
+    def from_workdir(cls, workdir: str | Path, which: str = "best") -> Restorer:
+        """The checkpoint of a training; CheckpointError says what is missing."""
+        path = Path(workdir) / train.CONFIG
+        if not path.is_file():
+            raise CheckpointError(f"no {train.CONFIG} in {workdir}; expected the workdir of a training (avsi-train --workdir=DIR)")
+        config = ml_collections.ConfigDict(json.loads(path.read_text())).lock()
+        checkpoints = Checkpoints(workdir, read_only=True)
+        steps = {"best": checkpoints.best_step(), "last": checkpoints.latest_step()}
+        step = steps[which] if which in steps else _number(which)
+        if step is None:
+            raise CheckpointError(f"no checkpoint in {workdir} yet; train for at least one epoch")
+        params = checkpoints.restore_params(step, jax.eval_shape(lambda: train.init_params(config)))
+        checkpoints.close()
+        return cls(config, params, step)
+
+    @property
+    def name(self) -> str:
+        return self.config.system
+
+    def restore(self, batch: dict, gap: np.ndarray) -> Restored:
+        """Raw batch (arrays of `input_pipeline`, clean or emptied) and gaps (B, G, 2) in record samples -> Restored."""
+        arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
+        features, level, logits = self._predict(self.params, arrays, jnp.asarray(gap))
+        said = [""] * len(level) if logits is None else decode.greedy(logits, features.num_frames)
+        return Restored(level, said, features)
+
+    def to_sound(self, level: jax.Array, batch: dict, gap: np.ndarray) -> np.ndarray:
+        """Levels (B, F, K) -> the batch's sound (B, record_samples) float32 at RECORD_RATE with its lost samples filled in."""
+        return fill(level, batch, gap, self.config.preset)
+
+
+def _number(which: str) -> int:
+    if not str(which).isdigit():
+        raise CheckpointError(f"which checkpoint: found {which!r}, expected best, last or a step")
+    return int(which)
+
+
+def _predict(model, feature_config, params, batch, gap):
+    features = make_features(batch, gap, feature_config)
+    output = model.apply({"params": params}, features)
+    return features, models.composite(output.level, features), output.logits
+
+
+def fill(level: jax.Array, batch: dict, gap: np.ndarray, preset: str) -> np.ndarray:
+    """Levels -> sound (B, record_samples) at RECORD_RATE: the batch's own outside the gaps, Griffin-Lim with it held inside."""
+    spec = get(preset)
+    at_preset = np.asarray(_fill(jnp.asarray(level), batch["audio"], batch["audio_length"], jnp.asarray(gap), batch["id_hash"], spec))
+    sound, lost = _record_view(batch["audio"], batch["audio_length"], jnp.asarray(gap), spec)
+    wide = np.stack([fit(media.resample(x, spec.rate, RECORD_RATE), spec.record_samples) for x in at_preset])
+    return np.where(lost, wide, np.asarray(sound))
+
+
+def fit(x: np.ndarray, length: int) -> np.ndarray:
+    """(N,) cut or zero-padded to `length`."""
+    return np.pad(x[:length], (0, max(0, length - len(x))))
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _record_view(audio, length, gap, spec):
+    """Sound (B, record_samples) and which samples are lost; padding never is."""
+    sound, length = record_sound({"audio": audio, "audio_length": length}, spec)
+    inside = jnp.arange(spec.record_samples) < length[:, None]
+    return sound, gaps.lost_samples(gap, spec.record_samples) & inside
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _fill(level, audio, length, gap, seeds, spec):
+    sound, lost = _record_view(audio, length, gap, spec)
+    known = stft.decimate(gaps.damage(sound, lost), spec)
+    return vocoder.fill_gap(level, known, gaps.lost_at_preset(lost, spec), spec, seeds=seeds)
+
+
+@jax.jit
+def interpolate_level(level: jax.Array, mask: jax.Array, valid: jax.Array) -> jax.Array:
+    """Linear interpolation of levels (B, F, K) across masked frames, in time, between the nearest heard frames; held at the ends."""
+    heard = valid & ~mask
+    frame = jnp.arange(level.shape[1])
+    before = jax.lax.cummax(jnp.where(heard, frame, -1), axis=1)
+    after = jax.lax.cummin(jnp.where(heard, frame, level.shape[1]), axis=1, reverse=True)
+    low = jnp.where(before < 0, after, before)
+    high = jnp.where(after >= level.shape[1], before, after)
+    low, high = (jnp.clip(i, 0, level.shape[1] - 1) for i in (low, high))
+    part = (frame - low) / jnp.maximum(high - low, 1)
+    take = lambda i: jnp.take_along_axis(level, i[..., None], axis=1)
+    line = take(low) * (1 - part[..., None]) + take(high) * part[..., None]
+    return jnp.where(mask[..., None], line, level)
