@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 FOLDER = "checkpoints"
-METRIC = "val_loss"  # lower is better; what 'best' means
+METRIC = "monitor"  # lower is better: the value of the run's config.monitor, which decides what 'best' means
 
 
 class CheckpointError(ValueError):
@@ -26,11 +26,13 @@ class Checkpoints:
     """The checkpoints of one workdir. `keep` last ones stay, and the best by METRIC."""
 
     def __init__(self, workdir: str | Path, *, keep: int = 2, read_only: bool = False):
-        logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells every step of every save otherwise
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step of every save otherwise
         self.folder = Path(workdir).absolute() / FOLDER
         if read_only and not self.folder.is_dir():
             raise CheckpointError(f"no {FOLDER}/ in {workdir}; expected the workdir of a training (avsi-train --workdir=DIR)")
-        best = preservation_policy.BestN(get_metric_fn=lambda m: m[METRIC], reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        best = preservation_policy.BestN(
+            get_metric_fn=lambda m: m[METRIC], reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
         policy = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(keep), best])
         options = ocp.CheckpointManagerOptions(
             best_fn=lambda m: m[METRIC],
@@ -41,10 +43,10 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def save(self, step: int, state: Any, host: dict, metrics: dict[str, float]) -> None:
-        """Starts saving and returns; an earlier save that failed raises here."""
+    def save(self, step: int, state: Any, host: dict, monitor: float) -> None:
+        """Starts saving and returns; an earlier save that failed raises here. `monitor`: lower is better."""
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host))
-        self._manager.save(step, args=args, metrics={METRIC: float(metrics[METRIC])})
+        self._manager.save(step, args=args, metrics={METRIC: float(monitor)})
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -77,7 +79,9 @@ class Checkpoints:
             try:
                 params = reader.restore(folder, args=args)["params"]
             except (ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(f"checkpoint {step} in {self.folder} does not fit its config.json: {str(error).splitlines()[0][:160]}") from error
+                raise CheckpointError(
+                    f"checkpoint {step} in {self.folder} does not fit its config.json: {str(error).splitlines()[0][:160]}"
+                ) from error
         return params
 
     def wait(self) -> None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import itertools
 import json
+import resource
 import sys
 import time
 from pathlib import Path
@@ -24,6 +26,7 @@ COLUMNS = (
 )  # fmt: skip
 PROTOCOLS = ("waveform",)
 SUITES = ("lengths",)
+UNSEEN_SPLITS = ("validation", "test")  # of speakers that no training saw: intervals resample speakers, then clips
 
 
 def evaluate(config, workdir: Path, *, baseline: Path | None = None, overwrite: bool = False, command: str = "") -> Path:
@@ -39,32 +42,40 @@ def evaluate(config, workdir: Path, *, baseline: Path | None = None, overwrite: 
     restorer = Restorer.from_workdir(workdir, config.checkpoint)
     others = [Restorer.from_workdir(baseline, config.checkpoint)] if baseline else []
     if others and others[0].config.preset != restorer.config.preset:
-        raise ValueError(f"--baseline has preset {others[0].config.preset}, the system {restorer.config.preset}; compare at one preset")
-    dataset = input_pipeline.find_dataset(config.data_dir or restorer.config.data_dir, config.builder_config or restorer.config.builder_config)
+        raise ValueError(
+            f"--baseline has preset {others[0].config.preset}, the system {restorer.config.preset}; compare at one preset"
+        )
+    dataset = input_pipeline.find_dataset(
+        config.data_dir or restorer.config.data_dir, config.builder_config or restorer.config.builder_config
+    )
     records = input_pipeline.Records(dataset, config.split)
     systems = lineup(restorer, others)
     (folder / "sounds").mkdir(parents=True, exist_ok=True)
 
-    # 2. Restore, batch by batch, and score.
-    rows, examples, began, scoring = [], [], time.monotonic(), 0.0
+    # 2. Restore, batch by batch, while processes score what is done.
+    rows, examples, began = [], [], time.monotonic()
     clips = chosen_clips(records, config.max_clips)
-    shown = dict(zip(spread(sorted(clips), config.examples), cycle(config.gap_ms), strict=False))
-    work = [(batch, ms) for batch in batches(records, clips, config.batch_size) for ms in config.gap_ms]
-    for index, (batch, gap_ms) in enumerate(work):
-        made, items = restore_batch(batch, gap_ms, restorer, others, systems)
-        asked = time.monotonic()
-        scores = metrics.score_many(items, workers=config.workers or None)
-        scoring += time.monotonic() - asked
-        for row, score in zip(made, scores, strict=True):
-            rows.append({**row["row"], **{k: score.get(k) for k in ("gap_l1_db", "pesq_nb", "pesq_wb", "stoi", "estoi", "reason")}})
-        examples += [keep_example(folder, clip, gap_ms, made, batch) for clip, ms in shown.items() if ms == gap_ms and clip in batch["clip_id"]]
-        tick(index + 1, len(work), len(rows), began)
+    shown = dict(zip(spread(sorted(clips), config.examples), itertools.cycle(config.gap_ms), strict=False))
+    total = len(clips) * len(config.gap_ms) * len(systems)
+
+    def items():
+        for batch in batches(records, clips, config.batch_size):
+            for gap_ms in config.gap_ms:
+                made = restore_batch(batch, gap_ms, restorer, others, systems)
+                rows.extend(m["row"] for m in made)
+                here = [c for c, ms in shown.items() if ms == gap_ms and c in batch["clip_id"]]
+                examples.extend(keep_example(folder, clip, gap_ms, made) for clip in here)
+                yield from (m["item"] for m in made)
+
+    scores = metrics.score_many(items(), config.workers or None, lambda done, _: tick(done, total, began))
+    for row, score in zip(rows, scores, strict=True):
+        row.update(score)
 
     # 3. Write.
     write_rows(folder / "clips.csv", rows)
-    lead = systems[-2] if restorer.system.uses_video else systems[-1]
-    lead = next(s for s in systems if s["kind"] == "system")
-    pairs = [(s["name"], lead["name"]) for s in systems if s["kind"] in ("baseline", "interpolation", "other_video")]
+    pairs = [(restorer.name, s["name"]) for s in systems if s["kind"] in ("baseline", "interpolation", "other_video")]
+    unseen = config.split in UNSEEN_SPLITS
+    seconds = time.monotonic() - began
     summary = {
         "title": f"{restorer.name} on {config.split}",
         "system": restorer.name,
@@ -73,7 +84,9 @@ def evaluate(config, workdir: Path, *, baseline: Path | None = None, overwrite: 
         "suite": config.suite,
         "command": command,
         "date": datetime.date.today().isoformat(),
-        "seconds": {"all": round(time.monotonic() - began, 1), "scoring": round(scoring, 1)},
+        "seconds": {"all": round(seconds, 1)},
+        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "by_speaker": unseen,
         "versions": versions(),
         "runs": {r.name: run_facts(r) for r in [restorer, *others]},
         "metric_rate": restorer.spec.rate,
@@ -81,7 +94,7 @@ def evaluate(config, workdir: Path, *, baseline: Path | None = None, overwrite: 
         "systems": systems,
         "gap_ms": list(config.gap_ms),
         "examples": examples,
-        **metrics.summarise(rows, SYSTEM_METRICS, pairs),
+        **metrics.summarise(rows, SYSTEM_METRICS, pairs, by_speaker=unseen),
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     report.write_report(folder)
@@ -123,12 +136,6 @@ def spread(items: list, count: int) -> list:
     if count >= len(items):
         return list(items)
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
-
-
-def cycle(values):
-    import itertools
-
-    return itertools.cycle(values)
 
 
 def batches(records, clips: dict[str, int], batch_size: int):
@@ -174,80 +181,89 @@ def other_clips(speakers: dict[str, str]) -> dict[str, str]:
 # ---- one batch -----------------------------------------------------------------------------------------------------------------
 
 
-def restore_batch(batch: dict, gap_ms: int, restorer, others, systems) -> tuple[list[dict], list[dict]]:
-    """Every system's sound for every clip of a batch with a gap of one length.
+def restore_batch(batch: dict, gap_ms: int, restorer, others, systems) -> list[dict]:
+    """Every system's sound for every clip of a batch with a gap of one length, in the order of the tables.
 
-    Returns, row by row, {"row": the cells known so far, "sound"} and what `metrics.score_many` takes.
+    Returns, row by row, {"row": cells of clips.csv known so far, "item": for `metrics.score_many`, "sound", "original" (n,)}.
     """
     import numpy as np
 
-    from avsi_jax import gaps, media, metrics, stft
-    from avsi_jax.restore import fill, interpolate_level
+    from avsi_jax import gaps, media
+    from avsi_jax.restore import fill
     from avsi_jax.spec import RECORD_RATE
 
     spec = restorer.spec
     lengths = np.minimum(batch["audio_length"], spec.record_samples)
-    gap = np.asarray(
-        [[gaps.place_in_speech(c, gap_ms, tuple(s), int(n))] for c, s, n in zip(batch["clip_id"], batch["speech"], lengths, strict=True)]
-    )
-    restored = restorer.restore(batch, gap)
-    features = restored.features
-    levels = {"interpolation": interpolate_level(features.spectrogram, features.mask, features.valid), "ceiling": features.target, "system": restored.level}
-    said = {"system": restored.said}
-    for other in others:
-        result = other.restore(batch, gap)
-        levels["baseline"], said["baseline"] = result.level, result.said
-    if restorer.system.uses_video:
-        result = restorer.restore(batch["other"], gap)
-        levels["other_video"], said["other_video"] = result.level, result.said
-    centred = np.asarray(gaps.centred_frames(np.asarray(gap), spec, spec.num_frames) & features.valid)
-    error = {k: stft.db_per_level(spec) * masked_mean(np.abs(np.asarray(v - features.target)), centred) for k, v in levels.items()}
+    places = zip(batch["clip_id"], batch["speech"], lengths, strict=True)
+    gap = np.asarray([[gaps.place_in_speech(c, gap_ms, tuple(s), int(n))] for c, s, n in places])
+    levels, said, error = restore_levels(batch, gap, restorer, others)
     arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
-    sounds = {k: fill(v, arrays, gap, restorer.config.preset) for k, v in levels.items()}
-    original = media.from_int16(batch["audio"])
-    original = np.stack([x[: spec.record_samples] for x in original])
-    sounds["damaged"] = np.where(_inside(gap, original.shape[1]), 0.0, original).astype(np.float32)
-    made, items = [], []
-    for b, clip in enumerate(batch["clip_id"]):
-        if not batch["weight"][b]:
-            continue
+    sounds = {kind: fill(level, arrays, gap, restorer.config.preset) for kind, level in levels.items()}
+    original = media.from_int16(batch["audio"][:, : spec.record_samples])
+    sounds["damaged"] = np.where(np.asarray(gaps.lost_samples(gap, original.shape[1])), 0.0, original).astype(np.float32)
+    made = []
+    for b in np.flatnonzero(batch["weight"]):
         start, end = (gap[b, 0] / RECORD_RATE).tolist()
-        n = int(lengths[b])
+        recording = original[b, : lengths[b]]
+        reference = media.resample(recording, RECORD_RATE, spec.rate)
         for system in systems:
             kind = system["kind"]
-            heard = said.get(kind, [""] * len(lengths))[b]
-            reads = kind in said and (kind != "baseline" or others[0].system.reads_lips) and (kind == "baseline" or restorer.system.reads_lips)
+            sound = sounds[kind][b, : lengths[b]]
+            degraded = media.resample(sound, RECORD_RATE, spec.rate)
             row = {
-                "clip_id": clip, "speaker": batch["speaker"][b], "gap_ms": gap_ms, "start_s": round(start, 6), "end_s": round(end, 6),
-                "in_words": bool(batch["has_words"][b]), "system": system["name"], "kind": kind,
+                "clip_id": batch["clip_id"][b],
+                "speaker": batch["speaker"][b],
+                "gap_ms": gap_ms,
+                "start_s": round(start, 6),
+                "end_s": round(end, 6),
+                "in_words": bool(batch["has_words"][b]),
+                "system": system["name"],
+                "kind": kind,
                 "gap_l1_mel_db": float(error[kind][b]) if kind in error else None,
-                "cer": metrics.character_error(batch["text"][b], heard) if reads and batch["text"][b] else None,
-                "said": heard, "text": batch["text"][b],
-            }  # fmt: skip
-            made.append({"row": row, "sound": sounds[kind][b, :n], "original": original[b, :n]})
-            at_rate = lambda x: media.resample(x[:n], RECORD_RATE, spec.rate)
-            items.append({"reference": at_rate(original[b]), "degraded": at_rate(sounds[kind][b]), "rate": spec.rate, "gap_s": (start, end)})
-    return made, items
+                **heard(said.get(kind), batch["text"][b], b),
+            }
+            item = {"reference": reference, "degraded": degraded, "rate": spec.rate, "gap_s": (start, end)}
+            made.append({"row": row, "item": item, "sound": sound, "original": recording})
+    return made
 
 
-def _inside(gap, num_samples: int):
+def restore_levels(batch: dict, gap, restorer, others) -> tuple[dict, dict, dict]:
+    """By kind of system: levels (B, F, K), texts said (lip readers only), and the level's mean error in the gap (B,) in dB."""
     import numpy as np
 
-    position = np.arange(num_samples)
-    return ((position >= gap[..., :1]) & (position < gap[..., 1:])).any(-2)
+    from avsi_jax import gaps, stft
+    from avsi_jax.restore import interpolate_level
+
+    own = restorer.restore(batch, gap)
+    features, spec = own.features, restorer.spec
+    results, reads = {"system": own}, {"system": restorer, "other_video": restorer}
+    for other in others:
+        results["baseline"], reads["baseline"] = other.restore(batch, gap), other
+    if restorer.system.uses_video:
+        results["other_video"] = restorer.restore(batch["other"], gap)
+    levels = {kind: r.level for kind, r in results.items()}
+    levels["interpolation"] = interpolate_level(features.spectrogram, features.mask, features.valid)
+    levels["ceiling"] = features.target
+    inside = np.asarray(gaps.centred_frames(gap, spec, spec.num_frames) & features.valid)
+    count = np.maximum(inside.sum(-1), 1)
+    off = {kind: np.abs(np.asarray(level - features.target)).mean(-1) for kind, level in levels.items()}
+    error = {kind: stft.db_per_level(spec) * (e * inside).sum(-1) / count for kind, e in off.items()}
+    return levels, {k: r.said for k, r in results.items() if reads[k].system.reads_lips}, error
 
 
-def masked_mean(values, mask):
-    """(B, F, K) and bool (B, F) -> (B,): mean over the marked frames."""
-    import numpy as np
+def heard(said: list[str] | None, text: str, b: int) -> dict:
+    """Cells for what the lips said: empty where a system doesn't read them, no error where the truth isn't known."""
+    from avsi_jax import metrics
 
-    return (values.mean(-1) * mask).sum(-1) / np.maximum(mask.sum(-1), 1)
+    if said is None:
+        return {"cer": None, "said": "", "text": text}
+    return {"cer": metrics.character_error(text, said[b]) if text else None, "said": said[b], "text": text}
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------------------
 
 
-def keep_example(folder: Path, clip: str, gap_ms: int, made: list[dict], batch: dict) -> dict:
+def keep_example(folder: Path, clip: str, gap_ms: int, made: list[dict]) -> dict:
     """Writes one clip's sounds and returns what the report needs to show them."""
     from avsi_jax import media
     from avsi_jax.spec import RECORD_RATE
@@ -261,7 +277,15 @@ def keep_example(folder: Path, clip: str, gap_ms: int, made: list[dict], batch: 
         media.write_sound(folder / sounds[name], m["sound"], RECORD_RATE)
     first = mine[0]["row"]
     said = {m["row"]["system"]: m["row"]["said"] for m in mine if m["row"]["said"]}
-    return {"clip_id": clip, "gap_ms": gap_ms, "start_s": first["start_s"], "end_s": first["end_s"], "text": first["text"], "said": said, "sounds": sounds}
+    return {
+        "clip_id": clip,
+        "gap_ms": gap_ms,
+        "start_s": first["start_s"],
+        "end_s": first["end_s"],
+        "text": first["text"],
+        "said": said,
+        "sounds": sounds,
+    }
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -273,9 +297,14 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 def run_facts(restorer) -> dict:
     """What tells one run from another in a table."""
-    c = restorer.config
-    return {"step": restorer.step, "preset": c.preset, "loss": c.loss.to_dict(), "gaps": c.gaps.to_dict(), "seed": c.seed, "epochs": c.epochs,
-            "batch_size": c.batch_size, "schedule": c.schedule, "learning_rate": c.learning_rate}  # fmt: skip
+    config = restorer.config
+    scalars = ("preset", "seed", "epochs", "batch_size", "schedule", "learning_rate", "clip_norm")
+    return {
+        "step": restorer.step,
+        **{k: config[k] for k in scalars if k in config},
+        "loss": config.loss.to_dict(),
+        "gaps": config.gaps.to_dict(),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -284,15 +313,24 @@ def versions() -> dict[str, str]:
     return {p: importlib.metadata.version(p) for p in ("jax", "numpy", "pesq", "pystoi", "librosa", "soxr", "jiwer")}
 
 
-def tick(done: int, total: int, rows: int, began: float) -> None:
-    seconds = time.monotonic() - began
-    left = seconds / done * (total - done)
-    end = "\n" if done == total or not sys.stderr.isatty() else "\r"
-    print(f"evaluated {done}/{total} batches, {rows} sounds, {rows / seconds:.1f} sounds/s, {left:.0f} s left ", end=end, file=sys.stderr, flush=True)
+def tick(done: int, total: int, began: float) -> None:
+    """One line that rewrites itself on a terminal; every 100th sound elsewhere."""
+    live = sys.stderr.isatty()
+    if live or done == total or done % 100 == 0:
+        speed = done / (time.monotonic() - began)
+        end = "\r" if live and done < total else "\n"
+        print(
+            f"scored {done}/{total} sounds, {speed:.1f} a second, {(total - done) / speed:.0f} s left ",
+            end=end,
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("avsi-evaluate", description="Evaluate a trained system on one split; writes a report into its workdir.")
+    parser = argparse.ArgumentParser(
+        "avsi-evaluate", description="Evaluate a trained system on one split; writes a report into its workdir."
+    )
     parser.add_argument("--config", default="eval", help="a name or a .py file; default %(default)s")
     parser.add_argument("--workdir", help="the run to evaluate")
     parser.add_argument("--baseline", help="another run at the same preset, shown beside it with paired differences")

@@ -56,10 +56,10 @@ def make_features(batch: dict, gaps: jax.Array, config: FeatureConfig) -> Featur
     """Raw batch and gaps (B, G, 2) in record samples -> Features. The hidden samples reach `target` alone."""
     spec = config.spec
     sound, length = record_sound(batch, spec)
-    lost = gaps_lib.lost_samples(gaps, spec.record_samples) & (jnp.arange(spec.record_samples) < length[:, None])
+    lost = gaps_lib.lost_samples(gaps, spec.record_samples) & (jnp.arange(spec.record_samples)[None] < length[:, None])
     target = stft.log_mel_of_record(sound, spec)
     num_frames = frames_of_length(length, spec)
-    valid = jnp.arange(spec.num_frames) < num_frames[:, None]
+    valid = jnp.arange(spec.num_frames)[None] < num_frames[:, None]
     if config.protocol == "paper":
         mask = gaps_lib.centred_frames(gaps, spec, spec.num_frames) & valid
         seen = jnp.where(mask[..., None], stft.silence_level(spec), target)
@@ -78,7 +78,7 @@ def record_sound(batch: dict, spec: Spec) -> tuple[jax.Array, jax.Array]:
     audio = audio[:, :wanted] if audio.shape[1] >= wanted else jnp.pad(audio, ((0, 0), (0, wanted - audio.shape[1])))
     length = jnp.minimum(batch["audio_length"], wanted)
     sound = audio.astype(jnp.float32) / 32768.0
-    return jnp.where(jnp.arange(wanted) < length[:, None], sound, 0.0), length
+    return jnp.where(jnp.arange(wanted)[None] < length[:, None], sound, 0.0), length
 
 
 def frames_of_length(record_samples: jax.Array, spec: Spec) -> jax.Array:
@@ -109,7 +109,7 @@ def picture_positions(batch: dict, spec: Spec) -> jax.Array:
     """(B, F): the picture index, with fraction, that belongs to the middle of each spectrogram frame; held at both ends."""
     first = 0 if spec.centred else spec.window // 2
     time_s = jnp.asarray((np.arange(spec.num_frames) * spec.hop + first) / spec.rate, jnp.float32)
-    position = (time_s - batch["offset_s"][:, None]) * batch["fps"][:, None]
+    position = (time_s[None] - batch["offset_s"][:, None]) * batch["fps"][:, None]
     return jnp.clip(position, 0.0, (batch["num_frames"][:, None] - 1).astype(jnp.float32))
 
 

@@ -3,7 +3,7 @@
 A gap is [start, end) in samples at RECORD_RATE. In the `waveform` protocol the samples are gone before anything else sees the
 sound: they are zeroed at the rate they are stored in, then decimated, pre-emphasised and transformed; a spectrogram frame is
 marked if any lost sample reaches it through the decimating filter, the pre-emphasis or its window. In the `paper` protocol whole
-frames of the clean spectrogram are set to silence instead, which is kind to the frames beside the gap: only to compare with the paper.
+frames of the clean spectrogram are set to silence instead, which is kind to the frames beside it: only to compare with the paper.
 """
 
 from __future__ import annotations
@@ -105,9 +105,13 @@ def hashed_uniform(text: str) -> float:
 
 def lost_samples(gaps: jax.Array, num_samples: int) -> jax.Array:
     """Gaps (..., G, 2) -> bool (..., num_samples), true where a sample is lost."""
-    position = jnp.arange(num_samples)
-    inside = (position >= gaps[..., :1]) & (position < gaps[..., 1:])
-    return inside.any(-2)
+    return inside(gaps, jnp.arange(num_samples))
+
+
+def inside(gaps: jax.Array, positions: jax.Array) -> jax.Array:
+    """Gaps (..., G, 2) and positions (P,) -> bool (..., P): positions that lie in any of the gaps."""
+    positions = stft.along_last(positions, gaps.ndim)
+    return ((positions >= gaps[..., :1]) & (positions < gaps[..., 1:])).any(-2)
 
 
 def damage(sound: jax.Array, lost: jax.Array) -> jax.Array:
@@ -148,5 +152,4 @@ def _frame_support(spec: Spec) -> tuple[int, int]:
 def centred_frames(gaps: jax.Array, spec: Spec, num_frames: int) -> jax.Array:
     """Gaps (..., G, 2) -> bool (..., F): frames whose centre lies in a gap. The frames that errors in the gap are counted over."""
     first = 0 if spec.centred else spec.window // 2
-    centre = (np.arange(num_frames) * spec.hop + first) * spec.decimation
-    return ((centre >= gaps[..., :1]) & (centre < gaps[..., 1:])).any(-2)
+    return inside(gaps, (np.arange(num_frames) * spec.hop + first) * spec.decimation)

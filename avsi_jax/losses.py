@@ -21,8 +21,8 @@ def ctc(logits: jax.Array, num_frames: jax.Array, labels: jax.Array, label_lengt
 
     logits (B, F, C), num_frames (B,), labels (B, S) zero-padded, label_length (B,), weight (B,). Clips without text do not count.
     """
-    frame = jnp.arange(logits.shape[1]) >= num_frames[:, None]
-    symbol = jnp.arange(labels.shape[1]) >= label_length[:, None]
+    frame = jnp.arange(logits.shape[1])[None] >= num_frames[:, None]
+    symbol = jnp.arange(labels.shape[1])[None] >= label_length[:, None]
     nll = optax.ctc_loss(logits, frame.astype(logits.dtype), labels, symbol.astype(logits.dtype), blank_id=0)
     weight = weight * (label_length > 0)
     return jnp.where(weight > 0, nll, 0.0) @ weight, weight.sum()

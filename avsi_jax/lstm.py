@@ -1,6 +1,6 @@
 """The scanned LSTM layer and its fast gradient.
 
-One parameter tree, that of flax's own `LSTMCell` (`ii if ig io` kernels, `hi hf hg ho` kernels and biases), and two ways to scan it:
+One parameter tree, that of flax's `LSTMCell` (kernels `ii if ig io`, kernels and biases `hi hf hg ho`), and two ways to scan it:
   separate  four gate products a step, one scan a direction: fastest on a CPU, where XLA pays for splitting a joined product
   joined    one gate product a step, both directions in one scan: fewest, largest operations, for GPU and TPU
 Both have a gradient of their own: the backward scan does only the product with the recurrent weights, everything that does not
@@ -52,11 +52,11 @@ class BidirectionalLSTM(nn.Module):
         out = jnp.concatenate([out[0], reverse(out[1])], -1)
         if lengths is None:
             return out
-        return jnp.where((jnp.arange(x.shape[1]) < lengths[:, None])[..., None], out, 0.0)
+        return jnp.where((jnp.arange(x.shape[1])[None] < lengths[:, None])[..., None], out, 0.0)
 
 
 class CellParameters(nn.Module):
-    """The weights of one direction, under the names of flax's LSTMCell: returns Wx (4, I, H), Wh (4, H, H), b (4, H) in order ifgo."""
+    """The weights of one direction, named as flax's LSTMCell does: returns Wx (4, I, H), Wh (4, H, H), b (4, H) in order ifgo."""
 
     units: int
 
@@ -86,7 +86,7 @@ def reverse_steps(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
     """(B, T, ...) with the first `lengths` steps of each clip reversed and the padding left where it is; its own inverse."""
     if lengths is None:
         return jnp.flip(x, 1)
-    step = jnp.arange(x.shape[1])
+    step = jnp.arange(x.shape[1])[None]
     index = jnp.where(step < lengths[:, None], lengths[:, None] - 1 - step, step)
     return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
 
@@ -104,7 +104,7 @@ def _cell(gate, carry):
 
 
 def _run_separate(x, wx, wh, b):
-    projected = [x @ wx[k] + b[k] for k in range(4)]
+    projected = [x @ wx[k] + b[k, None, None] for k in range(4)]
     step = lambda carry, p: _cell([p[k] + carry[1] @ wh[k] for k in range(4)], carry)
     zero = jnp.zeros((x.shape[1], wh.shape[-1]), x.dtype)
     return jax.lax.scan(step, (zero, zero), projected)[1]

@@ -1,8 +1,8 @@
 """Every system as a small Flax module, and one registry.
 
-A network maps the damaged spectrogram (B, F, K), the lips' motion (B, F, V) and the valid frames (B,) to a restored level (B, F, K)
-and, where it reads the lips, CTC logits (B, F, NUM_LABELS). "Sequence-to-sequence" in the paper's sense: an encoder and a decoder of
-the same length, no attention, no feedback.
+A network maps the damaged spectrogram (B, F, K), the lips' motion (B, F, V) and the valid frames (B,) to a restored level
+(B, F, K) and, where it reads the lips, CTC logits (B, F, NUM_LABELS). "Sequence-to-sequence" in the paper's sense: an encoder and
+a decoder of the same length, no attention, no feedback.
 """
 
 from __future__ import annotations
@@ -55,15 +55,16 @@ class AudioOnly(nn.Module):
 
 
 class AudioVisualSeq2Seq(nn.Module):
-    """av_mtl_s2s of the paper: motion -> BLSTMs -> FC ReLU (CTC reads it) -> joined with the spectrogram -> BLSTMs -> ReLU bands.
+    """av_mtl_s2s of the paper: motion -> BLSTMs -> FC ReLU (CTC reads it) -> joined with the spectrogram -> BLSTMs -> bands.
 
-    `bottleneck` is the width of that layer: the paper's 136.
+    `bottleneck` is the width of that layer: the paper's 136. `output`: 'linear', or 'relu' as the paper's code has it here alone.
     """
 
     bands: int
     layers: int = 3
     units: int = 256
     bottleneck: int = 136
+    output: str = "linear"
     lstm: str = "auto"
 
     @nn.compact
@@ -73,7 +74,8 @@ class AudioVisualSeq2Seq(nn.Module):
         logits = nn.Dense(NUM_LABELS, kernel_init=nn.initializers.he_normal(), name="ctc")(lips)
         x = jnp.concatenate([features.spectrogram, lips], -1)
         x = Stack(self.layers, self.units, self.lstm, name="decoder")(x, features.num_frames)
-        return Output(nn.relu(nn.Dense(self.bands, name="output")(x)), logits)
+        bands = nn.Dense(self.bands, name="output")(x)
+        return Output(nn.relu(bands) if self.output == "relu" else bands, logits)
 
 
 class System(NamedTuple):

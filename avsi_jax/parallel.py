@@ -6,6 +6,7 @@ goes in and comes out whole (in_axes=None, out_axes=None), lying on all local de
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 
@@ -16,17 +17,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 AXIS = "batch"
 
 
-def use_every_core() -> None:
+def use_every_core(batch_size: int) -> None:
     """One CPU device a core, so that a CPU trains data-parallel as a pod does (faster there than threads inside one device).
 
-    To be called before jax first looks for devices; without effect on GPU and TPU, and where the number is set already.
+    As many as divide the batch. To be called before jax first looks for devices; without effect on GPU and TPU, and where the
+    number is chosen already (JAX_NUM_CPU_DEVICES) or devices were looked for (a test, a notebook).
     """
-    chosen = "JAX_NUM_CPU_DEVICES" in os.environ or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if not chosen:
-        try:
-            jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-        except RuntimeError:  # devices were looked for already (a test, a notebook): keep what there is
-            pass
+    if "JAX_NUM_CPU_DEVICES" in os.environ or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", max(n for n in range(1, cores + 1) if batch_size % n == 0))
 
 
 def devices_share_cores() -> bool:

@@ -16,6 +16,7 @@ import ml_collections
 import numpy as np
 
 from avsi_jax import decode, gaps, media, models, stft, train, vocoder
+from avsi_jax import workdir as workdir_files
 from avsi_jax.checkpoints import CheckpointError, Checkpoints
 from avsi_jax.features import Features, make_features, record_sound
 from avsi_jax.spec import RECORD_RATE, get
@@ -41,9 +42,11 @@ class Restorer:
     @classmethod
     def from_workdir(cls, workdir: str | Path, which: str = "best") -> Restorer:
         """The checkpoint of a training; CheckpointError says what is missing."""
-        path = Path(workdir) / train.CONFIG
+        path = Path(workdir) / workdir_files.CONFIG
         if not path.is_file():
-            raise CheckpointError(f"no {train.CONFIG} in {workdir}; expected the workdir of a training (avsi-train --workdir=DIR)")
+            raise CheckpointError(
+                f"no {workdir_files.CONFIG} in {workdir}; expected the workdir of a training (avsi-train --workdir=DIR)"
+            )
         config = ml_collections.ConfigDict(json.loads(path.read_text())).lock()
         checkpoints = Checkpoints(workdir, read_only=True)
         steps = {"best": checkpoints.best_step(), "last": checkpoints.latest_step()}
@@ -85,7 +88,9 @@ def _predict(model, feature_config, params, batch, gap):
 def fill(level: jax.Array, batch: dict, gap: np.ndarray, preset: str) -> np.ndarray:
     """Levels -> sound (B, record_samples) at RECORD_RATE: the batch's own outside the gaps, Griffin-Lim with it held inside."""
     spec = get(preset)
-    at_preset = np.asarray(_fill(jnp.asarray(level), batch["audio"], batch["audio_length"], jnp.asarray(gap), batch["id_hash"], spec))
+    at_preset = np.asarray(
+        _fill(jnp.asarray(level), batch["audio"], batch["audio_length"], jnp.asarray(gap), batch["id_hash"], spec)
+    )
     sound, lost = _record_view(batch["audio"], batch["audio_length"], jnp.asarray(gap), spec)
     wide = np.stack([fit(media.resample(x, spec.rate, RECORD_RATE), spec.record_samples) for x in at_preset])
     return np.where(lost, wide, np.asarray(sound))
@@ -100,7 +105,7 @@ def fit(x: np.ndarray, length: int) -> np.ndarray:
 def _record_view(audio, length, gap, spec):
     """Sound (B, record_samples) and which samples are lost; padding never is."""
     sound, length = record_sound({"audio": audio, "audio_length": length}, spec)
-    inside = jnp.arange(spec.record_samples) < length[:, None]
+    inside = jnp.arange(spec.record_samples)[None] < length[:, None]
     return sound, gaps.lost_samples(gap, spec.record_samples) & inside
 
 
@@ -113,9 +118,9 @@ def _fill(level, audio, length, gap, seeds, spec):
 
 @jax.jit
 def interpolate_level(level: jax.Array, mask: jax.Array, valid: jax.Array) -> jax.Array:
-    """Linear interpolation of levels (B, F, K) across masked frames, in time, between the nearest heard frames; held at the ends."""
+    """Linear interpolation of levels (B, F, K) across masked frames, between the nearest heard ones in time; held at the ends."""
     heard = valid & ~mask
-    frame = jnp.arange(level.shape[1])
+    frame = jnp.arange(level.shape[1])[None]
     before = jax.lax.cummax(jnp.where(heard, frame, -1), axis=1)
     after = jax.lax.cummin(jnp.where(heard, frame, level.shape[1]), axis=1, reverse=True)
     low = jnp.where(before < 0, after, before)

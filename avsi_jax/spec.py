@@ -62,7 +62,7 @@ class Spec:
         return self.hop / self.rate
 
     def frames_of(self, num_samples: int) -> int:
-        """Frames of a sound of `num_samples` at `rate`: 1 + n // hop where centred, else only whole windows, the last one padded."""
+        """Frames of a sound of `num_samples` at `rate`: 1 + n // hop where centred, else n / hop rounded up."""
         if self.centred:
             return 1 + num_samples // self.hop
         return -(-num_samples // self.hop)

@@ -75,6 +75,11 @@ def hann(spec: Spec) -> np.ndarray:
     return np.pad(window, (left, spec.n_fft - spec.window - left)).astype(np.float32)
 
 
+def along_last(vector, ndim: int) -> jax.Array:
+    """(n,) -> (1, ..., 1, n) of `ndim` axes: broadcasting is said, never left to rank promotion."""
+    return jnp.asarray(vector).reshape((1,) * (ndim - 1) + (-1,))
+
+
 def _padding(num_samples: int, spec: Spec) -> tuple[int, int]:
     """Zeros before and after a sound so that frame f covers padded samples [f hop, f hop + n_fft)."""
     frames = spec.frames_of(num_samples)
@@ -92,7 +97,7 @@ def _frames(sound: jax.Array, spec: Spec) -> jax.Array:
 
 def stft(sound: jax.Array, spec: Spec) -> jax.Array:
     """(..., N) float32 at the preset's rate -> complex64 (..., F, n_fft // 2 + 1)."""
-    return jnp.fft.rfft(_frames(sound, spec) * jnp.asarray(hann(spec)), axis=-1)
+    return jnp.fft.rfft(_frames(sound, spec) * along_last(hann(spec), sound.ndim + 1), axis=-1)
 
 
 def istft(spectrum: jax.Array, spec: Spec, num_samples: int) -> jax.Array:
@@ -100,12 +105,12 @@ def istft(spectrum: jax.Array, spec: Spec, num_samples: int) -> jax.Array:
 
     Complex (..., F, bins) -> (..., num_samples); exact for an unchanged `stft` wherever a window covers the sample.
     """
-    window = jnp.asarray(hann(spec))
-    frames = jnp.fft.irfft(spectrum, n=spec.n_fft, axis=-1) * window
+    frames = jnp.fft.irfft(spectrum, n=spec.n_fft, axis=-1) * along_last(hann(spec), spectrum.ndim)
     left, right = _padding(num_samples, spec)
     total = left + num_samples + right
-    norm = _overlap_add(jnp.broadcast_to(window**2, (spectrum.shape[-2], spec.n_fft)), spec, total)
-    sound = _overlap_add(frames, spec, total) / jnp.where(norm > 1e-8, norm, 1.0)
+    norm = _overlap_add(jnp.broadcast_to(hann(spec) ** 2, (spectrum.shape[-2], spec.n_fft)), spec, total)
+    sound = _overlap_add(frames, spec, total)
+    sound = sound / along_last(jnp.where(norm > 1e-8, norm, 1.0), sound.ndim)
     return sound[..., left : left + num_samples]
 
 

@@ -7,19 +7,14 @@ config.json, run.json (versions, devices, data), metrics.csv (identical after a 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import resource
+import datetime
 import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import configs
-
-METRICS = "metrics.csv"
-TIMING = "timing.csv"
-CONFIG = "config.json"
+from avsi_jax.workdir import METRICS, TIMING, add_row, check_config, cut_rows, read_rows, timing, write_run
 
 
 class TrainState(NamedTuple):
@@ -41,7 +36,9 @@ def make_model(config):
     system = models.get(config.system)
     sizes = {"layers": config.layers, "units": config.units, "lstm": config.lstm}
     if system.reads_lips:
-        sizes["bottleneck"] = config.bottleneck
+        if config.output not in ("linear", "relu"):
+            raise ValueError(f"config.output: found {config.output!r}, expected 'linear' or 'relu'")
+        sizes |= {"bottleneck": config.bottleneck, "output": config.output}
     return system.module(bands=spec.get(config.preset).bands, **sizes)
 
 
@@ -122,9 +119,7 @@ def make_loss(config):
             "gap": losses.spectrogram_error(output.level, features.target, hole, config.loss.kind),
         }
         if reads_lips:
-            terms["ctc"] = losses.ctc(
-                output.logits, features.num_frames, batch["labels"], batch["label_length"], batch["weight"]
-            )
+            terms["ctc"] = losses.ctc(output.logits, features.num_frames, batch["labels"], batch["label_length"], batch["weight"])
         # A mean of means is wrong as soon as gaps differ between devices: every sum is divided by the count of the whole batch.
         means = {k: s / jnp.maximum(parallel.sum_over_devices(n), 1.0) for k, (s, n) in terms.items()}
         total = sum(config.loss[k] * m for k, m in means.items())
@@ -240,21 +235,25 @@ def train(config, workdir: str | Path) -> dict[str, float]:
     """Trains until config.epochs or early stop, resuming from the workdir's newest checkpoint; returns the last row of metrics."""
     from avsi_jax import parallel
 
-    parallel.use_every_core()
+    parallel.use_every_core(config.batch_size)
     import jax
     import numpy as np
 
-    from avsi_jax import input_pipeline
+    from avsi_jax import input_pipeline, models
     from avsi_jax.checkpoints import Checkpoints
 
     # 1. What was asked for, refused before any work where it cannot be.
     workdir = Path(workdir)
     parallel.check_batch(config.batch_size)
+    if config.monitor not in ("val_loss", "val_gap_l1_db"):
+        raise ValueError(f"config.monitor: found {config.monitor!r}, expected val_loss or val_gap_l1_db")
+    if not config.data_dir:
+        raise ValueError("no --config.data_dir given; expected the folder that avsi-prepare --data_dir=DIR wrote")
     dataset = input_pipeline.find_dataset(config.data_dir, config.builder_config)
     training = input_pipeline.Records(dataset, config.train_split)
     validation = input_pipeline.Records(dataset, config.validation_split)
     if len(training) < config.batch_size:
-        raise ValueError(f"{config.train_split} holds {len(training)} clips, fewer than config.batch_size={config.batch_size}; give a smaller one")
+        raise ValueError(f"{config.train_split} holds {len(training)} clips, fewer than config.batch_size={config.batch_size}")
     steps_per_epoch = len(training) // config.batch_size
     check_config(config, workdir)
     say(f"{config.system}: {len(training)} clips to train on, {len(validation)} to validate, {steps_per_epoch} steps an epoch of "
@@ -272,14 +271,29 @@ def train(config, workdir: str | Path) -> dict[str, float]:
         stop = host["stop"]
         say(f"resumed at step {start}, epoch {start // steps_per_epoch}")
     cut_rows(workdir / METRICS, start)
-    write_run(config, workdir, dataset, training, validation)
+    write_run(
+        workdir,
+        parameters=models.count_parameters(state.params),
+        devices=[str(d.device_kind) for d in jax.devices()],
+        processes=jax.process_count(),
+        dataset={
+            "builder_config": config.builder_config,
+            "version": dataset.name,
+            "clips": {config.train_split: len(training), config.validation_split: len(validation)},
+        },
+    )
     state = parallel.replicate(state)
 
     # 3. Steps.
     train_step = parallel.map_train_step(make_train_step(config, optimiser))
     validation_step = parallel.map_evaluation_step(make_validation_step(config))
     batches = input_pipeline.train_batches(
-        training, config.batch_size, config.seed, process_index=jax.process_index(), process_count=jax.process_count(), start_step=start
+        training,
+        config.batch_size,
+        config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        start_step=start,
     )
 
     def validate() -> dict[str, float]:
@@ -289,7 +303,7 @@ def train(config, workdir: str | Path) -> dict[str, float]:
         return means.result(config, "val")
 
     # 4. Epochs. Where CPU devices share cores one step is in flight, no more (see parallel.devices_share_cores).
-    row = last_row(workdir / METRICS)
+    row = (read_rows(workdir / METRICS) or [{}])[-1]
     first, began = start // steps_per_epoch, time.monotonic()
     for epoch in range(first, config.epochs):
         if stop:
@@ -312,109 +326,18 @@ def train(config, workdir: str | Path) -> dict[str, float]:
         last = epoch + 1 == config.epochs
         if last or (epoch + 1) % config.validate_every == 0:
             row |= validate()
-            stop = progress.update(epoch + 1, row["val_loss"])
+            stop = progress.update(epoch + 1, row[config.monitor])
             state = state._replace(lr_scale=parallel.replicate(np.float32(progress.lr_scale)))
             row["lr_scale"] = progress.lr_scale
             add_row(workdir / METRICS, row)
             if last or stop or (epoch + 1) % config.checkpoint_every == 0:
-                checkpoints.save(step, state, {"progress": progress.save(), "stop": stop}, row)
+                checkpoints.save(step, state, {"progress": progress.save(), "stop": stop}, row[config.monitor])
         speed = steps_per_epoch / train_seconds
         add_row(workdir / TIMING, timing(step, speed, config.batch_size, waited / train_seconds, time.monotonic() - epoch_began))
         report(row, config.epochs, speed, (time.monotonic() - began) / (epoch + 1 - first))
     checkpoints.close()
-    say(f"done: best val_loss {progress.best:.5f} in epoch {progress.best_epoch}; everything is in {workdir}")
+    say(f"done: best {config.monitor} {progress.best:.5f} in epoch {progress.best_epoch}; everything is in {workdir}")
     return row
-
-
-# ---- files of the workdir ------------------------------------------------------------------------------------------------------
-
-
-def check_config(config, workdir: Path) -> None:
-    """Writes config.json, or refuses a config that differs from the run's own in more than where to stop and what to keep."""
-    may_change = {"epochs", "data_dir", "validate_every", "checkpoint_every", "keep", "early_stop_patience", "lstm"}
-    path = workdir / CONFIG
-    now = json.loads(config.to_json())
-    if path.exists():
-        before = json.loads(path.read_text())
-        differ = [k for k in sorted(now.keys() | before.keys()) if k not in may_change and now.get(k) != before.get(k)]
-        if differ:
-            listed = "; ".join(f"{k}: {before.get(k)!r} there, {now.get(k)!r} here" for k in differ)
-            raise ValueError(f"{workdir} holds a run with another config ({listed}); resume with the same, or take another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(now, indent=2, sort_keys=True) + "\n")
-
-
-def write_run(config, workdir: Path, dataset, training, validation) -> None:
-    """run.json: what else decided the numbers. Versions, devices, git revision, data."""
-    import importlib.metadata
-    import platform
-
-    import jax
-
-    packages = ("avsi_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    versions = {}
-    for name in packages:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed as a package"
-    run = {
-        "revision": git_revision(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "devices": [str(d.device_kind) for d in jax.devices()],
-        "processes": jax.process_count(),
-        "parameters": count_of(config),
-        "dataset": {"builder_config": config.builder_config, "version": Path(str(dataset)).name,
-                    "clips": {config.train_split: len(training), config.validation_split: len(validation)}},
-    }  # fmt: skip
-    (workdir / "run.json").write_text(json.dumps(run, indent=2) + "\n")
-
-
-def git_revision() -> str:
-    """Revision of the checkout this code runs from, 'unknown' outside of one."""
-    import subprocess
-
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-def add_row(path: Path, row: dict) -> None:
-    """Appends one row to a CSV file, with a header where the file is new."""
-    new = not path.exists() or path.stat().st_size == 0
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def read_rows(path: Path) -> list[dict[str, float]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-
-
-def last_row(path: Path) -> dict[str, float]:
-    return (read_rows(path) or [{}])[-1]
-
-
-def cut_rows(path: Path, step: int) -> None:
-    """Drops the rows after `step`: a resumed run writes them again."""
-    if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        kept = lines[:1] + [line for line in lines[1:] if float(line.split(",", 1)[0]) <= step]
-        path.write_text("".join(kept))
-
-
-def timing(step: int, speed: float, batch_size: int, waiting: float, seconds: float) -> dict[str, float]:
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"step": step, "steps_per_s": round(speed, 4), "clips_per_s": round(speed * batch_size, 2),
-            "waiting_share": round(waiting, 5), "epoch_s": round(seconds, 3), "peak_rss_mb": round(peak_mb)}  # fmt: skip
 
 
 # ---- what the user sees --------------------------------------------------------------------------------------------------------
@@ -435,8 +358,12 @@ def tick(epoch: int, done: int, total: int, began: float) -> None:
 def report(row: dict, epochs: int, speed: float, epoch_s: float) -> None:
     """One line an epoch: losses, the gap's error, speed, time left."""
     left = (epochs - row["epoch"]) * epoch_s
-    shown = "  ".join(f"{k} {row[k]:.4g}" for k in ("train_loss", "val_loss", "train_gap_l1_db", "val_gap_l1_db", "train_ctc", "val_ctc") if k in row)
-    say(f"epoch {row['epoch']:.0f}/{epochs}  {shown}  {speed:.2f} steps/s  {int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d} left")
+    shown = "  ".join(
+        f"{k} {row[k]:.4g}"
+        for k in ("train_loss", "val_loss", "train_gap_l1_db", "val_gap_l1_db", "train_ctc", "val_ctc")
+        if k in row
+    )
+    say(f"epoch {row['epoch']:.0f}/{epochs}  {shown}  {speed:.2f} steps/s  {datetime.timedelta(seconds=round(left))} left")
 
 
 def count_of(config) -> int:
@@ -465,7 +392,9 @@ def show(config) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("avsi-train", description="Train a system of avsi_jax; resumes by itself from its workdir.")
-    parser.add_argument("--config", default="av_mtl_s2s", help=f"a name ({', '.join(configs.names())}) or a .py file; default %(default)s")
+    parser.add_argument(
+        "--config", default="av_mtl_s2s", help=f"a name ({', '.join(configs.names())}) or a .py file; default %(default)s"
+    )
     parser.add_argument("--workdir", help="where the run lives; an earlier run there is gone on with")
     parser.add_argument("--show", action="store_true", help="print config, signal, network and parameters, and leave")
     parser.epilog = "Fields: --config.FIELD=VALUE, e.g. --config.data_dir=DATA --config.batch_size=64 --config.loss.gap=1"

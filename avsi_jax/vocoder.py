@@ -37,7 +37,8 @@ def mel_to_magnitude(bands: jax.Array, spec: Spec) -> jax.Array:
     if spec.scale == "linear":
         return jnp.maximum(bands, 0.0)
     basis, inverse = (jnp.asarray(a) for a in _inversion(spec))
-    smooth = (bands / jnp.maximum(basis.sum(-1), 1e-8)) @ basis  # every bin its bands' mean level: no bin starts at 0
+    # Every bin starts with some of its bands' mean level: an update never leaves 0.
+    smooth = (bands / stft.along_last(jnp.maximum(basis.sum(-1), 1e-8), bands.ndim)) @ basis
     magnitude = jnp.maximum(bands @ inverse.T, 0.0) + 0.1 * smooth + 1e-10
     reach = bands @ basis
 
@@ -110,7 +111,7 @@ def fill_gap(
 
 def _frames_touching(lost: jax.Array, spec: Spec) -> jax.Array:
     """bool (B, N) at the preset's rate -> (B, F): frames whose window holds a lost sample."""
-    weight = jnp.asarray(stft.hann(spec)) > 0
+    weight = stft.along_last(stft.hann(spec), lost.ndim + 1)
     return (stft._frames(lost.astype(jnp.float32), spec) * weight).any(-1)
 
 

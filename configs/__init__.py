@@ -62,7 +62,9 @@ def _module(name_or_path: str):
     if path.suffix != ".py":
         path = HOME / f"{name_or_path}.py"
     if not path.is_file():
-        raise ConfigError(f"no config {name_or_path!r}{_nearest(name_or_path, names())}; expected one of {', '.join(names())}, or a .py file")
+        raise ConfigError(
+            f"no config {name_or_path!r}{_nearest(name_or_path, names())}; expected one of {', '.join(names())}, or a .py file"
+        )
     module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)

@@ -1,6 +1,6 @@
 """a_si, the paper's audio-only network: damaged spectrogram -> 3 BLSTM -> linear bands. 3.84 M parameters.
 
-    avsi-train --config=a_si --workdir=DIR --config.data_dir=DATA
+avsi-train --config=a_si --workdir=DIR --config.data_dir=DATA
 """
 
 from configs import base

@@ -1,6 +1,6 @@
 """What avsi-evaluate does, whatever the system.
 
-    avsi-evaluate --workdir=DIR [--baseline=DIR2] [--config.split=test --config.gap_ms=300,900]
+avsi-evaluate --workdir=DIR [--baseline=DIR2] [--config.split=test --config.gap_ms=300,900]
 """
 
 import ml_collections

@@ -1,6 +1,6 @@
 """A network small enough for tests and for the tour of `make demo`: av_mtl_s2s with one layer of 32 units.
 
-    avsi-train --config=tiny --workdir=DIR --config.data_dir=DATA
+avsi-train --config=tiny --workdir=DIR --config.data_dir=DATA
 """
 
 from configs import base

@@ -1,0 +1,268 @@
+"""Inpainter: a person's clip -> media, landmarks, Restorer -> the clip's sound, whole. The Python API, and avsi-inpaint.
+
+The gaps are emptied first, at the clip's own rate, before anything else sees the sound: what stood there never changes the output.
+Samples outside the gaps are the recording's, bit for bit, at its own rate and in its own channels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from avsi_jax.media import Clip
+    from avsi_jax.restore import Restorer
+
+LONG_GAP_S = 1.5  # the longest that systems are evaluated at: longer ones are done, with a warning
+GUARD = 32  # record samples beside a gap that resampling mixed with it: treated as lost, never written
+SPARE_FRAMES = 4  # pictures more than a window needs, so that every window of a clip has one shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Repair:
+    """samples (N, C) float32 at `rate`, `subtype` as soundfile names it; said: what the lips said in each gap's window."""
+
+    samples: np.ndarray
+    rate: int
+    subtype: str
+    said: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+class Inpainter:
+    """Repairs clips with one trained system.
+
+    >>> painter = Inpainter.from_workdir("runs/av_mtl_s2s")     # doctest: +SKIP
+    >>> repair = painter.inpaint("clip.mpg", gaps=[(0.93, 1.73)])  # doctest: +SKIP
+    """
+
+    def __init__(self, restorer: Restorer):
+        self.restorer = restorer
+        self._tracker = None
+
+    @classmethod
+    def from_workdir(cls, workdir: str | Path, which: str = "best") -> Inpainter:
+        """The system trained in `workdir`; checkpoints.CheckpointError says what is missing."""
+        from avsi_jax.restore import Restorer
+
+        return cls(Restorer.from_workdir(workdir, which))
+
+    def inpaint(self, clip: str | Path | Clip, gaps: list[tuple[float, float]]) -> Repair:
+        """Fills the gaps, (start, end) in seconds of the clip's sound. ValueError for gaps that don't fit; media.MediaError."""
+        from avsi_jax import media
+
+        clip = clip if isinstance(clip, media.Clip) else media.read_clip(clip, pictures=self.restorer.system.uses_video)
+        if clip.sound is None:
+            raise media.MediaError(f"{clip.path} has no sound; expected a clip whose sound has a hole")
+        rate, samples = clip.sound.rate, clip.sound.samples.copy()
+        spans = check_gaps(gaps, len(samples), rate)
+        for start, end in spans:
+            samples[start:end] = 0.0
+        warnings = [
+            f"gap {a / rate:.2f}-{b / rate:.2f} s is longer than the {LONG_GAP_S} s that quality was measured up to"
+            for a, b in spans
+            if b - a > LONG_GAP_S * rate
+        ]
+        pictures, seen = self._pictures(clip)
+        windows, said = self._windows(samples, rate, spans, pictures)
+        for (start, end), window in zip(spans, windows, strict=True):
+            samples[start:end] = window[start:end, None] * channel_gains(samples, start, end, rate)
+        return Repair(samples, rate, clip.sound.subtype, tuple(said), tuple(warnings) + seen)
+
+    def _pictures(self, clip: Clip) -> tuple[dict, tuple[str, ...]]:
+        """The pictures' side of a raw batch for the whole clip (landmarks at an even rate, on the sound's clock), and warnings."""
+        import numpy as np
+
+        from avsi_jax import landmarks, media
+
+        if not self.restorer.system.uses_video:
+            still = np.zeros((1, 68, 2), np.float32)
+            return {"points": still, "fps": 25.0, "lag_s": 0.0, "size": (360, 288)}, ()
+        if clip.pictures is None:
+            raise media.MediaError(
+                f"{clip.path} has no pictures; {self.restorer.name} needs them, or take an audio-only system (a_si)"
+            )
+        self._tracker = self._tracker or landmarks.FaceTracker()
+        track = self._tracker(clip.pictures.rgb)
+        height, width = clip.pictures.rgb.shape[1:3]
+        points, fps = at_even_rate(track.points, clip.pictures.times, clip.pictures.fps)
+        return {"points": points, "fps": fps, "lag_s": media.sound_lag_s(clip), "size": (width, height)}, tuple(track.warnings)
+
+    def _windows(self, samples, rate: int, spans, pictures: dict):
+        """For every gap the whole clip's sound (N,) at its own rate with that gap filled in; and what was said in each window."""
+        import numpy as np
+
+        from avsi_jax import media
+        from avsi_jax.spec import RECORD_RATE
+
+        sound = media.resample(media.mono(samples), rate, RECORD_RATE)
+        size, scale = self.restorer.spec.record_samples, RECORD_RATE / rate
+        lost = np.asarray([[int(a * scale) - GUARD, int(np.ceil(b * scale)) + GUARD] for a, b in spans]).clip(0, len(sound))
+        done: dict[int, tuple[np.ndarray, str]] = {}
+        out, said = [], []
+        for start, end in lost:
+            if end - start > size:
+                raise ValueError(
+                    f"gap of {(end - start) / RECORD_RATE:.2f} s, expected at most {size / RECORD_RATE:.2f} s, what a system sees"
+                )
+            first = int(np.clip((start + end) // 2 - size // 2, 0, max(0, len(sound) - size)))
+            if first not in done:
+                done[first] = self._restore_window(sound, first, lost, pictures)
+            whole, text = done[first]
+            out.append(media.resample(whole, RECORD_RATE, rate))
+            said.append(text)
+        return [np.pad(x, (0, max(0, len(samples) - len(x)))) for x in out], said
+
+    def _restore_window(self, sound, first: int, lost, pictures: dict):
+        """One preset's length of sound from record sample `first`, filled in, in place in the whole (N,); what was said."""
+        import numpy as np
+
+        from avsi_jax import media
+        from avsi_jax.restore import fit
+        from avsi_jax.spec import RECORD_RATE
+
+        size = self.restorer.spec.record_samples
+        part = sound[first : first + size]
+        fps, start_s = pictures["fps"], first / RECORD_RATE
+        picture = max(0, int((start_s - pictures["lag_s"]) * fps) - 1)
+        count = int(np.ceil(size / RECORD_RATE * fps)) + SPARE_FRAMES
+        points = pictures["points"][picture : picture + count]
+        batch = {
+            "audio": media.to_int16(fit(part, size))[None],
+            "audio_length": np.asarray([len(part)], np.int32),
+            "landmarks": np.pad(points, ((0, count - len(points)), (0, 0), (0, 0)), mode="edge")[None].astype(np.float32),
+            "num_frames": np.asarray([len(points)], np.int32),
+            "offset_s": np.asarray([pictures["lag_s"] - start_s + picture / fps], np.float32),
+            "fps": np.asarray([fps], np.float32),
+            "frame_size": np.asarray([pictures["size"]], np.int32),
+            "id_hash": np.asarray([0], np.uint32),
+        }
+        gap = np.clip(lost - first, 0, len(part))[None]
+        restored = self.restorer.restore(batch, gap)
+        whole = sound.copy()
+        whole[first : first + len(part)] = self.restorer.to_sound(restored.level, batch, gap)[0, : len(part)]
+        return whole, restored.said[0]
+
+
+def check_gaps(gaps, num_samples: int, rate: int) -> list[tuple[int, int]]:
+    """Seconds -> [start, end) in samples of the clip's own rate, sorted; ValueError says which gap doesn't fit and why."""
+    duration = num_samples / rate
+    spans = []
+    for start, end in sorted(gaps):
+        if not 0 <= start < end:
+            raise ValueError(f"gap {start:g}-{end:g}: expected START-END in seconds with 0 <= START < END")
+        if start >= duration or end > duration + 0.5 / rate:
+            raise ValueError(f"gap {start:g}-{end:g} s leaves the clip, whose sound is {duration:.3f} s long")
+        spans.append((round(start * rate), min(round(end * rate), num_samples)))
+        if spans[-1][0] == spans[-1][1]:
+            raise ValueError(f"gap {start:g}-{end:g} s holds no sample at {rate} Hz")
+    if not spans:
+        raise ValueError("no gap given; expected at least one, such as --gap 0.93-1.73")
+    merged = [spans[0]]
+    for start, end in spans[1:]:
+        if start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def channel_gains(samples, start: int, end: int, rate: int):
+    """(C,) by how much each channel is louder than their mean around the gap: what is filled in is one voice for all of them."""
+    import numpy as np
+
+    beside = np.concatenate([samples[max(0, start - rate) : start], samples[end : end + rate]])
+    if samples.shape[1] == 1 or not beside.any():
+        return np.ones(samples.shape[1], np.float32)
+    power = lambda x: np.sqrt(np.mean(np.square(x, dtype=np.float64), 0))
+    return (power(beside) / max(power(beside.mean(1, keepdims=True))[0], 1e-9)).clip(0, 4).astype(np.float32)
+
+
+def at_even_rate(points, times, fps: float):
+    """Points (T, 68, 2) seen at `times` (T,) s -> points at k / rate s and the rate: unchanged where they are even already."""
+    import numpy as np
+
+    if len(times) < 2 or np.abs(times - np.arange(len(times)) / fps).max() < 0.25 / fps:
+        return points, fps
+    even = np.arange(int(times[-1] * 25.0) + 1) / 25.0
+    flat = points.reshape(len(points), -1)
+    return np.stack([np.interp(even, times, c) for c in flat.T], -1).reshape(-1, 68, 2).astype(np.float32), 25.0
+
+
+# ---- command -------------------------------------------------------------------------------------------------------------------
+
+
+def parse_gap(text: str) -> tuple[float, float]:
+    """'0.93-1.73' -> (0.93, 1.73)."""
+    start, dash, end = text.partition("-")
+    try:
+        return float(start), float(end)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected START-END in seconds, such as 0.93-1.73") from None
+
+
+def output_path(clip: Path, output: str | None, several: bool) -> Path:
+    """Where a clip's sound goes: a file where `output` has a sound's suffix and there is one clip, else DIR/STEM.restored.wav."""
+    if output and Path(output).suffix.lower() in (".wav", ".flac") and not several:
+        return Path(output)
+    return Path(output or ".") / f"{clip.stem}.restored.wav"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "avsi-inpaint", description="Fill the holes in a clip's sound, by its context and the speaker's lips."
+    )
+    parser.add_argument("clips", nargs="+", metavar="CLIP", help="video with sound (.mpg .mp4 .avi .mov .mkv), or sound for a_si")
+    parser.add_argument(
+        "--gap", type=parse_gap, action="append", metavar="START-END", help="a hole, in seconds; may be given again"
+    )
+    parser.add_argument("-o", "--output", help="a .wav or .flac file for one clip, else a folder; default: the current one")
+    parser.add_argument("--checkpoint", help="the workdir of a training (avsi-train --workdir=DIR)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    known = parser.parse_args(argv)
+    try:
+        if not known.gap:
+            raise ValueError("no gap given; expected at least one, such as --gap 0.93-1.73")
+        if not known.checkpoint:
+            raise ValueError("no --checkpoint given; expected the workdir of a training, made by avsi-train")
+        jobs = [(Path(c), output_path(Path(c), known.output, len(known.clips) > 1)) for c in known.clips]
+        for clip, target in jobs:
+            if not clip.is_file():
+                raise FileNotFoundError(f"{clip}: no such file")
+            if target.exists() and not known.overwrite:
+                raise FileExistsError(f"{target} exists; take --overwrite to replace it, or another --output")
+        painter = Inpainter.from_workdir(known.checkpoint)
+    except (ValueError, OSError) as error:
+        print(f"avsi-inpaint: {error}", file=sys.stderr)
+        return 2
+    failed = sum(not repair_file(painter, clip, target, known.gap) for clip, target in jobs)
+    return 1 if failed else 0
+
+
+def repair_file(painter: Inpainter, clip: Path, target: Path, gaps) -> bool:
+    """One clip -> one sound file; says what happened in one line. False where it could not be done."""
+    from avsi_jax import media
+
+    began = time.monotonic()
+    try:
+        repair = painter.inpaint(clip, gaps)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        media.write_sound(target, repair.samples, repair.rate, repair.subtype)
+    except (ValueError, OSError) as error:
+        print(f"avsi-inpaint: {clip}: {error}", file=sys.stderr)
+        return False
+    for warning in repair.warnings:
+        print(f"avsi-inpaint: {clip}: {warning}", file=sys.stderr)
+    said = f'  the lips said: "{repair.said[0]}"' if any(repair.said) else ""
+    print(f"{target}  ({time.monotonic() - began:.1f} s){said}")
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

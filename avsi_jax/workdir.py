@@ -1,0 +1,102 @@
+"""The files of a run's workdir: config.json, run.json, metrics.csv (identical after a resume) and timing.csv (speed)."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import platform
+import resource
+import subprocess
+from pathlib import Path
+
+CONFIG = "config.json"
+METRICS = "metrics.csv"
+TIMING = "timing.csv"
+PACKAGES = ("avsi_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+MAY_CHANGE = {"epochs", "data_dir", "validate_every", "checkpoint_every", "keep", "early_stop_patience", "lstm"}  # on a resume
+
+
+def check_config(config, workdir: Path) -> None:
+    """Writes config.json; ValueError where a run lies there whose config differs in more than where to stop and what to keep."""
+    path = workdir / CONFIG
+    now = json.loads(config.to_json())
+    if path.exists():
+        before = json.loads(path.read_text())
+        differ = [k for k in sorted(now.keys() | before.keys()) if k not in MAY_CHANGE and now.get(k) != before.get(k)]
+        if differ:
+            listed = "; ".join(f"{k}: {before.get(k)!r} there, {now.get(k)!r} here" for k in differ)
+            raise ValueError(
+                f"{workdir} holds a run with another config ({listed}); resume with the same, or take another --workdir"
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(now, indent=2, sort_keys=True) + "\n")
+
+
+def write_run(workdir: Path, *, parameters: int, devices: list[str], processes: int, dataset: dict) -> None:
+    """run.json: what else decided the numbers."""
+    run = {
+        "revision": git_revision(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "devices": devices,
+        "processes": processes,
+        "parameters": parameters,
+        "dataset": dataset,
+    }
+    (workdir / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed as a package"
+
+
+def git_revision() -> str:
+    """Revision of the checkout this code runs from, 'unknown' outside of one."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def add_row(path: Path, row: dict) -> None:
+    """Appends one row to a CSV file, with a header where the file is new."""
+    new = not path.exists() or path.stat().st_size == 0
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """The rows of a CSV file of numbers; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def cut_rows(path: Path, step: int) -> None:
+    """Drops the rows after `step`: a resumed run writes them again."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = lines[:1] + [line for line in lines[1:] if float(line.split(",", 1)[0]) <= step]
+        path.write_text("".join(kept))
+
+
+def timing(step: int, speed: float, batch_size: int, waiting: float, seconds: float) -> dict[str, float]:
+    """A row of timing.csv: steps and clips a second, share of time spent waiting for data, seconds of the epoch, peak memory."""
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {
+        "step": step,
+        "steps_per_s": round(speed, 4),
+        "clips_per_s": round(speed * batch_size, 2),
+        "waiting_share": round(waiting, 5),
+        "epoch_s": round(seconds, 3),
+        "peak_rss_mb": round(peak_mb),
+    }

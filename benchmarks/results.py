@@ -1,0 +1,146 @@
+"""Committed small summaries -> docs/results.md.
+
+    python benchmarks/results.py add WORKDIR NAME    after avsi-evaluate: takes what a table needs of every split evaluated there
+    python benchmarks/results.py                     writes docs/results.md anew from docs/results/*.json and docs/results/notes.md
+
+A summary holds means, intervals and counts, never a clip; every number in docs/results.md comes from one of them.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+HOME = DOCS / "results"
+METRICS = (  # name in summary.json, heading, digits
+    ("gap_l1_mel_db", "Log-mel error in the gap, dB, of the predicted spectrogram (lower is better)", 2),
+    ("gap_l1_db", "Log-mel error in the gap, dB, of the restored waveform (lower is better)", 2),
+    ("pesq_nb", "PESQ, narrow band at 8 kHz, whole clip (MOS-LQO; higher is better)", 2),
+    ("stoi", "STOI, whole clip (higher is better)", 3),
+    ("estoi", "ESTOI, whole clip (higher is better)", 3),
+    ("cer", "Character error of what the lips said (greedy CTC, no grammar; lower is better)", 3),
+)
+SPLITS = {"test_seen": "Speakers heard in training (test_seen)", "test": "Unseen speakers s30 s32 s33 s34 (test)"}
+KEPT = ("system", "protocol", "split", "suite", "date", "seconds", "peak_rss_mb", "versions", "runs", "metric_rate", "num_clips", "systems", "gap_ms", "by_speaker")
+
+
+def add(workdir: Path, name: str) -> None:
+    """Copies what a table needs of each evaluation under `workdir` to docs/results/NAME-SPLIT.json."""
+    folders = sorted((workdir / "eval").glob("*-lengths"))
+    if not folders:
+        raise SystemExit(f"no evaluation in {workdir}; expected one made by avsi-evaluate --workdir={workdir}")
+    HOME.mkdir(exist_ok=True)
+    for folder in folders:
+        summary = json.loads((folder / "summary.json").read_text())
+        small = {k: summary[k] for k in KEPT if k in summary}
+        small |= {"table": round_all(summary["table"]), "paired": round_all(summary["paired"]), "training": training_facts(workdir)}
+        path = HOME / f"{name}-{summary['split']}.json"
+        path.write_text(json.dumps(small, indent=1) + "\n")
+        print(path)
+
+
+def round_all(entries: list[dict]) -> list[dict]:
+    return [{k: round(v, 5) if isinstance(v, float) else v for k, v in e.items()} for e in entries]
+
+
+def training_facts(workdir: Path) -> dict:
+    """Epochs, hours, device and parameters of the run, and its config less the paths of a machine."""
+    with (workdir / "timing.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    config = {k: v for k, v in json.loads((workdir / "config.json").read_text()).items() if k != "data_dir"}
+    run = json.loads((workdir / "run.json").read_text())
+    seconds = sum(float(r["epoch_s"]) for r in rows)
+    return {
+        "epochs": len(rows),
+        "hours": round(seconds / 3600, 3),
+        "steps_per_s": round(sorted(float(r["steps_per_s"]) for r in rows)[len(rows) // 2], 2),
+        "devices": run["devices"],
+        "parameters": run["parameters"],
+        "clips": run["dataset"]["clips"],
+        "config": config,
+    }
+
+
+def write() -> None:
+    """docs/results.md from everything in docs/results."""
+    summaries = {p.stem: json.loads(p.read_text()) for p in sorted(HOME.glob("*.json"))}
+    parts = ["# Results\n", (HOME / "notes.md").read_text().strip() + "\n"]
+    for split, title in SPLITS.items():
+        of_split = {name: s for name, s in summaries.items() if s["split"] == split}
+        if of_split:
+            parts.append(f"## {title}\n")
+            parts += [section(name.removesuffix(f"-{split}"), s) for name, s in of_split.items()]
+    parts.append("## Trainings\n\n" + trainings(summaries))
+    (DOCS / "results.md").write_text("\n".join(parts).rstrip() + "\n")
+    print(DOCS / "results.md")
+
+
+def section(name: str, summary: dict) -> str:
+    """All metrics of one evaluation, a table each, and the paired differences of the gap's error."""
+    unit = "speakers, then clips" if summary.get("by_speaker") else "clips"
+    out = [
+        f"### {name}\n",
+        f"{summary['num_clips']} clips, one gap each of every length, {summary['protocol']} protocol, sound at {summary['metric_rate']} Hz; "
+        f"mean [95 % interval, bootstrap over {unit}]; {summary['seconds']['all'] / 60:.0f} min, {summary['peak_rss_mb']} MB.\n",
+    ]
+    names = [s["name"] for s in summary["systems"]]
+    cell = {(e["gap_ms"], e["system"], e["metric"]): e for e in summary["table"]}
+    for metric, heading, digits in METRICS:
+        shown = [n for n in names if any((g, n, metric) in cell for g in summary["gap_ms"])]
+        if shown:
+            out += [f"**{heading}**\n", row(["gap ms", *shown]), row(["---:"] * (len(shown) + 1))]
+            out += [row([g, *(show(cell.get((g, n, metric)), digits) for n in shown)]) for g in summary["gap_ms"]]
+            out.append("")
+    return "\n".join(out + paired(summary))
+
+
+def paired(summary: dict) -> list[str]:
+    """How much less error in the gap the system has than each of the others: above 0 is better, on the same clips."""
+    pairs = [e for e in summary["paired"] if e["metric"] == "gap_l1_mel_db"]
+    others = list(dict.fromkeys(e["b"] for e in pairs))
+    if not others:
+        return []
+    cell = {(e["gap_ms"], e["b"]): flipped(e) for e in pairs}
+    out = [f"**Gain of {summary['system']} in the gap, dB of predicted log-mel, paired (above 0: better)**\n"]
+    out += [row(["gap ms", *(f"over {o}" for o in others)]), row(["---:"] * (len(others) + 1))]
+    return [*out, *(row([g, *(show(cell.get((g, o)), 2) for o in others)]) for g in summary["gap_ms"]), ""]
+
+
+def flipped(entry: dict) -> dict:
+    """a - b as b - a."""
+    return {**entry, "mean": -entry["mean"], "low": -entry["high"], "high": -entry["low"]}
+
+
+def show(entry: dict | None, digits: int) -> str:
+    if entry is None:
+        return ""
+    missing = f" ({entry['missing']} not computable)" if entry.get("missing") else ""
+    return f"{entry['mean']:.{digits}f} [{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]{missing}"
+
+
+def row(cells: list) -> str:
+    return "| " + " | ".join(str(c) for c in cells) + " |"
+
+
+def trainings(summaries: dict) -> str:
+    """One row a run: what it took, and the command that repeats it."""
+    runs = {re.sub("-(test_seen|test)$", "", name): s for name, s in summaries.items()}
+    out = [row(["run", "parameters", "train clips", "epochs", "hours", "steps/s", "on"]), row(["---"] * 7)]
+    for name, s in runs.items():
+        t = s["training"]
+        device = f"{len(t['devices'])} x {t['devices'][0]}"
+        out.append(row([name, f"{t['parameters']:,}", t["clips"]["train"], t["epochs"], t["hours"], t["steps_per_s"], device]))
+    return "\n".join(out) + "\n"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["add"] and len(sys.argv) == 4:
+        add(Path(sys.argv[2]), sys.argv[3])
+    elif len(sys.argv) == 1:
+        write()
+    else:
+        raise SystemExit(__doc__)
