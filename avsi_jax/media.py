@@ -105,12 +105,14 @@ def sound_lag_s(clip: Clip) -> float:
     """Seconds by which sound lags the pictures: what is seen t after the first frame is heard t + lag after the first sample.
 
     Presentation times do not show the delay of Grid's MP2 encoder (spec.MPEG_SOUND_LAG_S); it is added where the sound is as
-    Grid made it: MP2 at 44.1 kHz that starts with the pictures. 0 where the clip has only one of the two.
+    Grid made it: MP2 at 44.1 kHz that starts with the pictures, also where it was copied into an .mp4 (whose MPEG sound ffmpeg reads as MP3,
+    told from a true one by Grid's own length). 0 where the clip has only one of the two.
     """
     if clip.pictures is None or clip.sound is None:
         return 0.0
     lag = clip.pictures.start_s - clip.sound.start_s
-    of_grid = clip.sound.codec == "mp2" and clip.sound.rate == 44_100 and abs(lag) < SAME_START_S
+    copied = clip.sound.codec.startswith("mp3") and len(clip.sound.samples) == spec.GRID_MPEG_SAMPLES
+    of_grid = (clip.sound.codec == "mp2" or copied) and clip.sound.rate == 44_100 and abs(lag) < SAME_START_S
     return lag + spec.MPEG_SOUND_LAG_S if of_grid else lag
 
 

@@ -62,6 +62,11 @@ def test_grid_clip_as_the_corpus_describes_it(grid_dir):
     assert media.sound_lag_s(clip) == pytest.approx(0.0110)
 
 
+def test_lag_of_grid_sound_copied_into_an_mp4(grid_dir):
+    clip = media.read_clip(next((grid_dir / "re-encoded" / "s4").glob("*.mp4")))  # MP2 sound copied, says its manifest
+    assert clip.sound.codec != "mp2" and media.sound_lag_s(clip) == pytest.approx(0.0110)
+
+
 def test_lag_of_a_grid_clip_is_what_the_original_wav_shows(grid_dir):
     """Oracle: cross-correlation of the sound of s2's one original wav with the sound of its MPEG, where both are at hand."""
     wavs = [w for w in grid_dir.glob("audio_25k/*/*.wav") if (grid_dir / w.parent.name / f"{w.stem}.mpg").exists()]
