@@ -25,7 +25,22 @@ METRICS = (  # name in summary.json, heading, digits
     ("cer", "Character error of what the lips said (greedy CTC, no grammar; lower is better)", 3),
 )
 SPLITS = {"test_seen": "Speakers heard in training (test_seen)", "test": "Unseen speakers s30 s32 s33 s34 (test)"}
-KEPT = ("system", "protocol", "split", "suite", "date", "seconds", "peak_rss_mb", "versions", "runs", "metric_rate", "num_clips", "systems", "gap_ms", "by_speaker")
+KEPT = (
+    "system",
+    "protocol",
+    "split",
+    "suite",
+    "date",
+    "seconds",
+    "peak_rss_mb",
+    "versions",
+    "runs",
+    "metric_rate",
+    "num_clips",
+    "systems",
+    "gap_ms",
+    "by_speaker",
+)
 
 
 def add(workdir: Path, name: str) -> None:
@@ -84,7 +99,7 @@ def section(name: str, summary: dict) -> str:
     unit = "speakers, then clips" if summary.get("by_speaker") else "clips"
     out = [
         f"### {name}\n",
-        f"{summary['num_clips']} clips, one gap each of every length, {summary['protocol']} protocol, sound at {summary['metric_rate']} Hz; "
+        f"{summary['num_clips']} clips, a gap of every length in each, {summary['protocol']} protocol, {summary['metric_rate']} Hz; "
         f"mean [95 % interval, bootstrap over {unit}]; {summary['seconds']['all'] / 60:.0f} min, {summary['peak_rss_mb']} MB.\n",
     ]
     names = [s["name"] for s in summary["systems"]]
