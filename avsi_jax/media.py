@@ -105,8 +105,8 @@ def sound_lag_s(clip: Clip) -> float:
     """Seconds by which sound lags the pictures: what is seen t after the first frame is heard t + lag after the first sample.
 
     Presentation times do not show the delay of Grid's MP2 encoder (spec.MPEG_SOUND_LAG_S); it is added where the sound is as
-    Grid made it: MP2 at 44.1 kHz that starts with the pictures, also where it was copied into an .mp4 (whose MPEG sound ffmpeg reads as MP3,
-    told from a true one by Grid's own length). 0 where the clip has only one of the two.
+    Grid made it: MP2 at 44.1 kHz that starts with the pictures, also where it was copied into an .mp4
+    (whose MPEG sound ffmpeg reads as MP3; Grid's own length tells it from a true one). 0 where the clip has only one of the two.
     """
     if clip.pictures is None or clip.sound is None:
         return 0.0

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from avsi_jax import decode, gaps, media, models, stft, train, vocoder
+from avsi_jax import decode, experiment, gaps, media, models, stft, vocoder
 from avsi_jax import workdir as workdir_files
 from avsi_jax.checkpoints import CheckpointError, Checkpoints
 from avsi_jax.features import Features, make_features, record_sound
@@ -37,7 +37,7 @@ class Restorer:
         self.config, self.params, self.step = config, params, step
         self.spec = get(config.preset)
         self.system = models.get(config.system)
-        self._predict = jax.jit(functools.partial(_predict, train.make_model(config), train.make_feature_config(config)))
+        self._predict = jax.jit(functools.partial(_predict, experiment.make_model(config), experiment.make_feature_config(config)))
 
     @classmethod
     def from_workdir(cls, workdir: str | Path, which: str = "best") -> Restorer:
@@ -53,7 +53,7 @@ class Restorer:
         step = steps[which] if which in steps else _number(which)
         if step is None:
             raise CheckpointError(f"no checkpoint in {workdir} yet; train for at least one epoch")
-        params = checkpoints.restore_params(step, jax.eval_shape(lambda: train.init_params(config)))
+        params = checkpoints.restore_params(step, jax.eval_shape(lambda: experiment.init_params(config)))
         checkpoints.close()
         return cls(config, params, step)
 

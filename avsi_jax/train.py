@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import configs
+from avsi_jax.experiment import count_of, example_features, init_params, make_loss, make_model, make_optimiser
 from avsi_jax.workdir import METRICS, TIMING, add_row, check_config, cut_rows, read_rows, timing, write_run
 
 
@@ -29,64 +30,6 @@ class TrainState(NamedTuple):
 # ---- set-up --------------------------------------------------------------------------------------------------------------------
 
 
-def make_model(config):
-    """The network of a config."""
-    from avsi_jax import models, spec
-
-    system = models.get(config.system)
-    sizes = {"layers": config.layers, "units": config.units, "lstm": config.lstm}
-    if system.reads_lips:
-        if config.output not in ("linear", "relu"):
-            raise ValueError(f"config.output: found {config.output!r}, expected 'linear' or 'relu'")
-        sizes |= {"bottleneck": config.bottleneck, "output": config.output}
-    return system.module(bands=spec.get(config.preset).bands, **sizes)
-
-
-def make_feature_config(config):
-    from avsi_jax import features, spec
-
-    return features.FeatureConfig(spec.get(config.preset), config.gaps.protocol, config.landmarks)
-
-
-def make_optimiser(config, steps_per_epoch: int):
-    """Adam at learning rate 1 x schedule; the plateau's factor comes from the state."""
-    import optax
-
-    total = max(1, config.epochs * steps_per_epoch)
-    if config.schedule == "cosine":
-        warm = min(int(config.warmup_epochs * steps_per_epoch), total - 1)
-        rate = optax.warmup_cosine_decay_schedule(config.learning_rate if not warm else 0.0, config.learning_rate, warm, total)
-    elif config.schedule == "plateau":
-        rate = config.learning_rate
-    else:
-        raise ValueError(f"config.schedule: found {config.schedule!r}, expected 'plateau' or 'cosine'")
-    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    return optax.chain(*clip, optax.adam(rate))
-
-
-def example_features(config, batch_size: int = 1):
-    """Features of a made-up batch: what a network is initialised with."""
-    import jax.numpy as jnp
-
-    from avsi_jax import features, spec
-
-    fc = make_feature_config(config)
-    frames, bands = fc.spec.num_frames, spec.get(config.preset).bands
-    flat = jnp.zeros((batch_size, frames), bool)
-    bank = jnp.zeros((batch_size, frames, bands))
-    return features.Features(
-        spectrogram=bank, mask=flat, video=jnp.zeros((batch_size, frames, fc.video_size)), target=bank, valid=~flat,
-        num_frames=jnp.full((batch_size,), frames, jnp.int32),
-    )  # fmt: skip
-
-
-def init_params(config):
-    """Fresh parameters from config.seed."""
-    import jax
-
-    return jax.jit(make_model(config).init)(jax.random.key(config.seed), example_features(config))["params"]
-
-
 def init_state(config, steps_per_epoch: int) -> TrainState:
     import jax.numpy as jnp
 
@@ -95,39 +38,6 @@ def init_state(config, steps_per_epoch: int) -> TrainState:
 
 
 # ---- step ----------------------------------------------------------------------------------------------------------------------
-
-
-def make_loss(config):
-    """loss(params, batch, key) -> (scalar of the whole batch's share on this device, sums for the metrics)."""
-    import jax.numpy as jnp
-
-    from avsi_jax import features as features_lib
-    from avsi_jax import gaps, losses, models, parallel
-
-    model, feature_config = make_model(config), make_feature_config(config)
-    reads_lips = models.get(config.system).reads_lips
-    draw = {k: v for k, v in config.gaps.items() if k != "protocol"}
-
-    def loss(params, batch, key):
-        drawn = gaps.draw_batch(key, batch["id_hash"], batch["audio_length"], **draw)
-        features = features_lib.make_features(batch, drawn, feature_config)
-        output = model.apply({"params": params}, features)
-        whole = features.valid * batch["weight"][:, None]
-        hole = features.mask * whole
-        terms = {
-            "whole": losses.spectrogram_error(output.level, features.target, whole, config.loss.kind),
-            "gap": losses.spectrogram_error(output.level, features.target, hole, config.loss.kind),
-        }
-        if reads_lips:
-            terms["ctc"] = losses.ctc(output.logits, features.num_frames, batch["labels"], batch["label_length"], batch["weight"])
-        # A mean of means is wrong as soon as gaps differ between devices: every sum is divided by the count of the whole batch.
-        means = {k: s / jnp.maximum(parallel.sum_over_devices(n), 1.0) for k, (s, n) in terms.items()}
-        total = sum(config.loss[k] * m for k, m in means.items())
-        error = losses.spectrogram_error(models.composite(output.level, features), features.target, hole, "l1")
-        sums = {**{k: t for k, t in terms.items()}, "gap_l1": error}
-        return total, sums
-
-    return loss
 
 
 def make_train_step(config, optimiser):
@@ -364,15 +274,6 @@ def report(row: dict, epochs: int, speed: float, epoch_s: float) -> None:
         if k in row
     )
     say(f"epoch {row['epoch']:.0f}/{epochs}  {shown}  {speed:.2f} steps/s  {datetime.timedelta(seconds=round(left))} left")
-
-
-def count_of(config) -> int:
-    """Parameters of a config's network, without making them."""
-    import jax
-
-    from avsi_jax import models
-
-    return models.count_parameters(jax.eval_shape(lambda: make_model(config).init(jax.random.key(0), example_features(config))))
 
 
 def show(config) -> None:

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from avsi_jax import landmarks, media
+from avsi_jax import face_files, landmarks, media
 
 INNER_LIPS = (62, 66)  # upper, lower, in the middle
 NOSE_TIP = 30
@@ -185,8 +185,8 @@ def test_mouth_crops_show_the_mouth_upright(tracker, clean, track):
 
 def test_altered_and_missing_model_files_are_named_with_the_remedy(tmp_path):
     folder = tmp_path / "models"
-    shutil.copytree(landmarks.importlib.resources.files("avsi_jax") / "face_models", folder)
-    assert landmarks.load_models(folder).keys() == landmarks.MODEL_SHA256.keys()
+    shutil.copytree(face_files.importlib.resources.files("avsi_jax") / "face_models", folder)
+    assert landmarks.load_models(folder).keys() == face_files.MODEL_SHA256.keys()
     file = folder / landmarks.MESH
     data = bytearray(file.read_bytes())
     data[1000] ^= 1
@@ -201,15 +201,15 @@ def test_altered_and_missing_model_files_are_named_with_the_remedy(tmp_path):
 def test_fetch_takes_the_files_out_of_the_wheel(tmp_path, monkeypatch):
     import zipfile
 
-    wheel, source = tmp_path / "mediapipe.whl", landmarks.importlib.resources.files("avsi_jax") / "face_models"
+    wheel, source = tmp_path / "mediapipe.whl", face_files.importlib.resources.files("avsi_jax") / "face_models"
     with zipfile.ZipFile(wheel, "w") as z:
-        for name in landmarks.MODEL_SHA256:
+        for name in face_files.MODEL_SHA256:
             z.writestr(f"mediapipe/modules/any/{name}", (source / name).read_bytes())
-    monkeypatch.setattr(landmarks, "_download_wheel", lambda folder: wheel)
+    monkeypatch.setattr(face_files, "_download_wheel", lambda folder: wheel)
     assert landmarks.main(["--fetch", "--model_dir", str(tmp_path / "new")]) == 0
-    assert {f.name for f in (tmp_path / "new").iterdir()} == set(landmarks.MODEL_SHA256)
+    assert {f.name for f in (tmp_path / "new").iterdir()} == set(face_files.MODEL_SHA256)
     with zipfile.ZipFile(wheel, "w") as z:
-        for name in landmarks.MODEL_SHA256:
+        for name in face_files.MODEL_SHA256:
             z.writestr(f"mediapipe/modules/any/{name}", b"something else")
     assert landmarks.main(["--fetch", "--model_dir", str(tmp_path / "other")]) == 2
     assert not (tmp_path / "other").exists()

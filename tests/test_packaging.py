@@ -1,0 +1,203 @@
+"""What a user gets: a wheel with everything in it, dependencies that are all declared, commands that answer at once."""
+
+import ast
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGES = PYPROJECT["tool"]["setuptools"]["packages"]
+SCRIPTS = PYPROJECT["project"]["scripts"]
+CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
+HEAVY = "jax jaxlib flax optax orbax grain tensorflow tensorflow_datasets librosa numba scipy av cv2 matplotlib gradio".split()
+HELP_BOUND_S = 2.0  # more than a bare interpreter; the aim is 0.5 s, the rest is for a busy machine
+
+# Runs a console script's function as its wrapper does, then tells on the last line of stdout how it went.
+CALL = f"""
+import importlib, json, sys
+module, function, *sys.argv[1:] = sys.argv[1:]
+code = 0
+try:
+    code = getattr(importlib.import_module(module), function)()
+except SystemExit as stop:
+    code = stop.code
+sys.stdout.flush()
+print(json.dumps([m for m in {HEAVY} if m in sys.modules]))
+sys.exit(code)
+"""
+
+
+def call(script: str, *args: str, cwd: Path) -> subprocess.CompletedProcess:
+    module, function = SCRIPTS[script].split(":")
+    command = [sys.executable, "-c", CALL, module, function, *args]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel built from a copy of the sources, so that the checkout stays clean and old build folders do not leak in."""
+    work = tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, work)
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, work / package, ignore=shutil.ignore_patterns("__pycache__"))
+    command = "-m pip wheel --no-deps --no-build-isolation -q -w out .".split()
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=work)
+    assert done.returncode == 0, done.stderr
+    (built,) = (work / "out").glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="session")
+def unpacked(wheel, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("unpacked")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def test_wheel_holds_every_file_of_the_packages(unpacked):
+    wanted = {
+        p.relative_to(ROOT).as_posix()
+        for package in PACKAGES
+        for p in (ROOT / package).rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts
+    }
+    found = {p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()}
+    found = {name for name in found if ".dist-info/" not in name}
+    missing, extra = sorted(wanted - found), sorted(found - wanted)
+    assert not missing and not extra, f"missing: {missing}, not asked for: {extra}; see package-data in pyproject.toml"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "avsi_jax/py.typed",
+        "avsi_jax/face_models/*.tflite",
+        "configs/base.py",
+        "tfds_grid/README.md",
+        "tfds_grid/CITATIONS.bib",
+        "tfds_grid/TAGS.txt",
+        "avsi_jax-*.dist-info/licenses/LICENSE",
+    ],
+)
+def test_wheel_holds(unpacked, pattern):
+    assert list(unpacked.glob(pattern)), f"found no {pattern} in the wheel"
+
+
+def test_wheel_tells_version_commands_and_python(unpacked):
+    (meta,) = unpacked.glob("avsi_jax-*.dist-info")
+    told = importlib.metadata.Distribution.at(meta)
+    citation = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M).group(1)
+    package = re.search(r'^__version__ = "(.+)"$', (ROOT / "avsi_jax" / "__init__.py").read_text(), re.M).group(1)
+    assert told.version == package == citation
+    assert f"{package}" in (ROOT / "CHANGELOG.md").read_text()
+    assert {e.name: e.value for e in told.entry_points if e.group == "console_scripts"} == SCRIPTS
+    assert told.metadata["Requires-Python"] == ">=3.11"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_loads_from_another_folder(unpacked, tmp_path, name):
+    code = f"import configs.{name} as c; c.get_config(); print(c.__file__)"
+    env = {**os.environ, "PYTHONPATH": str(unpacked)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == unpacked / "configs" / f"{name}.py"
+
+
+def test_package_import_is_light(tmp_path):
+    code = f"import sys, avsi_jax; print([m for m in {HEAVY} + ['numpy'] if m in sys.modules], avsi_jax.__version__)"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("[] ")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_answers_at_once(script, tmp_path):
+    def seconds(run):
+        start = time.perf_counter()
+        done = run()
+        return time.perf_counter() - start, done
+
+    bare, _ = min((seconds(lambda: subprocess.run([sys.executable, "-c", ""])) for _ in range(3)), key=lambda t: t[0])
+    took, done = min((seconds(lambda: call(script, "--help", cwd=tmp_path)) for _ in range(3)), key=lambda t: t[0])
+    assert done.returncode == 0, done.stderr
+    *text, heavy = done.stdout.splitlines()
+    assert script in "\n".join(text), f"--help of {script} does not name it: {text[:3]}"
+    assert json.loads(heavy) == [], "--help loads heavy modules: import them where they are used"
+    assert took - bare < HELP_BOUND_S, f"--help took {took:.2f} s, a bare interpreter {bare:.2f} s"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("args", [["--no_such_flag=1"], []], ids=["unknown flag", "nothing given"])
+def test_wrong_arguments_are_told_in_one_line(script, args, tmp_path):
+    done = call(script, *args, cwd=tmp_path)
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr + done.stdout
+    message = re.sub(r"\Ausage: .*\n( +.*\n)*", "", done.stderr)  # argparse shows the usage first
+    (line,) = [line for line in message.splitlines() if line.strip()]
+    told = line.removeprefix(f"{script}: ")
+    assert told != line and len(told) > 10, f"{line!r}: expected '{script}: what was found, what was expected, what mends it'"
+
+
+def third_party_imports(package: str) -> dict[str, str]:
+    """Top-level name of every library the package imports, anywhere in its files -> the file."""
+    ours = {*PACKAGES, *sys.stdlib_module_names, *(p.stem for p in (ROOT / "tests").glob("*.py"))}
+    names = {}
+    for path in sorted((ROOT / package).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                modules = [node.module]
+            names.update({m.split(".")[0]: f"{package}/{path.name}" for m in modules})
+    return {name: file for name, file in names.items() if name not in ours}
+
+
+def declared(*extras: str) -> set[str]:
+    optional = PYPROJECT["project"]["optional-dependencies"]
+    listed = [*PYPROJECT["project"]["dependencies"], *(r for extra in extras for r in optional[extra])]
+    return {canonicalize_name(Requirement(r).name) for r in listed}
+
+
+@pytest.mark.parametrize(
+    ("package", "extras"),
+    [
+        ("avsi_jax", ["app", "tpu"]),
+        ("configs", []),
+        ("tfds_grid", ["prepare", "synth", "beam"]),
+        ("tests", ["prepare", "test"]),
+    ],
+)
+def test_every_import_is_declared(package, extras):
+    """A library that only comes along with another one is not ours to import: the other may drop it."""
+    homes = importlib.metadata.packages_distributions()
+    known = declared(*extras)
+    for name, file in third_party_imports(package).items():
+        dists = {canonicalize_name(d) for d in homes.get(name, [name])}
+        assert dists & known, f"{file} imports {name} (of {', '.join(sorted(dists))}), which pyproject.toml does not list"
+
+
+def test_pins_keep_to_the_lower_bounds():
+    """constraints/tests.txt names one release of every direct dependency we test with, and none below its bound."""
+    lines = (ROOT / "constraints" / "tests.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    optional = PYPROJECT["project"]["optional-dependencies"]
+    for requirement in map(Requirement, PYPROJECT["project"]["dependencies"] + optional["prepare"]):
+        name = canonicalize_name(requirement.name)
+        assert name in pins, f"constraints/tests.txt does not pin {name}"
+        assert requirement.specifier.contains(pins[name]), f"{name}=={pins[name]} is outside {requirement}"
