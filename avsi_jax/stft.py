@@ -100,17 +100,19 @@ def stft(sound: jax.Array, spec: Spec) -> jax.Array:
     return jnp.fft.rfft(_frames(sound, spec) * along_last(hann(spec), sound.ndim + 1), axis=-1)
 
 
-def istft(spectrum: jax.Array, spec: Spec, num_samples: int) -> jax.Array:
+def istft(spectrum: jax.Array, spec: Spec, num_samples: int, floor: float = 1e-8) -> jax.Array:
     """Least-squares inverse (Griffin & Lim 1984, eq. 6): overlap-add of windowed frames over the sum of squared windows.
 
     Complex (..., F, bins) -> (..., num_samples); exact for an unchanged `stft` wherever a window covers the sample.
+    Where the squared windows sum to less than `floor`, at the ends of a clip, the sound fades instead: a spectrum that is made up
+    would burst there, since only the foot of one window sees those samples.
     """
     frames = jnp.fft.irfft(spectrum, n=spec.n_fft, axis=-1) * along_last(hann(spec), spectrum.ndim)
     left, right = _padding(num_samples, spec)
     total = left + num_samples + right
     norm = _overlap_add(jnp.broadcast_to(hann(spec) ** 2, (spectrum.shape[-2], spec.n_fft)), spec, total)
     sound = _overlap_add(frames, spec, total)
-    sound = sound / along_last(jnp.where(norm > 1e-8, norm, 1.0), sound.ndim)
+    sound = sound / along_last(jnp.maximum(norm, floor), sound.ndim)
     return sound[..., left : left + num_samples]
 
 

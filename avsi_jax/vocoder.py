@@ -19,6 +19,7 @@ from avsi_jax.spec import Spec
 ITERATIONS = 60
 MOMENTUM = 0.99
 INVERSION_STEPS = 40
+EDGE_FLOOR = 0.25  # of the summed squared windows, which lie between 0.5 and 2 inside a clip: see stft.istft
 
 
 @functools.cache
@@ -61,11 +62,11 @@ def griffin_lim(
 
     def iterate(_, carry):
         angles, before = carry
-        rebuilt = stft.stft(stft.istft(magnitude * angles, spec, length), spec)
+        rebuilt = stft.stft(stft.istft(magnitude * angles, spec, length, EDGE_FLOOR), spec)
         return _unit(rebuilt - momentum / (1 + momentum) * before), rebuilt
 
     angles, _ = jax.lax.fori_loop(0, iterations, iterate, (angles, jnp.zeros_like(angles)))
-    return stft.istft(magnitude * angles, spec, length)
+    return stft.istft(magnitude * angles, spec, length, EDGE_FLOOR)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "iterations", "momentum"))
@@ -97,7 +98,7 @@ def fill_gap(
     start = jnp.where(touched, wanted * jnp.exp(2j * np.pi * noise), own)
 
     def to_sound(spectrum):
-        return jnp.where(unknown, stft.istft(spectrum, spec, known.shape[-1]), sharp)
+        return jnp.where(unknown, stft.istft(spectrum, spec, known.shape[-1], EDGE_FLOOR), sharp)
 
     def iterate(_, carry):
         sound, before = carry

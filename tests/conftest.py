@@ -1,19 +1,27 @@
-"""What every test runs under: four CPU devices, no silent rank promotion, quiet libraries; and where real clips lie.
+"""What every test runs under: four CPU devices, no silent rank promotion, quiet libraries; and where clips and trainings come from.
 
 The settings are environment variables, set before anything imports jax, so that commands run by a test keep to them too.
 A value that is already set wins (JAX_PLATFORMS=cuda runs the tests on a GPU).
 """
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a step that several tests train with is compiled once a session
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="avsi_jax_tests_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 for _name, _value in {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "4",
     "JAX_NUMPY_RANK_PROMOTION": "raise",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "TF_ENABLE_ONEDNN_OPTS": "0",
     "MPLBACKEND": "Agg",
@@ -35,4 +43,48 @@ def grid_dir() -> Path:
     folder = Path(named) if named else ROOT.parent / "shared" / "grid"
     if not folder.is_dir():
         pytest.skip("needs real Grid clips: set AVSI_GRID")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory) -> Path:
+    """config.data_dir of the made-up dataset of tests/tiny_data.py: 9 clips to train on, 3 to validate, 3 to test."""
+    import tiny_data
+
+    return tiny_data.build(tmp_path_factory.mktemp("tiny_data"))
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_dir):
+    """tiny_config(**fields) -> config `tiny`, smaller still, on the tiny dataset; fields override, loss__gap=1 is loss.gap."""
+    import configs
+
+    def make(**fields):
+        wanted = {"data_dir": tiny_dir, "units": 8, "bottleneck": 8} | fields
+        return configs.load("tiny", [(field.replace("__", "."), str(value)) for field, value in wanted.items()])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_config, tmp_path_factory) -> Path:
+    """The workdir of two epochs of `tiny`, uninterrupted. Not to be changed by a test."""
+    from avsi_jax import train
+
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    train.train(tiny_config(), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def untrained_a_si(tiny_config, tmp_path_factory) -> Path:
+    """The workdir of a tiny a_si as it is before its first step. Not to be changed by a test."""
+    from avsi_jax import checkpoints, train, workdir
+
+    folder = tmp_path_factory.mktemp("untrained") / "run"
+    config = tiny_config(system="a_si")
+    workdir.check_config(config, folder)
+    saved = checkpoints.Checkpoints(folder)
+    saved.save(0, train.init_state(config, 1), {}, 0.0)
+    saved.close()
     return folder

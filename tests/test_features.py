@@ -1,0 +1,189 @@
+"""Motion against np.interp, levels of short clips against librosa's chain for the clip alone, masks that keep to the clip."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import librosa
+import numpy as np
+import pytest
+from scipy import signal
+
+from avsi_jax import features, gaps, spec, stft
+
+PAPER, WIDE, MORRONE = PRESETS = [spec.get(name) for name in ("paper", "wide", "morrone")]
+by_name = pytest.mark.parametrize("preset", PRESETS, ids=lambda s: s.name)
+
+B = 5
+LENGTHS = np.int32([48_000, 47_648, 20_001, 641, 47_647])
+PICTURES = np.int32([75, 74, 30, 1, 75])
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Clips of many lengths, rates and picture sizes as `input_pipeline` pads them: sound with zeros, points with the last ones."""
+    rng = np.random.default_rng(0)
+    points = np.float32(150 + rng.normal(0, 2, (B, 75, 68, 2)).cumsum(1))
+    for row, n in zip(points, PICTURES):
+        row[n:] = row[n - 1]
+    audio = rng.normal(0, 3_000, (B, 48_000)).clip(-32_768, 32_767).astype(np.int16)
+    return {
+        "audio": np.where(np.arange(48_000) < LENGTHS[:, None], audio, 0).astype(np.int16),
+        "audio_length": LENGTHS,
+        "landmarks": points,
+        "num_frames": PICTURES,
+        "frame_size": np.int32([[360, 288], [720, 576], [360, 288], [1920, 1080], [360, 288]]),
+        "fps": np.float32([25, 25, 30, 25, 29.97]),
+        "offset_s": np.float32([0, 0.011, -0.04, 0.011, 0.2]),
+        "id_hash": np.arange(B, dtype=np.uint32),
+    }
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def make(batch, gap, config):
+    return features.make_features(batch, gap, config)
+
+
+NO_GAP = np.zeros((B, 1, 2), np.int32)
+
+
+# ---- video ---------------------------------------------------------------------------------------------------------------------
+
+
+def motion_by_hand(batch, s, points):
+    """(B, F, V) float64: every coordinate by np.interp at the frames' times on the picture's clock, then differences."""
+    first = 0 if s.centred else s.window / 2
+    out = np.zeros((B, s.num_frames, 2 * len(points)))
+    for b in range(B):
+        scale = 360 / batch["frame_size"][b, 0]
+        n = batch["num_frames"][b]
+        seen_s = (np.arange(s.num_frames) * s.hop + first) / s.rate - float(batch["offset_s"][b])
+        shown_s = np.arange(n) / float(batch["fps"][b])
+        track = batch["landmarks"][b, :n][:, points].reshape(n, -1).astype(np.float64) * scale
+        out[b, 1:] = np.diff([np.interp(seen_s, shown_s, c) for c in track.T], axis=1).T
+    return out
+
+
+@pytest.mark.parametrize("landmarks", ["face", "mouth"])
+@by_name
+def test_motion_is_numpys_interpolation(batch, preset, landmarks):
+    config = features.FeatureConfig(preset, landmarks=landmarks)
+    points = {"face": range(68), "mouth": range(48, 68)}[landmarks]  # iBUG: lips are points 49 to 68
+    found = np.asarray(jax.jit(features.motion, static_argnums=1)(batch, config))
+    assert found.shape == (B, preset.num_frames, config.video_size)
+    assert config.video_size == {"face": 136, "mouth": 40}[landmarks]
+    largest = np.abs(batch["landmarks"]).max()
+    np.testing.assert_allclose(found, motion_by_hand(batch, preset, points), atol=1e-5 * largest)
+
+
+def test_motion_begins_and_ends_still(batch):
+    video = np.asarray(make(batch, NO_GAP, features.FeatureConfig(PAPER)).video)
+    assert not video[:, 0].any()
+    assert not video[3].any()  # a single picture does not move
+    last_s = (PICTURES[2] - 1) / 30 - 0.04  # clip 2: its last picture, heard earlier than seen
+    moving = video[2].any(-1)
+    assert moving[: int(last_s * 50)].sum() > 0.9 * int(last_s * 50) and not moving[int(last_s * 50) + 2 :].any()
+
+
+def test_the_sound_is_never_shifted(batch):
+    config = features.FeatureConfig(PAPER)
+    late = make(batch | {"offset_s": batch["offset_s"] + np.float32(0.08)}, NO_GAP, config)
+    now = make(batch, NO_GAP, config)
+    np.testing.assert_array_equal(late.spectrogram, now.spectrogram)
+    # 80 ms are 4 frames: what was seen at frame f is now heard at f + 4.
+    np.testing.assert_allclose(late.video[0, 5:], now.video[0, 1:-4], atol=2e-3)
+
+
+def test_padding_points_do_not_matter(batch):
+    config = features.FeatureConfig(PAPER)
+    points = np.where(np.arange(75)[None, :, None, None] < PICTURES[:, None, None, None], batch["landmarks"], 1e6)
+    np.testing.assert_array_equal(
+        make(batch | {"landmarks": points.astype(np.float32)}, NO_GAP, config).video, make(batch, NO_GAP, config).video
+    )
+
+
+def test_interpolation_holds_both_ends():
+    values = np.float32([[[0.0], [10.0], [30.0]]])
+    found = features.interpolate(jnp.asarray(values), jnp.float32([[0, 0.25, 1, 1.5, 2]]))
+    np.testing.assert_allclose(found[0, :, 0], [0, 2.5, 10, 20, 30])
+
+
+# ---- sound ---------------------------------------------------------------------------------------------------------------------
+
+
+def level_of_clip_alone(audio, s):
+    """(F, K) float64 by librosa and scipy of one int16 clip that nothing follows, and no other room of ours."""
+    frames = 1 + -(-len(audio) * s.rate // 16_000) // s.hop
+    x = np.pad(audio / 32_768.0, (0, 1_000))  # the decimating filter rings on
+    if s.rate == 8_000:
+        taps = stft.decimation_filter(2).astype(np.float64)  # held to scipy and its stop band in test_stft
+        x = signal.upfirdn(taps, x, down=2)[len(taps) // 4 :]
+    x = x[: s.num_samples]
+    if s is PAPER:
+        sharp = librosa.effects.preemphasis(x, coef=0.97, zi=[0.0])
+        mel = librosa.filters.mel(sr=8_000, n_fft=510, n_mels=64).astype(np.float64)
+        bands = np.abs(librosa.stft(sharp, n_fft=510, hop_length=160, win_length=320)).T @ mel.T
+        return np.clip((20 * np.log10(np.maximum(1e-5, bands)) + 80) / 80, 0, 1)[:frames]
+    mel = librosa.filters.mel(sr=16_000, n_fft=512, n_mels=80).astype(np.float64)
+    return np.log(np.abs(librosa.stft(x, n_fft=512, hop_length=160, win_length=400)).T @ mel.T + 1e-5)[:frames]
+
+
+@pytest.mark.parametrize("preset", [PAPER, WIDE], ids=lambda s: s.name)
+def test_valid_frames_are_those_of_the_clip_alone(batch, preset):
+    """Level and number of frames: what librosa makes of the clip followed by silence, up to the preset's length."""
+    found = make(batch, NO_GAP, features.FeatureConfig(preset))
+    for b in range(B):
+        n = min(LENGTHS[b], preset.record_samples)
+        expected = level_of_clip_alone(batch["audio"][b, :n], preset)
+        assert int(found.num_frames[b]) == len(expected)
+        np.testing.assert_array_equal(found.valid[b], np.arange(preset.num_frames) < len(expected))
+        np.testing.assert_allclose(found.target[b, : len(expected)], expected, atol=1e-4)
+        np.testing.assert_array_equal(found.spectrogram[b], found.target[b])
+    assert not np.asarray(found.mask).any()
+
+
+def test_morrone_frames_of_short_clips(batch):
+    """Every frame that begins in the clip: ceil(samples / 192)."""
+    found = make(batch, NO_GAP, features.FeatureConfig(MORRONE))
+    np.testing.assert_array_equal(found.num_frames, [250, 249, 105, 4, 249])
+    np.testing.assert_array_equal(np.asarray(found.valid).sum(1), found.num_frames)
+
+
+def test_what_lies_behind_a_clips_end_does_not_matter(batch):
+    noise = np.random.default_rng(1).normal(0, 9_000, (B, 48_000)).astype(np.int16)
+    dirty = np.where(np.arange(48_000) < LENGTHS[:, None], batch["audio"], noise)
+    config = features.FeatureConfig(PAPER)
+    gap = np.tile(np.int32([[1_000, 9_000]]), (B, 1, 1))
+    for one, two in zip(make(batch, gap, config), make(batch | {"audio": dirty}, gap, config)):
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("protocol", gaps.PROTOCOLS)
+@by_name
+def test_padding_is_never_marked(batch, preset, protocol):
+    ends = np.minimum(LENGTHS, preset.record_samples)
+    gap = np.int32([[[n - 600, 48_000]] for n in ends])  # over every clip's end
+    found = make(batch, gap, features.FeatureConfig(preset, protocol))
+    assert not (np.asarray(found.mask) & ~np.asarray(found.valid)).any()
+    assert np.asarray(found.mask).any(1).all()
+    behind = np.int32([[[n, 48_000]] for n in ends])  # a gap behind the end takes nothing away
+    beyond = make(batch, behind, features.FeatureConfig(preset))
+    assert not np.asarray(beyond.mask).any()
+    np.testing.assert_array_equal(beyond.spectrogram, beyond.target)
+
+
+def test_record_sound_is_cut_or_padded_to_the_preset(batch):
+    sound, length = features.record_sound(batch, PAPER)
+    assert sound.shape == (B, 47_648) and sound.dtype == jnp.float32
+    np.testing.assert_array_equal(length, np.minimum(LENGTHS, 47_648))
+    np.testing.assert_array_equal(sound, batch["audio"][:, :47_648] / np.float32(32_768))
+    short = {"audio": batch["audio"][:, :30_000], "audio_length": np.minimum(LENGTHS, 30_000)}
+    sound, length = features.record_sound(short, WIDE)
+    assert sound.shape == (B, 48_000) and not np.asarray(sound)[:, 30_000:].any()
+    np.testing.assert_array_equal(length, short["audio_length"])
+
+
+@pytest.mark.parametrize(("field", "value"), [("protocol", "spectrogram"), ("landmarks", "nose")])
+def test_unknown_choices_are_refused(field, value):
+    with pytest.raises(ValueError, match=f"{field}: found '{value}', expected"):
+        features.FeatureConfig(PAPER, **{field: value})

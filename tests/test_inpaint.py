@@ -1,0 +1,471 @@
+"""Repairing clips: what is hidden changes nothing, what is not lost stays bit for bit, and mistakes take one line.
+
+The networks are tiny and untrained, but for an output bias that says -48 dB in every band: what they fill in is a murmur that can
+be heard. Whether it is good is what evaluation tells.
+"""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_data
+
+from avsi_jax import inpaint, media
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def audible(config):
+    """An untrained Restorer whose every predicted level is about 0.4: -48 dB a band."""
+    import jax
+
+    from avsi_jax import experiment
+    from avsi_jax.restore import Restorer
+
+    params = jax.device_get(experiment.init_params(config))
+    params["output"]["bias"] = params["output"]["bias"] + np.float32(0.4)
+    return Restorer(config, params, 0)
+
+
+@pytest.fixture(scope="module")
+def by_sound(tiny_config):
+    """Inpainter with an audio-only system."""
+    return inpaint.Inpainter(audible(tiny_config(system="a_si")))
+
+
+@pytest.fixture(scope="module")
+def by_lips(tiny_config):
+    """Inpainter with an audio-visual system, and the real face tracker."""
+    return inpaint.Inpainter(audible(tiny_config()))
+
+
+@dataclasses.dataclass
+class MadeUpTracker:
+    """Stands in for the face networks: all points of picture t at `position(t)`, and a warning."""
+
+    position: object = staticmethod(lambda t: 100 + 10 * np.sin(t))
+
+    def __call__(self, rgb):
+        from avsi_jax import landmarks
+
+        points = np.tile(self.position(np.arange(len(rgb)))[:, None, None], (1, 68, 2)).astype(np.float32)
+        return landmarks.Track(points, np.ones(len(rgb), bool), ("half a face",))
+
+
+@pytest.fixture
+def by_made_up_lips(by_lips):
+    """An audio-visual system that needs no face: pictures may be anything."""
+    painter = inpaint.Inpainter(by_lips.restorer)
+    painter._tracker = MadeUpTracker()
+    return painter
+
+
+def voice(seconds, rate, *, channels=1, seed=0):
+    """A made-up voice (N, C) that repeats every 2.9 s; the second channel is half as loud."""
+    one = tiny_data.voice(seed, 46_400)[0]
+    x = media.resample(np.tile(one, int(np.ceil(seconds / 2.9)) + 1), 16_000, rate)[: round(seconds * rate)]
+    return np.stack([0.5 * x / (k + 1) for k in range(channels)], 1).astype(np.float32)
+
+
+def clip_of(samples, rate, *, num_pictures=0, fps=25.0, start_s=0.0, subtype="PCM_16"):
+    """A clip as read_clip would give it, with plain grey pictures."""
+    pictures = None
+    if num_pictures:
+        rgb = np.zeros((num_pictures, 4, 6, 3), np.uint8)
+        pictures = media.Pictures(rgb, fps, start_s, np.arange(num_pictures) / fps)
+    return media.Clip("made-up", pictures, media.Sound(samples, rate, 0.0, subtype, "pcm"))
+
+
+def lost(gaps, num_samples, rate):
+    """bool (N,): what the gaps take."""
+    time = np.arange(num_samples)
+    return np.any([(time >= round(a * rate)) & (time < round(b * rate)) for a, b in gaps], axis=0)
+
+
+def loudness(x):
+    return 20 * np.log10(np.sqrt(np.mean(np.square(x, dtype=np.float64))) + 1e-9)
+
+
+# ------------------------------------------------------------------------------------------------------- what is filled in
+
+GAPS = {
+    "middle": [(0.9, 1.7)],
+    "start": [(0.0, 0.4)],
+    "end": [(2.4, 2.978)],
+    "several": [(1.9, 2.0), (0.3, 0.5), (1.0, 1.35)],
+    "one sample beside another": [(0.5, 0.75), (0.75, 1.0)],
+}
+
+
+@pytest.mark.parametrize("gaps", GAPS.values(), ids=GAPS)
+def test_gaps_are_filled_and_nothing_else_is_touched(by_sound, gaps):
+    samples = voice(2.978, 44_100, channels=2)
+    before = samples.copy()
+    repair = by_sound.inpaint(clip_of(samples, 44_100), gaps)
+    hole = lost(gaps, len(samples), 44_100)
+    np.testing.assert_array_equal(samples, before, err_msg="the clip that was given is changed")
+    np.testing.assert_array_equal(repair.samples[~hole], before[~hole])
+    assert repair.samples.shape == before.shape and repair.samples.dtype == np.float32
+    assert (repair.rate, repair.subtype, repair.warnings) == (44_100, "PCM_16", ())
+    for start, end in gaps:
+        part = repair.samples[round(start * 44_100) : round(end * 44_100)]
+        assert -60 < loudness(part[:, 0]) < 0, "silence, or too loud"
+        quiet = np.abs(part[:, 0]).reshape(-1)[: len(part) // 441 * 441].reshape(-1, 441).max(1)
+        assert quiet.min() > 1e-5, "10 ms of silence inside the gap"
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(8_000, 1), (16_000, 1), (22_050, 1), (48_000, 2)])
+def test_every_rate_keeps_its_samples(by_sound, rate, channels):
+    samples = voice(2.5, rate, channels=channels)
+    repair = by_sound.inpaint(clip_of(samples, rate), [(0.8, 1.3), (2.3, 2.5)])
+    hole = lost([(0.8, 1.3), (2.3, 2.5)], len(samples), rate)
+    np.testing.assert_array_equal(repair.samples[~hole], samples[~hole])
+    assert repair.samples.shape == samples.shape and repair.rate == rate
+    assert all(-60 < loudness(repair.samples[hole, c]) < 0 for c in range(channels))
+
+
+def test_channels_keep_their_balance(by_sound):
+    """The second channel is half as loud as the first, and so is what is filled in."""
+    samples = voice(2.5, 48_000, channels=2)
+    part = by_sound.inpaint(clip_of(samples, 48_000), [(0.8, 1.3)]).samples[38_400:62_400]
+    assert loudness(part[:, 0]) - loudness(part[:, 1]) == pytest.approx(20 * np.log10(2), abs=0.1)
+
+
+def test_a_silent_channel_stays_silent(by_sound):
+    samples = voice(2.5, 16_000, channels=2)
+    samples[:, 1] = 0
+    repair = by_sound.inpaint(clip_of(samples, 16_000), [(0.8, 1.3)])
+    assert not repair.samples[:, 1].any() and loudness(repair.samples[12_800:20_800, 0]) > -60
+
+
+def test_a_short_clip(by_sound):
+    samples = voice(0.6, 16_000)
+    repair = by_sound.inpaint(clip_of(samples, 16_000), [(0.2, 0.4)])
+    hole = lost([(0.2, 0.4)], len(samples), 16_000)
+    np.testing.assert_array_equal(repair.samples[~hole], samples[~hole])
+    assert repair.samples[hole].any()
+
+
+# -------------------------------------------------------------------------------------------------------- what is hidden
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 44_100])
+def test_hidden_samples_change_nothing(by_sound, rate, tmp_path):
+    """By way of files, as a person would try it."""
+    samples, gaps = voice(2.9, rate, channels=2), [(0.0, 0.2), (0.9, 1.7)]
+    hole = lost(gaps, len(samples), rate)
+    repairs = []
+    for name, inside in (("a", samples), ("b", 0), ("c", np.random.default_rng(0).uniform(-1, 1, samples.shape))):
+        media.write_sound(tmp_path / f"{name}.wav", np.where(hole[:, None], inside, samples), rate)
+        repairs.append(by_sound.inpaint(tmp_path / f"{name}.wav", gaps).samples)
+    np.testing.assert_array_equal(repairs[0], repairs[1])
+    np.testing.assert_array_equal(repairs[0], repairs[2])
+
+
+def test_hidden_samples_of_a_film_change_nothing(by_made_up_lips):
+    samples, gaps = voice(2.9, 48_000), [(0.9, 1.7)]
+    noisy = samples.copy()
+    noisy[lost(gaps, len(samples), 48_000)] = 0.7
+    a, b = (by_made_up_lips.inpaint(clip_of(x, 48_000, num_pictures=73), gaps) for x in (samples, noisy))
+    np.testing.assert_array_equal(a.samples, b.samples)
+    assert a.said == b.said and a.warnings == ("half a face",)
+
+
+def test_not_even_what_is_not_a_number(by_sound):
+    samples, gaps = voice(2.9, 16_000), [(0.9, 1.7)]
+    expected = by_sound.inpaint(clip_of(samples, 16_000), gaps).samples
+    samples[lost(gaps, len(samples), 16_000)] = np.nan
+    np.testing.assert_array_equal(by_sound.inpaint(clip_of(samples, 16_000), gaps).samples, expected)
+
+
+# -------------------------------------------------------------------------------------------------------------- long clips
+
+LATE_GAPS = [(0.5, 0.8), (4.2, 5.1), (5.4, 5.6), (8.5, 8.7)]
+
+
+def test_a_long_clip_by_its_sound(by_sound):
+    samples = voice(8.7, 16_000)
+    repair = by_sound.inpaint(clip_of(samples, 16_000), LATE_GAPS)
+    hole = lost(LATE_GAPS, len(samples), 16_000)
+    np.testing.assert_array_equal(repair.samples[~hole], samples[~hole])
+    for start, end in LATE_GAPS:
+        assert -60 < loudness(repair.samples[round(start * 16_000) : round(end * 16_000)]) < 0
+
+
+def test_a_long_film(by_made_up_lips):
+    samples = voice(8.7, 16_000)
+    repair = by_made_up_lips.inpaint(clip_of(samples, 16_000, num_pictures=217), LATE_GAPS)
+    hole = lost(LATE_GAPS, len(samples), 16_000)
+    np.testing.assert_array_equal(repair.samples[~hole], samples[~hole])
+    assert all(repair.samples[round(a * 16_000) : round(b * 16_000)].any() for a, b in LATE_GAPS)
+
+
+def test_a_film_whose_pictures_end_before_the_gap(by_made_up_lips):
+    """Its last picture stays: no lips are better than no repair."""
+    samples = voice(8.7, 16_000)
+    repair = by_made_up_lips.inpaint(clip_of(samples, 16_000, num_pictures=60), [(7.0, 7.5)])
+    assert repair.samples[112_000:120_000].any()
+
+
+def test_a_gap_is_filled_alike_wherever_it_lies(by_sound):
+    """What is around it decides, not how long the clip is before: the voice repeats every 2.9 s, so do the windows."""
+    long = voice(8.7, 16_000)
+    shift = 2 * 46_400  # samples
+    a, b = (by_sound.inpaint(clip_of(long, 16_000), [(2.0 + s, 2.5 + s)]).samples[:, 0] for s in (1.45, 1.45 + 2.9))
+    n = slice(round(3.45 * 16_000), round(3.95 * 16_000))
+    later = slice(n.start + shift // 2, n.stop + shift // 2)
+    assert np.abs(a[n] - b[later]).max() < 1e-2 * np.abs(a[n]).max()
+
+
+@dataclasses.dataclass
+class Watched:
+    """A Restorer that keeps the batches it was given."""
+
+    restorer: object
+    batches: list
+
+    def __getattr__(self, name):
+        return getattr(self.restorer, name)
+
+    def restore(self, batch, gap):
+        self.batches.append((batch, np.asarray(gap)))
+        return self.restorer.restore(batch, gap)
+
+
+@pytest.mark.parametrize(("fps", "start_s"), [(25.0, 0.0), (25.0, 0.2), (30.0, -0.1)])
+@pytest.mark.parametrize("gap", [(0.1, 0.3), (4.0, 4.4), (8.0, 8.6)])
+def test_the_lips_seen_are_those_of_the_moment(by_lips, fps, start_s, gap):
+    """A picture shows its own number: at every frame of a window the network must see the number of the picture of that moment.
+
+    Pictures that start `start_s` late in the container belong to sound that is `start_s` further on.
+    """
+    from avsi_jax import features
+
+    watched = Watched(by_lips.restorer, [])
+    painter = inpaint.Inpainter(watched)
+    painter._tracker = MadeUpTracker(lambda t: 1.0 * t)
+    samples = voice(8.7, 16_000)
+    clip = clip_of(samples, 16_000, num_pictures=round(8.7 * fps), fps=fps, start_s=start_s)
+    painter.inpaint(clip, [gap])
+    (batch, spans), spec = watched.batches[0], by_lips.restorer.spec
+    found = features.interpolate(batch["landmarks"][..., 0, :1], features.picture_positions(batch, spec))[0, :, 0]
+    first_s = gap[0] - (spans[0, 0, 0] + inpaint.GUARD) / 16_000 if spans[0, 0, 0] else 0.0  # where the window begins
+    heard_s = first_s + np.arange(spec.num_frames) * 0.02
+    expected = np.clip((heard_s - start_s) * fps, 0, round(8.7 * fps) - 1)
+    np.testing.assert_allclose(found, expected, atol=0.02)
+
+
+# ---------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("gaps", "says"),
+    [
+        ([], "no gap given"),
+        ([(1.7, 0.9)], "gap 1.7-0.9: expected START-END in seconds with 0 <= START < END"),
+        ([(0.5, 0.5)], "expected START-END"),
+        ([(-0.1, 0.5)], "gap -0.1-0.5: expected START-END"),
+        ([(float("nan"), 0.5)], "expected START-END"),
+        ([(0.5, float("inf"))], "leaves the clip, whose sound is 2.500 s long"),
+        ([(0.1, 0.2), (2.4, 2.6)], "gap 2.4-2.6 s leaves the clip, whose sound is 2.500 s long"),
+        ([(0.50001, 0.50002)], "holds no sample at 16000 Hz"),
+    ],
+)
+def test_gaps_that_do_not_fit(by_sound, gaps, says):
+    with pytest.raises(ValueError) as error:
+        by_sound.inpaint(clip_of(voice(2.5, 16_000), 16_000), gaps)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_gap_longer_than_the_network_sees(by_sound):
+    with pytest.raises(ValueError, match=r"gap .*3\.\d+ s.* at most 2\.98 s"):
+        by_sound.inpaint(clip_of(voice(8, 16_000), 16_000), [(2.0, 5.2)])
+
+
+def test_a_long_gap_is_filled_with_a_warning(by_sound):
+    repair = by_sound.inpaint(clip_of(voice(2.978, 16_000), 16_000), [(0.5, 2.5)])
+    assert len(repair.warnings) == 1 and "0.50-2.50 s is longer than" in repair.warnings[0]
+
+
+def test_gaps_that_overlap_are_one():
+    assert inpaint.check_gaps([(1.0, 1.5), (0.2, 0.4), (1.4, 1.6), (1.1, 1.2)], 32_000, 16_000) == [(3200, 6400), (16_000, 25_600)]
+
+
+def test_sound_alone_is_refused_by_a_lip_reader(by_lips):
+    with pytest.raises(media.MediaError, match="has no pictures; av_mtl_s2s needs them, or take an audio-only system"):
+        by_lips.inpaint(clip_of(voice(1, 16_000), 16_000), [(0.2, 0.4)])
+
+
+def test_uneven_pictures_are_seen_at_an_even_rate():
+    """np.interp of each coordinate."""
+    rng = np.random.default_rng(0)
+    times = np.cumsum(rng.uniform(0.01, 0.1, 50))
+    times -= times[0]
+    points = rng.normal(size=(50, 68, 2)).astype(np.float32)
+    even, rate = inpaint.at_even_rate(points, times, 29.97)
+    assert rate == 25 and len(even) == int(times[-1] * 25) + 1
+    at = np.arange(len(even)) / 25
+    np.testing.assert_allclose(even[:, 7, 1], np.interp(at, times, points[:, 7, 1]), atol=1e-6)
+    same, rate = inpaint.at_even_rate(points, np.arange(50) / 29.97, 29.97)
+    assert same is points and rate == 29.97
+
+
+# ----------------------------------------------------------------------------------------------------------------- real clips
+
+
+def test_a_real_clip(by_lips, grid_dir, tmp_path):
+    """As decoded, outside the gap, bit for bit in the file that is written; and what was said there changes nothing."""
+    clip, gaps = media.read_clip(grid_dir / "s1" / "bbaz5s.mpg"), [(0.93, 1.73)]
+    hole = lost(gaps, len(clip.sound.samples), 44_100)
+    repair = by_lips.inpaint(clip, gaps)
+    np.testing.assert_array_equal(repair.samples[~hole], clip.sound.samples[~hole])
+    assert -60 < loudness(repair.samples[hole]) < 0 and repair.samples.shape == (131_328, 2)
+    media.write_sound(tmp_path / "out.wav", repair.samples, repair.rate, repair.subtype)
+    written = media.read_clip(tmp_path / "out.wav").sound
+    decoded = np.clip(np.rint(clip.sound.samples.astype(np.float64) * 32_768), -32_768, 32_767)
+    np.testing.assert_array_equal(written.samples[~hole] * 32_768, decoded[~hole])
+    other = clip.sound.samples.copy()
+    other[hole] = 0.5
+    again = by_lips.inpaint(dataclasses.replace(clip, sound=dataclasses.replace(clip.sound, samples=other)), gaps)
+    np.testing.assert_array_equal(again.samples, repair.samples)
+
+
+# -------------------------------------------------------------------------------------------------------------------- command
+
+
+@pytest.fixture
+def wav(tmp_path):
+    media.write_sound(tmp_path / "clip.wav", voice(2.5, 16_000), 16_000)
+    return tmp_path / "clip.wav"
+
+
+def run(*arguments) -> int:
+    return inpaint.main([str(a) for a in arguments])
+
+
+@pytest.mark.parametrize(("subtype", "rate"), [("PCM_16", 48_000), ("PCM_24", 48_000), ("FLOAT", 44_100), ("PCM_U8", 8_000)])
+def test_the_command_keeps_rate_subtype_and_samples(untrained_a_si, tmp_path, capsys, subtype, rate):
+    source, target = tmp_path / "clip.wav", tmp_path / "new" / "out.wav"
+    media.write_sound(source, voice(2.5, rate, channels=2), rate, subtype)
+    assert run(source, "--gap", "0.8-1.3", "--gap=2.2-2.5", "-o", target, "--checkpoint", untrained_a_si) == 0
+    assert capsys.readouterr().out.startswith(f"{target}  (")
+    before, after = (media.read_clip(p).sound for p in (source, target))
+    assert (after.rate, after.subtype) == (rate, subtype) and after.samples.shape == before.samples.shape
+    hole = lost([(0.8, 1.3), (2.2, 2.5)], len(before.samples), rate)
+    np.testing.assert_array_equal(after.samples[~hole], before.samples[~hole])
+
+
+@pytest.mark.parametrize("subtype", ["PCM_32", "DOUBLE"])
+def test_the_command_keeps_all_bits(untrained_a_si, tmp_path, subtype):
+    """Of 32 and 64 bits, which a float32 doesn't hold."""
+    import soundfile
+
+    source, target = tmp_path / "clip.wav", tmp_path / "out.wav"
+    soundfile.write(source, voice(2.5, 16_000).astype(np.float64) * (1 + 1e-8), 16_000, subtype=subtype)
+    assert run(source, "--gap=0.8-1.3", "-o", target, "--checkpoint", untrained_a_si) == 0
+    before, after = (soundfile.read(p, dtype="float64")[0] for p in (source, target))
+    hole = lost([(0.8, 1.3)], len(before), 16_000)
+    np.testing.assert_array_equal(after[~hole], before[~hole])
+
+
+def test_the_command_by_default_writes_beside_where_it_is_run(untrained_a_si, wav, tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert run(wav, "--gap=0.8-1.3", "--checkpoint", untrained_a_si) == 0
+    assert (tmp_path / "here" / "clip.restored.wav").is_file()
+    first = (tmp_path / "here" / "clip.restored.wav").read_bytes()
+    assert run(wav, "--gap=0.8-1.4", "--checkpoint", untrained_a_si) == 2
+    assert "clip.restored.wav exists; take --overwrite" in one_line(capsys)
+    assert (tmp_path / "here" / "clip.restored.wav").read_bytes() == first
+    assert run(wav, "--gap=0.8-1.4", "--checkpoint", untrained_a_si, "--overwrite") == 0
+    assert (tmp_path / "here" / "clip.restored.wav").read_bytes() != first
+
+
+def test_several_clips_go_into_a_folder_and_one_bad_one_stops_no_other(untrained_a_si, wav, tmp_path, capsys):
+    (tmp_path / "bad.wav").write_bytes(b"no sound")
+    media.write_sound(tmp_path / "short.flac", voice(1.0, 16_000), 16_000)
+    clips = (tmp_path / "bad.wav", tmp_path / "short.flac", wav)
+    assert run(*clips, "--gap=0.8-1.3", "-o", tmp_path / "out", "--checkpoint", untrained_a_si) != 0
+    captured = capsys.readouterr()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["clip.restored.wav"]
+    assert len(captured.err.splitlines()) == 2 and "bad.wav" in captured.err and "short.flac" in captured.err
+    assert len(captured.out.splitlines()) == 1
+
+
+def test_two_clips_of_one_name_do_not_overwrite_each_other(untrained_a_si, wav, tmp_path, capsys):
+    (tmp_path / "b").mkdir()
+    media.write_sound(tmp_path / "b" / "clip.wav", voice(1.5, 16_000, seed=1), 16_000)
+    code = run(wav, tmp_path / "b" / "clip.wav", "--gap=0.8-1.3", "-o", tmp_path / "out", "--checkpoint", untrained_a_si)
+    if code:
+        assert "clip.restored.wav" in one_line(capsys)
+    else:
+        assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def one_line(capsys) -> str:
+    err = capsys.readouterr().err
+    assert err.startswith("avsi-inpaint: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["{wav}", "--checkpoint={run}"], "no gap given; expected at least one, such as --gap 0.93-1.73"),
+        (["{wav}", "--gap=0.8-1.3"], "no --checkpoint given"),
+        (["{wav}", "--gap=0.8-1.3", "--checkpoint={tmp}"], "no config.json in {tmp}"),
+        (["{tmp}/none.mpg", "--gap=0.8-1.3", "--checkpoint={run}"], "{tmp}/none.mpg: no such file"),
+        (["{wav}", "--gap=1.3-0.8", "--checkpoint={run}"], "gap 1.3-0.8: expected START-END in seconds with 0 <= START < END"),
+        (["{wav}", "--gap=0.8-9", "--checkpoint={run}"], "gap 0.8-9 s leaves the clip, whose sound is 2.500 s long"),
+        (["{wav}", "--gap=9-10", "--checkpoint={run}"], "gap 9-10 s leaves the clip"),
+        (["{wav}", "--gap=0.8-1.3", "--checkpoint={run}", "-o", "{tmp}/out.mp3"], "out.mp3"),
+        (["{wav}", "--gap=0.8-1.3", "--checkpoint={run}", "-o", "{tmp}/out.mpg"], "out.mpg"),
+        (["{tmp}/notes.txt", "--gap=0.8-1.3", "--checkpoint={run}"], "found suffix '.txt', expected one of .mpg"),
+        (["{tmp}", "--gap=0.8-1.3", "--checkpoint={run}"], "folder"),
+    ],
+)
+def test_mistakes_take_one_line_and_write_nothing(untrained_a_si, wav, tmp_path, monkeypatch, capsys, arguments, says):
+    (tmp_path / "notes.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    code = run(*(a.format(wav=wav, run=untrained_a_si, tmp=tmp_path) for a in arguments))
+    assert says.format(tmp=tmp_path) in one_line(capsys)
+    assert code == 2 and sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("gap", ["0.8", "a-b", "0.8-", "0.8:1.3"])
+def test_a_gap_that_is_none_is_said_by_argparse(gap, capsys):
+    with pytest.raises(SystemExit) as error:
+        run("clip.wav", f"--gap={gap}", "--checkpoint=run")
+    assert error.value.code == 2 and "expected START-END in seconds, such as 0.93-1.73" in capsys.readouterr().err
+
+
+def test_a_film_by_the_command(trained, grid_dir, tmp_path):
+    """The whole way in a process of its own, as a person would go it: one line, and no noise of libraries."""
+    arguments = [grid_dir / "s1" / "bbaz5s.mpg", "--gap", "0.93-1.73", "-o", tmp_path, "--checkpoint", trained]
+    done = subprocess.run(
+        [sys.executable, "-m", "avsi_jax.inpaint", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path / "bbaz5s.restored.wav")) and done.stdout.count("\n") == 1
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if "TensorFlow Lite XNNPACK" not in line] == []  # that one is LiteRT's own
+    sound = media.read_clip(tmp_path / "bbaz5s.restored.wav").sound
+    assert (sound.rate, sound.samples.shape, sound.subtype) == (44_100, (131_328, 2), "PCM_16")
+
+
+def test_help_is_quick():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "avsi_jax.inpaint", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "--gap START-END" in done.stdout
+    assert not {"jax", "numpy", "av"} & {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+
+
+def test_the_package_gives_the_inpainter():
+    import avsi_jax
+
+    assert avsi_jax.Inpainter is inpaint.Inpainter
