@@ -2,12 +2,12 @@
 # The whole way, as a user would type it: build the dataset, train two systems, evaluate one against the other, repair a clip.
 #   GRID=DIR bash launch/demo.sh     (`make demo GRID=DIR` sets up the environment first)
 # GRID: a folder of Grid clips, any layout avsi-prepare takes.  OUT: where everything goes (./demo_out).
-# EPOCHS: how long to train (6: enough to see every part work, not to be good).  CLIP: the clip to repair (the first one of GRID).
+# EPOCHS: how long to train (20: enough to see every part work and the lips be read a little, not to be good).  CLIP: the clip to repair (the first one of GRID).
 set -euo pipefail
 
 GRID=${GRID:-}
 OUT=${OUT:-demo_out}
-EPOCHS=${EPOCHS:-6}
+EPOCHS=${EPOCHS:-20}
 CLIP=${CLIP:-}
 
 fail() { echo "demo: $*" >&2; exit 2; }
@@ -35,11 +35,14 @@ else
   run avsi-prepare --raw="$GRID" --data_dir="$OUT/data"
 fi
 
-run avsi-train --config=av_mtl_s2s --workdir="$OUT/av_mtl_s2s" --config.data_dir="$OUT/data" --config.epochs="$EPOCHS"
-run avsi-train --config=a_si --workdir="$OUT/a_si" --config.data_dir="$OUT/data" --config.epochs="$EPOCHS"
+for system in av_mtl_s2s a_si; do
+  run avsi-train --config="$system" --workdir="$OUT/$system" --config.data_dir="$OUT/data" --config.epochs="$EPOCHS" \
+    --config.batch_size=16 --config.schedule=cosine --config.early_stop_patience=0 --config.monitor=val_gap_l1_db \
+    --config.validation_split=validation_seen --config.checkpoint_every=5
+done
 
 run avsi-evaluate --config=eval --workdir="$OUT/av_mtl_s2s" --baseline="$OUT/a_si" \
-  --config.data_dir="$OUT/data" --config.split=test_seen
+  --config.split=test_seen --overwrite
 
 run avsi-inpaint "$CLIP" --gap 0.93-1.73 --output "$OUT/restored.wav" --checkpoint="$OUT/av_mtl_s2s" --overwrite
 
