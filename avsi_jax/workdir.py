@@ -85,7 +85,8 @@ def cut_rows(path: Path, step: int) -> None:
     """Drops the rows after `step`: a resumed run writes them again."""
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
-        kept = lines[:1] + [line for line in lines[1:] if float(line.split(",", 1)[0]) <= step]
+        whole = [line for line in lines[1:] if line.endswith("\n")]  # a killed run may have left half a row
+        kept = lines[:1] + [line for line in whole if float(line.split(",", 1)[0]) <= step]
         path.write_text("".join(kept))
 
 

@@ -178,6 +178,20 @@ def test_a_second_run_gives_the_same_numbers(runs, rows, folder):
     assert (copy / "eval" / folder.name / "clips.csv").read_bytes() == before
 
 
+def test_two_runs_of_one_system_are_told_apart(runs):
+    """Beside itself one epoch earlier; of one clip, so that no other clip lends its lips."""
+    earlier = Path(shutil.copytree(runs / "system", runs / "earlier"))
+    shutil.rmtree(earlier / "checkpoints" / "4")
+    shutil.rmtree(earlier / "eval", ignore_errors=True)
+    config = eval_config(split="validation", max_clips=1, gap_ms="300,", examples=0, workers=1)
+    folder = evaluate.evaluate(config, runs / "system", baseline=earlier)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {name: run["step"] for name, run in summary["runs"].items()} == {"av_mtl_s2s": 4, "av_mtl_s2s (baseline)": 2}
+    assert [p for p in summary["paired"] if p["b"] == "av_mtl_s2s (baseline)" and p["metric"] == "gap_l1_mel_db" and p["mean"]]
+    rows = read(folder)
+    assert len({r["clip_id"] for r in rows}) == 1 and (runs / "system" / "eval" / "waveform-validation-lengths").is_dir()
+
+
 # ------------------------------------------------------------------------------------------------------------------- choices
 
 

@@ -192,7 +192,7 @@ def reached(lost, s):
     left = s.window // 2 if s.centred else 0
     padded = np.pad(x, ((0, 0), (left, s.window)))
     window = signal.get_window("hann", s.window)
-    frames = [padded[:, f * s.hop : f * s.hop + s.window] * window for f in range(s.num_frames)]
+    frames = [padded[:, f * s.hop : f * s.hop + s.window] * window for f in range(s.frames_of(x.shape[1]))]
     return np.stack([(f != 0).any(-1) for f in frames], -1)
 
 
@@ -202,6 +202,14 @@ def test_touched_frames_are_exactly_those_a_lost_sample_reaches(preset):
     touched = np.asarray(gaps.touched_frames(jnp.asarray(lost), preset))
     np.testing.assert_array_equal(touched, reached(lost, preset))
     assert not touched[5].any() and touched[0].sum() in (2, 3)
+
+
+@by_name
+def test_each_single_sample_touches_the_frames_it_reaches(preset):
+    """Every place of one lost sample relative to the hops: neither a frame too many nor one too few."""
+    places = np.arange(2_000, 2_000 + preset.hop * preset.decimation)
+    lost = np.arange(4_000) == places[:, None]
+    np.testing.assert_array_equal(gaps.touched_frames(jnp.asarray(lost), preset), reached(lost, preset))
 
 
 @by_name

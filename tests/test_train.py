@@ -216,6 +216,29 @@ def test_a_last_step_to_nowhere_is_not_saved(tiny_config, tmp_path, monkeypatch)
     assert checkpoints.Checkpoints(tmp_path / "run", read_only=True).latest_step() is None
 
 
+def test_a_stopped_run_keeps_its_checkpoints_and_goes_on(trained, tiny_config, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the second epoch, while the first one's checkpoint is still being written."""
+    from avsi_jax import checkpoints
+
+    def stop_in_the_second(epoch, *_):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    fields = {k: v for k, v in tiny_config().items() if k in ("data_dir", "units", "bottleneck")}
+    arguments = ["--config=tiny", f"--workdir={tmp_path / 'run'}", *(f"--config.{k}={v}" for k, v in fields.items())]
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "tick", stop_in_the_second)
+        try:
+            code = train.main(arguments)
+        except KeyboardInterrupt:  # would end pytest
+            code = None
+    assert code == 130
+    assert "avsi-train: stopped; the same command goes on" in capsys.readouterr().err.splitlines()[-1]
+    assert checkpoints.Checkpoints(tmp_path / "run", read_only=True).latest_step() == 2
+    assert train.main(arguments) == 0
+    assert (tmp_path / "run" / "metrics.csv").read_bytes() == (trained / "metrics.csv").read_bytes()
+
+
 # -------------------------------------------------------------------------------------------------------------------- command
 
 
@@ -398,6 +421,7 @@ def test_the_cosine_schedule():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # 4 minutes on two idle cores
 def test_eight_clips_are_learnt_by_heart(grid_dir, tmp_path):
     """The full network on real clips, 300 steps at the config's rate and gaps: the gap's MSE falls below a tenth."""
     import jax

@@ -132,23 +132,40 @@ def test_gaps_at_the_ends_of_a_clip_do_not_burst(seconds):
             assert made[hole].max() < 2 * true[hole].max()
 
 
+def test_de_emphasis_meets_the_far_edge():
+    """An offset that the levels do not tell of would be a step of its own size where the known samples begin again."""
+    sound, lost = second_of_sound(PAPER)
+    sound += np.float32(0.2)
+    filled = np.asarray(vocoder.fill_gap(log_mel(sound, PAPER), np.where(lost, 0, sound), lost, PAPER, seeds=SEEDS))
+    edges = np.flatnonzero(np.diff(lost[4].astype(int)))
+    assert len(edges) == 4
+    assert np.abs(np.diff(filled[4]))[edges].max() < np.quantile(np.abs(np.diff(sound[4])), 0.95)
+
+
 # ---- real clips ----------------------------------------------------------------------------------------------------------------
 
-CLIPS = ("s1/bgig9a", "s2", "s3", "s5")  # a clip, or a speaker's first one
+CLIPS = 4
 GAP_MS = 900
+
+
+def alignment_of(path):
+    return path.parent.parent / "alignments" / path.parent.name / f"{path.stem}.align"
 
 
 def speech_of(path):
     """Start of the first and end of the last word in s, from the .align beside the clips."""
-    lines = (path.parent.parent / "alignments" / path.parent.name / f"{path.stem}.align").read_text().splitlines()
+    lines = alignment_of(path).read_text().splitlines()
     words = [line.split() for line in lines if line.split()[2] not in ("sil", "sp")]
     return int(words[0][0]) / 25_000, int(words[-1][1]) / 25_000
 
 
 @pytest.fixture(scope="module")
 def recordings(grid_dir):
-    """Four clips of four speakers: (4, 48000) float32 at 16 kHz, and their gaps (4, 1, 2) inside the words."""
-    paths = [grid_dir / f"{c}.mpg" if "/" in c else sorted((grid_dir / c).glob("*.mpg"))[0] for c in CLIPS]
+    """The first clips of four speakers: (4, 48000) float32 at 16 kHz, and their gaps (4, 1, 2) inside the words."""
+    aligned = [p for p in sorted(grid_dir.glob("s*/*.mpg")) if alignment_of(p).exists()]
+    paths = list({p.parent: p for p in reversed(aligned)}.values())[-CLIPS:]
+    if len(paths) < CLIPS:
+        pytest.skip(f"needs aligned .mpg clips of {CLIPS} speakers: found {len(paths)} in {grid_dir}")
     sounds = [media.read_clip(path, pictures=False).sound for path in paths]
     at_record_rate = [media.resample(media.mono(s.samples), s.rate, spec.RECORD_RATE) for s in sounds]
     gap = [[gaps.place_in_speech(p.stem, GAP_MS, speech_of(p), 47_600)] for p in paths]
@@ -163,7 +180,7 @@ def restored(request, recordings):
     lost = gaps.lost_samples(jnp.asarray(recordings[1]), s.record_samples)
     sound, known = stft.decimate(record, s), stft.decimate(gaps.damage(record, lost), s)
     lost = gaps.lost_at_preset(lost, s)
-    filled = vocoder.fill_gap(log_mel(sound, s), known, lost, s, seeds=SEEDS[:4])
+    filled = vocoder.fill_gap(log_mel(sound, s), known, lost, s, seeds=SEEDS[:CLIPS])
     return s, *(np.asarray(a) for a in (sound, known, lost, filled))
 
 
