@@ -99,8 +99,8 @@ def section(name: str, summary: dict) -> str:
     unit = "speakers, then clips" if summary.get("by_speaker") else "clips"
     out = [
         f"### {name}\n",
-        f"{summary['num_clips']} clips, a gap of every length in each, {summary['protocol']} protocol, {summary['metric_rate']} Hz; "
-        f"mean [95 % interval, bootstrap over {unit}]; {summary['seconds']['all'] / 60:.0f} min, {summary['peak_rss_mb']} MB.\n",
+        f"{summary['num_clips']} clips, a gap of every length in each, {summary['protocol']} protocol, {summary['metric_rate']} Hz;"
+        f" mean [95 % interval, bootstrap over {unit}]; {summary['seconds']['all'] / 60:.0f} min, {summary['peak_rss_mb']} MB.\n",
     ]
     names = [s["name"] for s in summary["systems"]]
     cell = {(e["gap_ms"], e["system"], e["metric"]): e for e in summary["table"]}

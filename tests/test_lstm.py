@@ -20,13 +20,11 @@ class Flax(nn.Module):
     """The oracle: flax's RNN over flax's LSTMCell in both directions, outputs at padding set to 0 as ours are."""
 
     @nn.compact
-    def __call__(self, x, lengths=None):
+    def __call__(self, x, lengths):
         cell = lambda name: nn.LSTMCell(H, param_dtype=x.dtype, name=name)
         forward = nn.RNN(cell("forward"))(x, seq_lengths=lengths)
         backward = nn.RNN(cell("backward"), reverse=True, keep_order=True)(x, seq_lengths=lengths)
         out = jnp.concatenate([forward, backward], -1)
-        if lengths is None:
-            return out
         return jnp.where((jnp.arange(x.shape[1])[None] < lengths[:, None])[..., None], out, 0)
 
 
@@ -57,16 +55,11 @@ def output_and_gradients(model, params, x, weight, lengths):
         return jax.tree.map(np.asarray, run(model, params, x, weight, lengths))
 
 
-@pytest.fixture(
-    scope="module",
-    params=[("float32", None), ("float32", LENGTHS), ("float64", LENGTHS)],
-    ids=["float32-whole", "float32-lengths", "float64-lengths"],
-)
+@pytest.fixture(scope="module", params=TOLERANCE)
 def oracle(request):
-    """(lengths, values, flax's outputs and gradients, tolerance)."""
-    dtype, lengths = request.param
-    given = values(dtype)
-    return lengths, given, output_and_gradients(Flax(), *given, lengths), TOLERANCE[dtype]
+    """(values, flax's outputs and gradients, tolerance)."""
+    given = values(request.param)
+    return given, output_and_gradients(Flax(), *given, LENGTHS), TOLERANCE[request.param]
 
 
 def assert_near(found, expected, tolerance):
@@ -81,8 +74,8 @@ def assert_near(found, expected, tolerance):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_outputs_and_every_gradient_are_flaxs(oracle, way):
-    lengths, given, expected, tolerance = oracle
-    assert_near(output_and_gradients(lstm.BidirectionalLSTM(H, way), *given, lengths), expected, tolerance)
+    given, expected, tolerance = oracle
+    assert_near(output_and_gradients(lstm.BidirectionalLSTM(H, way), *given, LENGTHS), expected, tolerance)
 
 
 def lstm_by_hand(x, cell):
@@ -107,6 +100,14 @@ def test_outputs_are_those_of_a_loop(way):
         expected = [lstm_by_hand(clip, params["forward"]), lstm_by_hand(clip[::-1], params["backward"])[::-1]]
         np.testing.assert_allclose(found[b, :n], np.concatenate(expected, -1), atol=1e-5)
         assert not found[b, n:].any()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_without_lengths_every_step_is_valid(way):
+    params, x, weight = values("float32")
+    layer = lstm.BidirectionalLSTM(H, way)
+    expected = output_and_gradients(layer, params, x, weight, np.full_like(LENGTHS, T))[0]
+    np.testing.assert_allclose(layer.apply({"params": params}, x), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("way", WAYS)
