@@ -84,8 +84,7 @@ def record_sound(batch: dict, spec: Spec) -> tuple[jax.Array, jax.Array]:
 def frames_of_length(record_samples: jax.Array, spec: Spec) -> jax.Array:
     """Valid frames of clips of so many record samples: at most `spec.num_frames`."""
     at_preset = -(-record_samples // spec.decimation)
-    frames = 1 + at_preset // spec.hop if spec.centred else -(-at_preset // spec.hop)
-    return jnp.minimum(frames, spec.num_frames).astype(jnp.int32)
+    return jnp.minimum(spec.frames_of(at_preset), spec.num_frames).astype(jnp.int32)
 
 
 def motion(batch: dict, config: FeatureConfig) -> jax.Array:

@@ -8,7 +8,6 @@ frames of the clean spectrogram are set to silence instead, which is kind to the
 
 from __future__ import annotations
 
-import functools
 import hashlib
 
 import jax
@@ -90,7 +89,7 @@ def place_in_speech(clip_id: str, gap_ms: int, speech_s: tuple[float, float], nu
     length = min(round(gap_ms * RECORD_RATE / 1000), num_samples)
     first, last = (round(t * RECORD_RATE) for t in speech_s)
     room = last - first - length
-    start = first + hashed_uniform(f"{clip_id}:{gap_ms}") * room if room >= 0 else first + room / 2
+    start = first + hashed_uniform(f"{clip_id}:{int(gap_ms)}") * room if room >= 0 else first + room / 2
     start = int(np.clip(round(start), 0, num_samples - length))
     return start, start + length
 
@@ -135,18 +134,7 @@ def touched_frames(lost: jax.Array, spec: Spec) -> jax.Array:
     at_preset = lost_at_preset(lost, spec)
     if spec.pre_emphasis:  # a sample also reaches its successor
         at_preset = at_preset | jnp.pad(at_preset, [(0, 0)] * (lost.ndim - 1) + [(1, 0)])[..., :-1]
-    first, stop = _frame_support(spec)
-    left, right = stft._padding(at_preset.shape[-1], spec)
-    padded = jnp.pad(at_preset, [(0, 0)] * (lost.ndim - 1) + [(left, right)])
-    index = np.arange(spec.frames_of(at_preset.shape[-1]))[:, None] * spec.hop + np.arange(first, stop)[None]
-    return padded[..., index].any(-1)
-
-
-@functools.cache
-def _frame_support(spec: Spec) -> tuple[int, int]:
-    """First and one past the last sample of an n_fft frame whose window weight is not 0."""
-    inside = np.flatnonzero(stft.hann(spec))
-    return int(inside[0]), int(inside[-1]) + 1
+    return stft.frames_holding(at_preset, spec)
 
 
 def centred_frames(gaps: jax.Array, spec: Spec, num_frames: int) -> jax.Array:

@@ -100,6 +100,11 @@ def stft(sound: jax.Array, spec: Spec) -> jax.Array:
     return jnp.fft.rfft(_frames(sound, spec) * along_last(hann(spec), sound.ndim + 1), axis=-1)
 
 
+def frames_holding(marked: jax.Array, spec: Spec) -> jax.Array:
+    """bool (..., N) at the preset's rate -> bool (..., F): frames that give any marked sample a weight other than 0."""
+    return (_frames(marked.astype(jnp.float32), spec) * along_last(hann(spec), marked.ndim + 1)).any(-1)
+
+
 def istft(spectrum: jax.Array, spec: Spec, num_samples: int, floor: float = 1e-8) -> jax.Array:
     """Least-squares inverse (Griffin & Lim 1984, eq. 6): overlap-add of windowed frames over the sum of squared windows.
 
@@ -112,7 +117,7 @@ def istft(spectrum: jax.Array, spec: Spec, num_samples: int, floor: float = 1e-8
     total = left + num_samples + right
     norm = _overlap_add(jnp.broadcast_to(hann(spec) ** 2, (spectrum.shape[-2], spec.n_fft)), spec, total)
     sound = _overlap_add(frames, spec, total)
-    sound = sound / along_last(jnp.maximum(norm, floor), sound.ndim)
+    sound = sound * along_last(1.0 / jnp.maximum(norm, floor), sound.ndim)  # x * (1 / y) rounds alike in any batch, x / y doesn't
     return sound[..., left : left + num_samples]
 
 

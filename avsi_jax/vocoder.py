@@ -38,13 +38,15 @@ def mel_to_magnitude(bands: jax.Array, spec: Spec) -> jax.Array:
     if spec.scale == "linear":
         return jnp.maximum(bands, 0.0)
     basis, inverse = (jnp.asarray(a) for a in _inversion(spec))
+    exact = functools.partial(jnp.matmul, precision="highest")
     # Every bin starts with some of its bands' mean level: an update never leaves 0.
-    smooth = (bands / stft.along_last(jnp.maximum(basis.sum(-1), 1e-8), bands.ndim)) @ basis
-    magnitude = jnp.maximum(bands @ inverse.T, 0.0) + 0.1 * smooth + 1e-10
-    reach = bands @ basis
+    smooth = bands / stft.along_last(jnp.maximum(basis.sum(-1), 1e-8), bands.ndim)
+    smooth = exact(smooth, basis)
+    magnitude = jnp.maximum(exact(bands, inverse.T), 0.0) + 0.1 * smooth + 1e-10
+    reach = exact(bands, basis)
 
     def update(_, magnitude):
-        return magnitude * (reach / jnp.maximum((magnitude @ basis.T) @ basis, 1e-12))
+        return magnitude * (reach / jnp.maximum(exact(exact(magnitude, basis.T), basis), 1e-12))
 
     return jax.lax.fori_loop(0, INVERSION_STEPS, update, magnitude)
 
@@ -88,11 +90,13 @@ def fill_gap(
     so the context anchors the phase. The iterations run on the pre-emphasised sound, which is what the level describes; the
     result is de-emphasised from the last known sample on, and the small step that leaves at the far edge is spread over the gap.
     """
-    known = jnp.where(lost, 0.0, known)
+    original = known
+    offset = jnp.where(lost, 0.0, known).sum(-1, keepdims=True) / jnp.maximum((~lost).sum(-1, keepdims=True), 1)
+    known = jnp.where(lost, 0.0, known - offset)  # a mel has no weight at 0 Hz: a constant offset is the context's, not the level's
     sharp = jnp.where(lost, 0.0, stft.pre_emphasise(known, spec))  # true wherever sample and predecessor are known
     unknown = lost | jnp.pad(lost, ((0, 0), (1, 0)))[:, :-1] if spec.pre_emphasis else lost
     wanted = mel_to_magnitude(stft.magnitude_from_level(level, spec), spec)
-    touched = _frames_touching(unknown, spec)[..., None]
+    touched = stft.frames_holding(unknown, spec)[..., None]
     own = stft.stft(sharp, spec)
     noise = jax.vmap(lambda s: jax.random.uniform(jax.random.key(s), wanted.shape[1:]))(seeds)
     start = jnp.where(touched, wanted * jnp.exp(2j * np.pi * noise), own)
@@ -107,13 +111,7 @@ def fill_gap(
         return to_sound(spectrum), rebuilt
 
     sound, _ = jax.lax.fori_loop(0, iterations, iterate, (to_sound(start), jnp.zeros_like(own)))
-    return jnp.where(lost, _de_emphasise_inside(sound, known, lost, spec), known)
-
-
-def _frames_touching(lost: jax.Array, spec: Spec) -> jax.Array:
-    """bool (B, N) at the preset's rate -> (B, F): frames whose window holds a lost sample."""
-    weight = stft.along_last(stft.hann(spec), lost.ndim + 1)
-    return (stft._frames(lost.astype(jnp.float32), spec) * weight).any(-1)
+    return jnp.where(lost, _de_emphasise_inside(sound, known, lost, spec) + offset, original)
 
 
 def _de_emphasise_inside(sharp: jax.Array, known: jax.Array, lost: jax.Array, spec: Spec) -> jax.Array:

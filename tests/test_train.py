@@ -107,20 +107,15 @@ def halfway(stopped, tmp_path):
 
 
 def test_a_resumed_run_is_an_uninterrupted_one(trained, halfway, tiny_config, capsys):
+    """Also where a run was killed between its row and its checkpoint: what comes after the checkpoint is written again."""
+    with (halfway / "metrics.csv").open("a") as file:
+        file.write("4,2" + ",0.5" * 12 + "\n")
     last = train.train(tiny_config(epochs=2), halfway)
     assert "resumed at step 2, epoch 1" in capsys.readouterr().err
     assert (halfway / "metrics.csv").read_bytes() == (trained / "metrics.csv").read_bytes()
     assert_same_tree(params_of(halfway), params_of(trained))
     assert_same_tree(params_of(halfway, "2"), params_of(trained, "2"))  # saved while the next steps were made, and kept
     assert last["epoch"] == 2 and len((halfway / "timing.csv").read_text().splitlines()) == 3
-
-
-def test_rows_after_the_checkpoint_are_written_again(trained, halfway, tiny_config):
-    """As where a run was killed between its row and its checkpoint."""
-    with (halfway / "metrics.csv").open("a") as file:
-        file.write("4,2" + ",0.5" * 12 + "\n")
-    train.train(tiny_config(epochs=2), halfway)
-    assert (halfway / "metrics.csv").read_bytes() == (trained / "metrics.csv").read_bytes()
 
 
 def test_a_finished_run_stays_as_it_is(trained, tiny_config, tmp_path):
@@ -375,12 +370,11 @@ def test_no_early_stop_and_no_plateau():
 
 def test_the_rate_falls_and_the_run_ends_early(tiny_config, tmp_path):
     """No gain is large enough from epoch 2 on: the rate falls after 2 and 3 epochs, the run ends after 3 of 9."""
-    config = tiny_config(epochs=9, min_delta=100, plateau_patience=1, early_stop_patience=2)
-    train.train(config, tmp_path / "run")
+    fields = {"epochs": 9, "min_delta": 100, "plateau_patience": 1}
+    train.train(tiny_config(**fields, early_stop_patience=2), tmp_path / "run")
     rows = metrics_of(tmp_path / "run")
     assert [float(r["lr_scale"]) for r in rows] == pytest.approx([1, 0.1, 0.01])
-    assert train.train(config, tmp_path / "run")["epoch"] == 3, "a run that ended stays ended"
-    more = train.train(tiny_config(epochs=4, min_delta=100, plateau_patience=1, early_stop_patience=5), tmp_path / "run")
+    more = train.train(tiny_config(**fields | {"epochs": 4}, early_stop_patience=5), tmp_path / "run")
     assert more["epoch"] == 4, "with more patience it goes on"
 
 

@@ -94,10 +94,10 @@ def test_a_clip_sounds_the_same_in_any_batch(seconds):
     known = np.where(lost, 0, sound)
     order = [4, 2, 0, 1, 3]
     moved = vocoder.fill_gap(level[order], known[order], lost[order], s, seeds=SEEDS[order])
-    np.testing.assert_allclose(moved, filled[order], atol=2e-3)
+    np.testing.assert_allclose(moved, filled[order], atol=1e-3)  # a sum may round by one unit, sixty iterations make more of it
     for row in (slice(0, 1), slice(1, 2)):
         alone = vocoder.fill_gap(level[row], known[row], lost[row], s, seeds=SEEDS[row])
-        np.testing.assert_allclose(alone, filled[row], atol=2e-3)
+        np.testing.assert_allclose(alone, filled[row], atol=1e-3)
 
 
 def test_true_levels_bring_the_sound_back(seconds):
