@@ -74,6 +74,7 @@ class Checkpoints:
             raise CheckpointError(f"no checkpoint {step} in {self.folder}; there are {sorted(self._manager.all_steps())}")
         abstract = {"params": jax.tree.map(lambda a: np.empty(a.shape, a.dtype), like)}
         with ocp.PyTreeCheckpointer() as reader:
+            self._check_shapes(step, reader.metadata(folder).item_metadata.tree["params"], like)
             restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
             args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True)
             try:
@@ -83,6 +84,19 @@ class Checkpoints:
                     f"checkpoint {step} in {self.folder} does not fit its config.json: {str(error).splitlines()[0][:160]}"
                 ) from error
         return params
+
+    def _check_shapes(self, step: int, stored: Any, like: Any) -> None:
+        """CheckpointError where a stored tree has other leaves; Orbax would fill what is missing with whatever lies in memory."""
+        found, wanted = (
+            {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+            for tree in (stored, like)
+        )
+        for name in sorted(found.keys() | wanted.keys()):
+            if found.get(name) != wanted.get(name):
+                raise CheckpointError(
+                    f"checkpoint {step} in {self.folder} does not fit its config.json: "
+                    f"{name} has shape {found.get(name)}, expected {wanted.get(name)}"
+                )
 
     def wait(self) -> None:
         """Until everything saved is on disk."""

@@ -74,7 +74,8 @@ def evaluate(config, workdir: Path, *, baseline: Path | None = None, overwrite: 
     # 3. Write.
     write_rows(folder / "clips.csv", rows)
     pairs = [(restorer.name, s["name"]) for s in systems if s["kind"] in ("baseline", "interpolation", "other_video")]
-    unseen = config.split in UNSEEN_SPLITS
+    name_of = {s["kind"]: s["name"] for s in systems}
+    unseen = config.split in UNSEEN_SPLITS and dataset.parent.name.startswith("speaker_independent")
     seconds = time.monotonic() - began
     summary = {
         "title": f"{restorer.name} on {config.split}",
@@ -88,7 +89,7 @@ def evaluate(config, workdir: Path, *, baseline: Path | None = None, overwrite: 
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "by_speaker": unseen,
         "versions": versions(),
-        "runs": {r.name: run_facts(r) for r in [restorer, *others]},
+        "runs": {name_of[kind]: run_facts(r) for kind, r in [("system", restorer), *(("baseline", o) for o in others)]},
         "metric_rate": restorer.spec.rate,
         "num_clips": len(clips),
         "systems": systems,
@@ -106,8 +107,9 @@ def check(config) -> None:
         raise ValueError(f"config.protocol: found {config.protocol!r}, expected {' or '.join(PROTOCOLS)}")
     if config.suite not in SUITES:
         raise ValueError(f"config.suite: found {config.suite!r}, expected {' or '.join(SUITES)}")
-    if any(not 20 <= ms <= 3000 for ms in config.gap_ms) or not config.gap_ms:
-        raise ValueError(f"config.gap_ms: found {tuple(config.gap_ms)}, expected lengths between 20 and 3000 ms")
+    lengths = config.gap_ms
+    if not lengths or any(type(ms) is not int or not 20 <= ms <= 3000 for ms in lengths) or len(set(lengths)) < len(lengths):
+        raise ValueError(f"config.gap_ms: found {lengths}, expected lengths between 20 and 3000 ms, each once")
 
 
 def lineup(restorer, others) -> list[dict]:
@@ -338,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.epilog = "Fields: --config.FIELD=VALUE, e.g. --config.split=test --config.gap_ms=300,900 --config.max_clips=20"
     known, rest = parser.parse_known_args(argv)
     try:
-        config = configs.load(known.config, configs.split_overrides(rest))
+        config = configs.load(known.config, configs.split_overrides(rest), like="eval")
         if not known.workdir:
             raise ValueError("no --workdir given; expected the folder of a training")
         command = "avsi-evaluate " + " ".join(sys.argv[1:] if argv is None else argv)

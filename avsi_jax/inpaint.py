@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from avsi_jax.restore import Restorer
 
 LONG_GAP_S = 1.5  # the longest that systems are evaluated at: longer ones are done, with a warning
+NOT_WRITTEN = (".mpg", ".mp4", ".avi", ".mov", ".mkv", ".mp3", ".m4a", ".aac", ".ogg", ".opus")  # suffixes of files, no folders
 GUARD = 32  # record samples beside a gap that resampling mixed with it: treated as lost, never written
+GAP_ROWS = 8  # gaps of a window are padded to a multiple of this
 SPARE_FRAMES = 4  # pictures more than a window needs, so that every window of a clip has one shape
 
 
@@ -70,9 +72,9 @@ class Inpainter:
             if b - a > LONG_GAP_S * rate
         ]
         pictures, seen = self._pictures(clip)
-        windows, said = self._windows(samples, rate, spans, pictures)
-        for (start, end), window in zip(spans, windows, strict=True):
-            samples[start:end] = window[start:end, None] * channel_gains(samples, start, end, rate)
+        whole, said = self._repaired(samples, rate, spans, pictures)
+        for start, end in spans:
+            samples[start:end] = whole[start:end, None] * channel_gains(samples, start, end, rate)
         return Repair(samples, rate, clip.sound.subtype, tuple(said), tuple(warnings) + seen)
 
     def _pictures(self, clip: Clip) -> tuple[dict, tuple[str, ...]]:
@@ -94,8 +96,8 @@ class Inpainter:
         points, fps = at_even_rate(track.points, clip.pictures.times, clip.pictures.fps)
         return {"points": points, "fps": fps, "lag_s": media.sound_lag_s(clip), "size": (width, height)}, tuple(track.warnings)
 
-    def _windows(self, samples, rate: int, spans, pictures: dict):
-        """For every gap the whole clip's sound (N,) at its own rate with that gap filled in; and what was said in each window."""
+    def _repaired(self, samples, rate: int, spans, pictures: dict):
+        """The whole clip's sound (N,) at its own rate with every gap filled in; and what was said in each gap's window."""
         import numpy as np
 
         from avsi_jax import media
@@ -104,8 +106,7 @@ class Inpainter:
         sound = media.resample(media.mono(samples), rate, RECORD_RATE)
         size, scale = self.restorer.spec.record_samples, RECORD_RATE / rate
         lost = np.asarray([[int(a * scale) - GUARD, int(np.ceil(b * scale)) + GUARD] for a, b in spans]).clip(0, len(sound))
-        done: dict[int, tuple[np.ndarray, str]] = {}
-        out, said = [], []
+        whole, said, done = sound.copy(), [], {}
         for start, end in lost:
             if end - start > size:
                 raise ValueError(
@@ -114,13 +115,14 @@ class Inpainter:
             first = int(np.clip((start + end) // 2 - size // 2, 0, max(0, len(sound) - size)))
             if first not in done:
                 done[first] = self._restore_window(sound, first, lost, pictures)
-            whole, text = done[first]
-            out.append(media.resample(whole, RECORD_RATE, rate))
+            window, text = done[first]
+            whole[start:end] = window[start - first : end - first]
             said.append(text)
-        return [np.pad(x, (0, max(0, len(samples) - len(x)))) for x in out], said
+        out = media.resample(whole, RECORD_RATE, rate)
+        return np.pad(out, (0, max(0, len(samples) - len(out)))), said
 
     def _restore_window(self, sound, first: int, lost, pictures: dict):
-        """One preset's length of sound from record sample `first`, filled in, in place in the whole (N,); what was said."""
+        """One preset's length of sound from record sample `first` with its gaps filled in; what was said."""
         import numpy as np
 
         from avsi_jax import media
@@ -130,7 +132,8 @@ class Inpainter:
         size = self.restorer.spec.record_samples
         part = sound[first : first + size]
         fps, start_s = pictures["fps"], first / RECORD_RATE
-        picture = max(0, int((start_s - pictures["lag_s"]) * fps) - 1)
+        picture = int((start_s - pictures["lag_s"]) * fps) - 1
+        picture = min(max(0, picture), len(pictures["points"]) - 1)  # before the first and after the last, that one
         count = int(np.ceil(size / RECORD_RATE * fps)) + SPARE_FRAMES
         points = pictures["points"][picture : picture + count]
         batch = {
@@ -143,11 +146,11 @@ class Inpainter:
             "frame_size": np.asarray([pictures["size"]], np.int32),
             "id_hash": np.asarray([0], np.uint32),
         }
-        gap = np.clip(lost - first, 0, len(part))[None]
+        gap = np.clip(lost - first, 0, len(part))
+        gap = gap[gap[:, 0] < gap[:, 1]]
+        gap = np.pad(gap, ((0, -len(gap) % GAP_ROWS), (0, 0)))[None]  # few shapes: each is compiled once
         restored = self.restorer.restore(batch, gap)
-        whole = sound.copy()
-        whole[first : first + len(part)] = self.restorer.to_sound(restored.level, batch, gap)[0, : len(part)]
-        return whole, restored.said[0]
+        return self.restorer.to_sound(restored.level, batch, gap)[0, : len(part)], restored.said[0]
 
 
 def check_gaps(gaps, num_samples: int, rate: int) -> list[tuple[int, int]]:
@@ -208,9 +211,14 @@ def parse_gap(text: str) -> tuple[float, float]:
 
 
 def output_path(clip: Path, output: str | None, several: bool) -> Path:
-    """Where a clip's sound goes: a file where `output` has a sound's suffix and there is one clip, else DIR/STEM.restored.wav."""
-    if output and Path(output).suffix.lower() in (".wav", ".flac") and not several:
+    """Where a clip's sound goes: a file where `output` has a sound's suffix, else DIR/STEM.restored.wav; ValueError for others."""
+    suffix = Path(output or "").suffix.lower()
+    if suffix in (".wav", ".flac"):
+        if several:
+            raise ValueError(f"--output {output} is one file; expected a folder for several clips")
         return Path(output)
+    if suffix in NOT_WRITTEN:
+        raise ValueError(f"--output {output}: found suffix {suffix}, expected .wav or .flac (sound alone is written), or a folder")
     return Path(output or ".") / f"{clip.stem}.restored.wav"
 
 
@@ -234,7 +242,9 @@ def main(argv: list[str] | None = None) -> int:
         jobs = [(Path(c), output_path(Path(c), known.output, len(known.clips) > 1)) for c in known.clips]
         for clip, target in jobs:
             if not clip.is_file():
-                raise FileNotFoundError(f"{clip}: no such file")
+                raise FileNotFoundError(f"{clip}: {'found a folder' if clip.is_dir() else 'no such file'}; expected a clip")
+            if [t for _, t in jobs].count(target) > 1:
+                raise ValueError(f"{target} would be written for more than one clip; repair clips of one name one by one")
             if target.exists() and not known.overwrite:
                 raise FileExistsError(f"{target} exists; take --overwrite to replace it, or another --output")
         painter = Inpainter.from_workdir(known.checkpoint)
@@ -242,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"avsi-inpaint: {error}", file=sys.stderr)
         return 2
     failed = sum(not repair_file(painter, clip, target, known.gap) for clip, target in jobs)
-    return 1 if failed else 0
+    return 2 if failed else 0
 
 
 def repair_file(painter: Inpainter, clip: Path, target: Path, gaps) -> bool:

@@ -163,7 +163,8 @@ def _read_sound_file(file: pathlib.Path) -> Sound:
 
     try:
         with soundfile.SoundFile(file) as f:
-            samples = f.read(dtype="float32", always_2d=True)
+            wide = f.subtype in ("PCM_32", "DOUBLE")  # more bits than a float32 holds
+            samples = f.read(dtype="float64" if wide else "float32", always_2d=True)
             keeps = f.subtype in (*PCM_BITS, "FLOAT", "DOUBLE")
             sound = Sound(samples, f.samplerate, 0.0, f.subtype if keeps else "PCM_16", f"{f.format} {f.subtype}".lower())
     except (soundfile.SoundFileError, OSError) as e:

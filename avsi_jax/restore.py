@@ -5,6 +5,7 @@ The one way through features, models, vocoder and decode: evaluation and repair 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+import configs
 from avsi_jax import decode, experiment, gaps, media, models, stft, vocoder
 from avsi_jax import workdir as workdir_files
 from avsi_jax.checkpoints import CheckpointError, Checkpoints
@@ -37,7 +39,9 @@ class Restorer:
         self.config, self.params, self.step = config, params, step
         self.spec = get(config.preset)
         self.system = models.get(config.system)
-        self._predict = jax.jit(functools.partial(_predict, experiment.make_model(config), experiment.make_feature_config(config)))
+        # What is to be restored is gone as sound, whatever the training took away: no hidden sample may reach the network.
+        feature_config = dataclasses.replace(experiment.make_feature_config(config), protocol="waveform")
+        self._predict = jax.jit(functools.partial(_predict, experiment.make_model(config), feature_config))
 
     @classmethod
     def from_workdir(cls, workdir: str | Path, which: str = "best") -> Restorer:
@@ -48,6 +52,8 @@ class Restorer:
                 f"no {workdir_files.CONFIG} in {workdir}; expected the workdir of a training (avsi-train --workdir=DIR)"
             )
         config = ml_collections.ConfigDict(json.loads(path.read_text())).lock()
+        if missing := sorted(set(configs.fields(configs.load("base"))) - set(configs.fields(config))):
+            raise CheckpointError(f"{path} has no {missing[0]}: a run of an older version; expected one trained with this version")
         checkpoints = Checkpoints(workdir, read_only=True)
         steps = {"best": checkpoints.best_step(), "last": checkpoints.latest_step()}
         step = steps[which] if which in steps else _number(which)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import sys
 import time
 from pathlib import Path
@@ -129,6 +130,10 @@ class Progress:
         if self.config.schedule == "plateau" and self.since_drop >= self.config.plateau_patience:
             self.lr_scale *= self.config.plateau_factor
             self.since_drop = 0
+        return self.is_over()
+
+    def is_over(self) -> bool:
+        """Whether early stop says to end; asked again on a resume, where its patience may have changed."""
         return bool(self.config.early_stop_patience) and self.since_gain >= self.config.early_stop_patience
 
     def save(self) -> dict:
@@ -178,7 +183,7 @@ def train(config, workdir: str | Path) -> dict[str, float]:
     if checkpoints.latest_step() is not None:
         state, host = checkpoints.restore(start, state)
         progress.load(host["progress"])
-        stop = host["stop"]
+        stop = progress.is_over()
         say(f"resumed at step {start}, epoch {start // steps_per_epoch}")
     cut_rows(workdir / METRICS, start)
     write_run(
@@ -215,39 +220,50 @@ def train(config, workdir: str | Path) -> dict[str, float]:
     # 4. Epochs. Where CPU devices share cores one step is in flight, no more (see parallel.devices_share_cores).
     row = (read_rows(workdir / METRICS) or [{}])[-1]
     first, began = start // steps_per_epoch, time.monotonic()
-    for epoch in range(first, config.epochs):
-        if stop:
-            break
-        means, waited, epoch_began = Means(), 0.0, time.monotonic()
-        for index in range(steps_per_epoch):
-            asked = time.monotonic()
-            batch = parallel.split(next(batches))
-            waited += time.monotonic() - asked
-            state, metrics = train_step(state, batch)
-            if parallel.devices_share_cores():
-                jax.block_until_ready((state, metrics))
-            means.add(metrics)
-            tick(epoch + 1, index + 1, steps_per_epoch, epoch_began)
-        step = (epoch + 1) * steps_per_epoch
-        row = {"step": step, "epoch": epoch + 1} | means.result(config, "train")
-        train_seconds = time.monotonic() - epoch_began
-        if not np.isfinite(row["train_loss"]):
-            raise FloatingPointError(f"the loss is {row['train_loss']} in epoch {epoch + 1}; the checkpoints before it are kept")
-        last = epoch + 1 == config.epochs
-        if last or (epoch + 1) % config.validate_every == 0:
-            row |= validate()
-            stop = progress.update(epoch + 1, row[config.monitor])
-            state = state._replace(lr_scale=parallel.replicate(np.float32(progress.lr_scale)))
-            row["lr_scale"] = progress.lr_scale
-            add_row(workdir / METRICS, row)
-            if last or stop or (epoch + 1) % config.checkpoint_every == 0:
-                checkpoints.save(step, state, {"progress": progress.save(), "stop": stop}, row[config.monitor])
-        speed = steps_per_epoch / train_seconds
-        add_row(workdir / TIMING, timing(step, speed, config.batch_size, waited / train_seconds, time.monotonic() - epoch_began))
-        report(row, config.epochs, speed, (time.monotonic() - began) / (epoch + 1 - first))
-    checkpoints.close()
+    try:
+        for epoch in range(first, config.epochs):
+            if stop:
+                break
+            means, waited, epoch_began = Means(), 0.0, time.monotonic()
+            for index in range(steps_per_epoch):
+                asked = time.monotonic()
+                batch = parallel.split(next(batches))
+                waited += time.monotonic() - asked
+                state, metrics = train_step(state, batch)
+                if parallel.devices_share_cores():
+                    jax.block_until_ready((state, metrics))
+                means.add(metrics)
+                tick(epoch + 1, index + 1, steps_per_epoch, epoch_began)
+            step = (epoch + 1) * steps_per_epoch
+            row = {"step": step, "epoch": epoch + 1} | means.result(config, "train")
+            train_seconds = time.monotonic() - epoch_began
+            check_finite(row)
+            last = epoch + 1 == config.epochs
+            if last or (epoch + 1) % config.validate_every == 0:
+                row |= validate()
+                check_finite(row)
+                stop = progress.update(epoch + 1, row[config.monitor])
+                state = state._replace(lr_scale=parallel.replicate(np.float32(progress.lr_scale)))
+                row["lr_scale"] = progress.lr_scale
+                add_row(workdir / METRICS, row)
+                if last or stop or (epoch + 1) % config.checkpoint_every == 0:
+                    checkpoints.save(step, state, {"progress": progress.save()}, row[config.monitor])
+            speed = steps_per_epoch / train_seconds
+            add_row(
+                workdir / TIMING, timing(step, speed, config.batch_size, waited / train_seconds, time.monotonic() - epoch_began)
+            )
+            report(row, config.epochs, speed, (time.monotonic() - began) / (epoch + 1 - first))
+    finally:  # whatever ends the run: what is being saved is saved
+        checkpoints.close()
     say(f"done: best {config.monitor} {progress.best:.5f} in epoch {progress.best_epoch}; everything is in {workdir}")
     return row
+
+
+def check_finite(row: dict[str, float]) -> None:
+    """FloatingPointError where a metric of this epoch is not a number, or endless."""
+    for name, value in row.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{name} is {value} in epoch {row['epoch']}; the checkpoints before it are kept")
 
 
 # ---- what the user sees --------------------------------------------------------------------------------------------------------
@@ -301,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.epilog = "Fields: --config.FIELD=VALUE, e.g. --config.data_dir=DATA --config.batch_size=64 --config.loss.gap=1"
     known, rest = parser.parse_known_args(argv)
     try:
-        config = configs.load(known.config, configs.split_overrides(rest))
+        config = configs.load(known.config, configs.split_overrides(rest), like="base")
         if known.show:
             show(config)
         elif not known.workdir:
@@ -311,6 +327,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, OSError, FloatingPointError) as error:
         print(f"avsi-train: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\navsi-train: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -21,7 +21,7 @@ def check_config(config, workdir: Path) -> None:
     """Writes config.json; ValueError where a run lies there whose config differs in more than where to stop and what to keep."""
     path = workdir / CONFIG
     now = json.loads(config.to_json())
-    if path.exists():
+    if path.exists() and (workdir / METRICS).exists():  # a run that never ended an epoch binds nobody
         before = json.loads(path.read_text())
         differ = [k for k in sorted(now.keys() | before.keys()) if k not in MAY_CHANGE and now.get(k) != before.get(k)]
         if differ:
@@ -67,7 +67,7 @@ def add_row(path: Path, row: dict) -> None:
     """Appends one row to a CSV file, with a header where the file is new."""
     new = not path.exists() or path.stat().st_size == 0
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow(row)

@@ -26,12 +26,15 @@ def names() -> list[str]:
     return sorted(p.stem for p in HOME.glob("*.py") if p.stem != "__init__")
 
 
-def load(name_or_path: str, overrides: Iterable[tuple[str, str]] = ()) -> ml_collections.ConfigDict:
+def load(name_or_path: str, overrides: Iterable[tuple[str, str]] = (), *, like: str = "") -> ml_collections.ConfigDict:
     """The locked config of that name (a bare name ships with the package) or path (a .py file, which is executed), overridden.
 
     Overrides are (dotted field, text) pairs; the text is read as the field's own type. ConfigError says what there is instead.
+    `like`: the config whose fields it must have, those of a training ('base') or of an evaluation ('eval').
     """
     config = _module(name_or_path).get_config()
+    if like and (missing := sorted(set(fields(_module(like).get_config())) - set(fields(config)))):
+        raise ConfigError(f"config {name_or_path!r} has no {missing[0]}; expected {like!r}, or one that starts from it")
     for field, text in overrides:
         override(config, field, text)
     return config.lock()
@@ -101,7 +104,9 @@ def _read(field: str, text: str, now):
             if not (isinstance(now, bool) and isinstance(value, bool)):
                 raise ValueError
             return value
-        return tuple(value) if isinstance(now, tuple) else type(now)(value) if type(now)(value) == value else _fail()
+        if isinstance(now, tuple):
+            return tuple(value) if isinstance(value, tuple | list) else (value,)
+        return type(now)(value) if type(now)(value) == value else _fail()
     except (ValueError, SyntaxError, TypeError):
         raise ConfigError(f"config.{field}: found {text!r}, expected {type(now).__name__} such as {now!r}") from None
 
