@@ -96,23 +96,18 @@ def fields(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
 
 
 def _read(field: str, text: str, now):
+    """The text as a value of the type that the field has now."""
     if isinstance(now, str):
         return text
     try:
         value = ast.literal_eval(text)
-        if isinstance(now, bool) or isinstance(value, bool):
-            if not (isinstance(now, bool) and isinstance(value, bool)):
-                raise ValueError
-            return value
         if isinstance(now, tuple):
             return tuple(value) if isinstance(value, tuple | list) else (value,)
-        return type(now)(value) if type(now)(value) == value else _fail()
+        if isinstance(now, bool) == isinstance(value, bool) and type(now)(value) == value:
+            return type(now)(value)
     except (ValueError, SyntaxError, TypeError):
-        raise ConfigError(f"config.{field}: found {text!r}, expected {type(now).__name__} such as {now!r}") from None
-
-
-def _fail():
-    raise ValueError
+        pass
+    raise ConfigError(f"config.{field}: found {text!r}, expected {type(now).__name__} such as {now!r}")
 
 
 def _nearest(word: str, known: list[str]) -> str:
