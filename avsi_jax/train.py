@@ -58,7 +58,7 @@ def make_train_step(config, optimiser):
         updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
         updates = jax.tree.map(lambda u: u * state.lr_scale, updates)
         params = optax.apply_updates(state.params, updates)
-        metrics = {**sums, "grad_norm": (optax.global_norm(grads), jnp.float32(1))}
+        metrics = {**sums, "grad_norm": (optax.tree.norm(grads), jnp.float32(1))}
         return TrainState(state.step + 1, params, opt_state, state.lr_scale), metrics
 
     return step
