@@ -1,4 +1,4 @@
-"""CTC logits -> text. Greedy best path here; the Grid grammar comes with the systems."""
+"""CTC logits -> text. Greedy best path; no grammar."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ def greedy(logits: np.ndarray, num_frames: np.ndarray) -> list[str]:
     out = []
     for row, frames in zip(best, np.asarray(num_frames), strict=True):
         row = row[:frames]
-        kept = row[(row != 0) & np.concatenate([[True], row[1:] != row[:-1]])] if len(row) else row
+        kept = row[(row != text.BLANK) & np.concatenate([[True], row[1:] != row[:-1]])] if len(row) else row
         out.append(text.decode(kept))
     return out

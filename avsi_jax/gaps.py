@@ -18,7 +18,6 @@ from avsi_jax import stft
 from avsi_jax.spec import RECORD_RATE, Spec
 
 PROTOCOLS = ("waveform", "paper")
-EVALUATION_MS = (300, 600, 900, 1200, 1500)  # the paper's range
 MAX_SHARE = 0.8  # of a clip that training may take away
 
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from avsi_jax import text
+
 
 def spectrogram_error(level: jax.Array, target: jax.Array, weight: jax.Array, kind: str = "mse") -> tuple[jax.Array, jax.Array]:
     """Weighted squared ('mse') or absolute ('l1') error of levels (B, F, K); weight (B, F). Count: weight of all band values."""
@@ -23,6 +25,6 @@ def ctc(logits: jax.Array, num_frames: jax.Array, labels: jax.Array, label_lengt
     """
     frame = jnp.arange(logits.shape[1])[None] >= num_frames[:, None]
     symbol = jnp.arange(labels.shape[1])[None] >= label_length[:, None]
-    nll = optax.ctc_loss(logits, frame.astype(logits.dtype), labels, symbol.astype(logits.dtype), blank_id=0)
+    nll = optax.ctc_loss(logits, frame.astype(logits.dtype), labels, symbol.astype(logits.dtype), blank_id=text.BLANK)
     weight = weight * (label_length > 0)
     return jnp.where(weight > 0, nll, 0.0) @ weight, weight.sum()

@@ -58,10 +58,6 @@ class Spec:
         """N of a whole clip at RECORD_RATE."""
         return self.num_samples * self.decimation
 
-    @property
-    def hop_s(self) -> float:
-        return self.hop / self.rate
-
     def frames_of(self, num_samples: int) -> int:
         """Frames of a sound of `num_samples` at `rate`: 1 + n // hop where centred, else n / hop rounded up."""
         if self.centred:

@@ -1,7 +1,7 @@
 """The Grid grammar and the characters of the text head: clip ids <-> words <-> label indices.
 
 A Grid sentence is command, colour, preposition, letter, digit, adverb; the six characters of a clip's id name the six words
-(`bbaf2n` = "bin blue at f two now"). Phones and the grammar's decoder live elsewhere.
+(`bbaf2n` = "bin blue at f two now"). Phones are not here yet.
 """
 
 from __future__ import annotations

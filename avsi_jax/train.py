@@ -308,10 +308,9 @@ def show(config) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    names = [n for n in configs.names() if n != "eval"]
     parser = argparse.ArgumentParser("avsi-train", description="Train a system of avsi_jax; resumes by itself from its workdir.")
-    parser.add_argument(
-        "--config", default="av_mtl_s2s", help=f"a name ({', '.join(configs.names())}) or a .py file; default %(default)s"
-    )
+    parser.add_argument("--config", default="av_mtl_s2s", help=f"a name ({', '.join(names)}) or a .py file; default %(default)s")
     parser.add_argument("--workdir", help="where the run lives; an earlier run there is gone on with")
     parser.add_argument("--show", action="store_true", help="print config, signal, network and parameters, and leave")
     parser.epilog = "Fields: --config.FIELD=VALUE, e.g. --config.data_dir=DATA --config.batch_size=64 --config.loss.gap=1"

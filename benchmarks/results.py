@@ -1,7 +1,7 @@
 """Committed small summaries -> docs/results.md.
 
-    python benchmarks/results.py add WORKDIR NAME    after avsi-evaluate: takes what a table needs of every split evaluated there
-    python benchmarks/results.py                     writes docs/results.md anew from docs/results/*.json and docs/results/notes.md
+    python benchmarks/results.py add NAME WORKDIR [BASELINE]   after avsi-evaluate: takes what a table needs of every split there
+    python benchmarks/results.py                               writes docs/results.md anew from docs/results/
 
 A summary holds means, intervals and counts, never a clip; every number in docs/results.md comes from one of them.
 """
@@ -43,7 +43,7 @@ KEPT = (
 )
 
 
-def add(workdir: Path, name: str) -> None:
+def add(name: str, workdir: Path, *baseline: Path) -> None:
     """Copies what a table needs of each evaluation under `workdir` to docs/results/NAME-SPLIT.json."""
     folders = sorted((workdir / "eval").glob("*-lengths"))
     if not folders:
@@ -52,7 +52,8 @@ def add(workdir: Path, name: str) -> None:
     for folder in folders:
         summary = json.loads((folder / "summary.json").read_text())
         small = {k: summary[k] for k in KEPT if k in summary}
-        small |= {"table": round_all(summary["table"]), "paired": round_all(summary["paired"]), "training": training_facts(workdir)}
+        small |= {"table": round_all(summary["table"]), "paired": round_all(summary["paired"])}
+        small["trainings"] = [training_facts(w) for w in (workdir, *baseline)]
         path = HOME / f"{name}-{summary['split']}.json"
         path.write_text(json.dumps(small, indent=1) + "\n")
         print(path)
@@ -144,17 +145,17 @@ def row(cells: list) -> str:
 def trainings(summaries: dict) -> str:
     """One row a run: what it took, and the command that repeats it."""
     runs = {re.sub("-(test_seen|test)$", "", name): s for name, s in summaries.items()}
-    out = [row(["run", "parameters", "train clips", "epochs", "hours", "steps/s", "on"]), row(["---"] * 7)]
+    out = [row(["run", "system", "parameters", "train clips", "epochs", "hours", "steps/s", "on"]), row(["---"] * 8)]
     for name, s in runs.items():
-        t = s["training"]
-        device = f"{len(t['devices'])} x {t['devices'][0]}"
-        out.append(row([name, f"{t['parameters']:,}", t["clips"]["train"], t["epochs"], t["hours"], t["steps_per_s"], device]))
+        for t in s["trainings"]:
+            facts = [f"{t['parameters']:,}", t["clips"]["train"], t["epochs"], t["hours"], t["steps_per_s"]]
+            out.append(row([name, t["config"]["system"], *facts, f"{len(t['devices'])} x {t['devices'][0]}"]))
     return "\n".join(out) + "\n"
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["add"] and len(sys.argv) == 4:
-        add(Path(sys.argv[2]), sys.argv[3])
+    if sys.argv[1:2] == ["add"] and len(sys.argv) in (4, 5):
+        add(sys.argv[2], *map(Path, sys.argv[3:]))
     elif len(sys.argv) == 1:
         write()
     else:

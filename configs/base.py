@@ -1,4 +1,6 @@
-"""The whole experiment, with the paper's values. A system's file is this plus the lines in which it differs.
+"""The whole experiment: the paper's values but for output and clip_norm, which say why.
+
+A system's file is this plus the lines in which it differs.
 
 avsi-train --config=av_mtl_s2s --workdir=DIR --config.data_dir=DATA
 """
@@ -21,8 +23,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     # Data.
     config.data_dir = ""  # where avsi-prepare wrote
-    config.builder_config = "speaker_independent"
-    config.train_split = "train"
+    config.builder_config = "speaker_independent"  # or speaker_dependent: speakers shared by all splits
+    config.train_split = "train"  # any split of the dataset
     config.validation_split = "validation"  # unseen speakers; small data: validation_seen
 
     # Gaps of training and validation, drawn fresh in every step, in the waveform.
@@ -30,30 +32,29 @@ def get_config() -> ml_collections.ConfigDict:
     config.gaps.protocol = "waveform"  # paper: whole frames of the spectrogram set to 0
     config.gaps.max_count = 8  # gaps a clip ~ U{1..8}
     config.gaps.total = "normal"  # time lost in all ~ N(low_ms, high_ms); uniform: U(low_ms, high_ms)
-    config.gaps.low_ms = 900.0
-    config.gaps.high_ms = 300.0
+    config.gaps.low_ms = 900.0  # mean of the normal, or lower end of the uniform
+    config.gaps.high_ms = 300.0  # its standard deviation, or upper end
     config.gaps.min_ms = 60.0  # 3 frames, the shortest gap
 
     # Objective: whole * error(all valid frames) + gap * error(frames a gap touches) + ctc * CTC.
     config.loss = ml_collections.ConfigDict()
     config.loss.kind = "mse"  # mse or l1, of the normalised level
-    config.loss.whole = 1.0
+    config.loss.whole = 1.0  # gap included
     config.loss.gap = 0.0  # the paper weighs valid frames and gaps alike
-    config.loss.ctc = 1e-3
+    config.loss.ctc = 1e-3  # nats a clip; 0 for systems that do not read the lips
 
     # Optimisation.
-    config.seed = 0
+    config.seed = 0  # of parameters, order and gaps
     config.batch_size = 32  # of all devices together
-    config.epochs = 200
+    config.epochs = 200  # at most
     config.learning_rate = 1e-3  # Adam
-    config.clip_norm = (
-        1.0  # largest global norm of the gradient (the paper does not clip: one burst stalls the CTC); 0: not clipped
-    )
+    # Largest global norm of the gradient, 0: not clipped. The paper does not clip; one burst stalled its CTC (docs/results.md).
+    config.clip_norm = 1.0
     config.schedule = "plateau"  # plateau (x factor after patience epochs without gain) or cosine (to 0 over all epochs)
     config.warmup_epochs = 0.0  # cosine only
     config.monitor = "val_loss"  # decides plateau, early stop and the best checkpoint; or val_gap_l1_db, which CTC doesn't sway
-    config.plateau_factor = 0.1
-    config.plateau_patience = 5
+    config.plateau_factor = 0.1  # of the learning rate
+    config.plateau_patience = 5  # epochs
     config.early_stop_patience = 10  # epochs without gain; 0: never
     config.min_delta = 1e-4  # what counts as a gain for early stop (Keras' ReduceLROnPlateau has the same default)
 

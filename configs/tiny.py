@@ -1,4 +1,4 @@
-"""A network small enough for tests and for the tour of `make demo`: av_mtl_s2s with one layer of 32 units.
+"""A network small enough for tests: av_mtl_s2s with one layer of 32 units.
 
 avsi-train --config=tiny --workdir=DIR --config.data_dir=DATA
 """

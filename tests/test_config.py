@@ -49,9 +49,11 @@ def test_a_config_names_its_own_system(name):
 
 
 def test_every_field_of_the_training_config_is_documented():
-    source = (configs.HOME / "base.py").read_text()
+    """Beside it, or in the line above."""
+    lines = (configs.HOME / "base.py").read_text().splitlines()
     for field in configs.fields(base.get_config()):
-        assert f"config.{field} =" in source
+        at = next(i for i, line in enumerate(lines) if f"config.{field} =" in line)
+        assert "#" in lines[at] or lines[at - 1].strip().startswith("#"), f"config.{field} has no comment"
 
 
 def leaf(config, field):

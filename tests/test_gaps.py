@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import signal
 
+import configs
 from avsi_jax import features, gaps, models, spec, stft
 
 PAPER, WIDE, MORRONE = PRESETS = [spec.get(name) for name in ("paper", "wide", "morrone")]
@@ -111,7 +112,7 @@ def hashed(clip_id, gap_ms):
     return (int(hashlib.sha256(f"{clip_id}:{gap_ms}".encode()).hexdigest()[:16], 16) >> 11) / 2**53
 
 
-@pytest.mark.parametrize("gap_ms", gaps.EVALUATION_MS)
+@pytest.mark.parametrize("gap_ms", configs.load("eval").gap_ms)
 @pytest.mark.parametrize("clip_id", ["bbaf2n", "swwp2s", "pwbj8s"])
 def test_place_is_hashed_from_id_and_length(clip_id, gap_ms):
     speech = (0.4, 2.2)

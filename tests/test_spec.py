@@ -20,7 +20,7 @@ def test_presets_are_the_published_ones(name, rate, n_fft, window, hop, bands, p
     s = spec.get(name)
     assert (s.name, s.rate, s.n_fft, s.window, s.hop, s.bands) == (name, rate, n_fft, window, hop, bands)
     assert (s.pre_emphasis, s.num_samples, s.num_frames) == (pre_emphasis, num_samples, num_frames)
-    assert s.record_samples == num_samples * 16_000 // rate and s.hop_s == hop / rate
+    assert s.record_samples == num_samples * 16_000 // rate
 
 
 def test_a_grid_mpeg_fills_the_papers_clip():
