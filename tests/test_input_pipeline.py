@@ -1,174 +1,23 @@
-"""Reading records that TensorFlow wrote: checksums, order, resuming, and that no tensorflow is needed for it."""
+"""Examples of fixed shapes, and the order of batches: the same for any number of processes, and gone on with after any step."""
 
 import collections
 import hashlib
 import json
-import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from avsi_jax import input_pipeline as pipeline
-
-CLIPS = {"train": 11, "test": 5}
-WITHOUT_WORDS = "sbat4a"
-
-# Writes invented measurements by the real builder; in a process of its own, because that imports tensorflow.
-WRITE = """
-import pathlib, sys
-import numpy as np
 from avsi_jax import text
-from tfds_grid import grid_dataset_builder, prepare
-
-root, grid = pathlib.Path(sys.argv[1]), "blps"
-raw, measured = root / "raw", {}
-for k in range(16):
-    clip_id = f"{grid[k % 4]}bat{k % 9 + 1}{'anps'[k // 4]}"
-    speaker = "s30" if k < 5 else "s1"
-    video, words = raw / speaker / f"{clip_id}.mpg", raw / "alignments" / speaker / f"{clip_id}.align"
-    for path in (video, words):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    video.touch()
-    if k != 3:
-        words.write_text("0 12500 sil\\n12500 25000 bin\\n25000 30000 sp\\n30000 50000 soon\\n50000 74500 sil\\n")
-    rng = np.random.default_rng(k)
-    frames = 74 + k % 3
-    measured[clip_id] = root / f"{clip_id}.npz"
-    audio = rng.integers(-32768, 32768, 47_000 + 300 * k).astype(np.int16)
-    np.savez(measured[clip_id], audio=audio, offset_s=np.float32(0.011),
-             landmarks=rng.uniform(0, 300, (frames, 68, 2)).astype(np.float32), landmarks_valid=rng.uniform(size=frames) > 0.1,
-             frame_size=np.array([360, 288], np.int32), fps=np.float32(25), warnings=np.array([], np.str_),
-             mouth=rng.integers(0, 256, (frames, 96, 96)).astype(np.uint8))
-for name in ("speaker_independent", "speaker_independent_mouth"):
-    options = {"data_dir": root / "data", "file_format": "tfrecord", "measured": measured, "full_train": True}
-    builder = grid_dataset_builder.Builder(config=name, **options)
-    prepare.pack(builder, raw, max_shard_mb=1)
-"""
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """Folder with measurements (ID.npz) and the records made of them (data/)."""
-    root = tmp_path_factory.mktemp("records")
-    subprocess.run([sys.executable, "-c", WRITE, str(root)], check=True, capture_output=True, timeout=300)
-    return root
-
-
-@pytest.fixture(scope="module")
-def folder(written):
-    return pipeline.find_dataset(written / "data")
-
-
-@pytest.fixture
-def copy(folder, tmp_path):
-    """A copy that a test may damage."""
-    return shutil.copytree(folder, tmp_path / "1.0.0")
-
-
-def stored(written, clip_id):
-    return np.load(written / f"{clip_id}.npz")
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-
-
-# ------------------------------------------------------------------------------------------------------------------ records
-
-
-def test_records_give_back_what_was_written(written, folder):
-    assert len(list(folder.glob("grid-train.tfrecord-*"))) > 1, "the test wants several shards"
-    for split, count in CLIPS.items():
-        records = pipeline.Records(folder, split)
-        assert len(records) == count == len({records[i]["id"] for i in range(count)})
-        assert records.clip_ids == [records[i]["id"] for i in range(count)]
-        for i in range(count):
-            raw = records[i]
-            for name in ("audio", "landmarks", "landmarks_valid", "frame_size", "offset_s", "fps"):
-                expected = stored(written, raw["id"])[name]
-                np.testing.assert_array_equal(raw[name], expected)
-            assert raw["audio"].dtype == np.int16 and raw["landmarks"].dtype == np.float32
-            timed = [(w["word"], w["start_s"], w["end_s"]) for w in raw["words"]]
-            expected = [("bin", 0.5, 1.0), ("soon", pytest.approx(1.2), 2.0)]
-            assert timed == ([] if raw["id"] == WITHOUT_WORDS else expected)
-
-
-def test_mouth_is_read(written, folder):
-    records = pipeline.Records(pipeline.find_dataset(written / "data", "speaker_independent_mouth"), "test")
-    raw = records[0]
-    expected = stored(written, raw["id"])["mouth"].astype(float)
-    assert raw["mouth"].shape == expected.shape and raw["mouth"].dtype == np.uint8
-    assert np.corrcoef(raw["mouth"].ravel(), expected.ravel())[0, 1] > 0.9  # JPEG of noise
-
-
-def test_newest_version_is_found(tmp_path):
-    for name in ("1.0.0", "1.10.0", "1.9.0", "2.0.0.incompleteABC", "incomplete.X_3.0.0"):
-        (tmp_path / "grid" / "speaker_independent" / name).mkdir(parents=True)
-    assert pipeline.find_dataset(tmp_path).name == "1.10.0"
-    with pytest.raises(pipeline.RecordError, match="avsi-prepare .*--builder_config=speaker_dependent"):
-        pipeline.find_dataset(tmp_path, "speaker_dependent")
-
-
-def test_missing_split_is_named(folder):
-    with pytest.raises(pipeline.MissingSplitError, match="'validation'.*found test, train"):
-        pipeline.Records(folder, "validation")
-
-
-@pytest.mark.parametrize("at", [8 + 4, -5])
-def test_changed_data_are_noticed_when_read(copy, at):
-    shard = sorted(copy.glob("grid-train.tfrecord-*"))[1]
-    data = bytearray(shard.read_bytes())
-    data[at] ^= 1
-    shard.write_bytes(data)
-    records = pipeline.Records(copy, "train")
-    last = {8 + 4: "record 0", -5: "record"}[at]
-    with pytest.raises(pipeline.RecordError, match=f"{shard.name}: {last}.* checksum of its data"):
-        for i in range(len(records)):
-            records[i]
-
-
-def test_changed_length_is_noticed(copy):
-    shard = sorted(copy.glob("grid-train.tfrecord-*"))[0]
-    data = bytearray(shard.read_bytes())
-    data[0] ^= 1
-    shard.write_bytes(data)
-    with pytest.raises(pipeline.RecordError, match=f"{shard.name}: record 0 .*checksum of its length"):
-        pipeline.Records(copy, "train")
-
-
-@pytest.mark.parametrize("lost", [1, 20, 100_000])
-def test_cut_tail_is_noticed(copy, lost):
-    shard = sorted(copy.glob("grid-train.tfrecord-*"))[-1]
-    shard.write_bytes(shard.read_bytes()[:-lost])
-    with pytest.raises(pipeline.RecordError, match=rf"{shard.name}: cut short in record \d+"):
-        pipeline.Records(copy, "train")
-
-
-def test_lost_records_and_files_are_noticed(copy):
-    shard = sorted(copy.glob("grid-train.tfrecord-*"))[0]
-    shard.write_bytes(b"")
-    with pytest.raises(pipeline.RecordError, match=rf"{shard.name}: found 0 records, expected \d+"):
-        pipeline.Records(copy, "train")
-    shard.unlink()
-    with pytest.raises(pipeline.RecordError, match=f"{shard.name} is missing"):
-        pipeline.Records(copy, "train")
-    (copy / "dataset_info.json").unlink()
-    with pytest.raises(pipeline.RecordError, match="dataset_info.json can't be read"):
-        pipeline.Records(copy, "test")
-
 
 # ----------------------------------------------------------------------------------------------------------------- examples
 
 
-def raw_example(samples=47_647, frames=75, words=True, text="bin blue at f two now"):
+def raw_example(samples=47_647, frames=75, words=True, said="bin blue at f two now", clip_id="bbaf2n"):
     rng = np.random.default_rng(0)
     rows = [{"word": "bin", "start_s": 0.5, "end_s": 0.75}, {"word": "now", "start_s": 1.5, "end_s": 2.0}]
     return {
-        "id": "bbaf2n",
+        "id": clip_id,
         "speaker": "s1",
         "audio": rng.integers(-9, 9, samples).astype(np.int16),
         "landmarks": rng.normal(size=(frames, 68, 2)).astype(np.float32),
@@ -176,7 +25,7 @@ def raw_example(samples=47_647, frames=75, words=True, text="bin blue at f two n
         "offset_s": 0.25,
         "frame_size": np.array([360, 288], np.int32),
         "fps": 25.0,
-        "text": text,
+        "text": said,
         "words": rows if words else [],
     }
 
@@ -198,6 +47,8 @@ def test_shapes_are_fixed(samples, frames):
         "fps": ((), "float32"),
         "labels": ((41,), "int32"),
         "label_length": ((), "int32"),
+        "phones": ((23,), "int32"),
+        "phone_length": ((), "int32"),
         "speech": ((2,), "float32"),
         "has_words": ((), "bool"),
         "weight": ((), "float32"),
@@ -214,9 +65,62 @@ def test_speech_is_on_the_clock_of_the_sound():
     x = pipeline.to_example(raw_example())
     np.testing.assert_allclose(x["speech"], [0.75, 2.25])  # words at 0.5 and 2.0 in the picture, sound 0.25 s late
     assert x["has_words"] and x["label_length"] == 21
-    x = pipeline.to_example(raw_example(words=False, text=""))
+    x = pipeline.to_example(raw_example(words=False, said=""))
     np.testing.assert_allclose(x["speech"], [0, 47_647 / 16_000])
     assert not x["has_words"] and x["label_length"] == 0 and not x["labels"].any()
+
+
+def test_labels_are_those_of_the_text():
+    x = pipeline.to_example(raw_example())
+    assert text.decode(x["labels"]) == "bin blue at f two now" and x["label_length"] == 21 == np.count_nonzero(x["labels"])
+    assert text.decode_phones(x["phones"]) == "B IH N B L UW AE T EH F T UW N AW"
+    assert x["phone_length"] == 14 == np.count_nonzero(x["phones"])
+
+
+@pytest.mark.parametrize(
+    ("said", "characters", "phones"),
+    [
+        ("", 0, 0),
+        ("hello there", 11, 0),  # no words of Grid: characters alone
+        ("Bin blue", 0, 0),
+        ("caf\u00e9 at 8", 0, 0),
+        ("line\none", 0, 0),
+        ("place green with q seven again", 30, 23),
+        ("place green with q seven again now", 34, 0),  # more phones than a sentence of Grid can have
+        ("x" * 41, 41, 0),
+        ("x" * 42, 0, 0),
+    ],
+)
+def test_a_text_without_labels_is_read_all_the_same(said, characters, phones):
+    x = pipeline.to_example(raw_example(said=said))
+    assert (x["label_length"], x["phone_length"]) == (characters, phones)
+    assert (np.count_nonzero(x["labels"]), np.count_nonzero(x["phones"])) == (characters, phones)
+    assert x["weight"] == 1  # only the text is left out
+
+
+def test_a_clip_without_labels_teaches_the_reader_of_lips_nothing():
+    """The loss and its gradient are those of the batch without the clip."""
+    import jax
+    import jax.numpy as jnp
+
+    from avsi_jax import losses
+
+    def mean(logits, labels, lengths, weight):
+        total, count = losses.ctc(logits, jnp.full(3, 40), labels, lengths, weight)
+        return total / jnp.maximum(count, 1)
+
+    ctc = jax.jit(jax.value_and_grad(mean))
+    said = ["bin blue at f two now", "caf\u00e9 at 8", "set white with p two soon"]
+    labels, lengths = (
+        np.stack([x[k] for x in (pipeline.to_example(raw_example(said=t)) for t in said)]) for k in ("labels", "label_length")
+    )
+    logits, ones = jax.random.normal(jax.random.key(0), (3, 40, text.NUM_LABELS)), np.ones(3, np.float32)
+    value, slope = ctc(logits, labels, lengths, ones)
+    left_out, slope_left_out = ctc(logits, labels[[0, 0, 2]], lengths[[0, 0, 2]], np.float32([1, 0, 1]))  # weight 0, another text
+    assert value == left_out > 0 and not slope[1].any()
+    np.testing.assert_array_equal(slope, slope_left_out)
+    nothing, slope = ctc(logits, labels, 0 * lengths, ones)
+    assert nothing == 0 and not slope.any()
 
 
 def test_id_hash():
@@ -228,35 +132,103 @@ def test_id_hash():
 # ------------------------------------------------------------------------------------------------------------------ batches
 
 
+class Clips(list):
+    """Examples as stored, by invented ids."""
+
+    def __init__(self, count: int):
+        super().__init__(raw_example(200 + k, 3, clip_id=f"clip{k}") for k in range(count))
+        self.clip_ids = [raw["id"] for raw in self]
+
+
 @pytest.fixture(scope="module")
-def train(folder):
-    return pipeline.Records(folder, "train")
+def train():
+    return Clips(11)
+
+
+@pytest.fixture
+def bare_examples(monkeypatch):
+    """Examples of one number, where only their order matters."""
+    monkeypatch.setattr(pipeline, "to_example", lambda raw: {"clip_id": raw["id"], "length": np.int32(len(raw["audio"]))})
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
 def first(batches, n):
     return [next(batches) for _ in range(n)]
 
 
-def test_every_clip_once_an_epoch_in_changing_order(train):
-    seen = [i for batch in first(pipeline.train_batches(train, 4, seed=3), 11) for i in batch["clip_id"]]
-    epochs = [seen[k : k + 11] for k in (0, 11, 22, 33)]
-    assert all(sorted(e) == sorted(train.clip_ids) for e in epochs)
-    assert len({tuple(e) for e in epochs}) == 4
+def ids_of(batches) -> list[str]:
+    return [i for batch in batches for i in batch["clip_id"]]
 
 
-def test_order_comes_from_the_seed(train):
-    runs = [[b["clip_id"] for b in first(pipeline.train_batches(train, 4, seed=s), 5)] for s in (3, 3, 4)]
-    assert runs[0] == runs[1] != runs[2]
+class Case:
+    """An invented training: one clip to many, batches of one clip to more than there are, one process to eight."""
+
+    def __init__(self, number: int):
+        self.rng = np.random.default_rng(number)
+        self.clips, self.passes = Clips(int(self.rng.integers(1, 40))), int(self.rng.integers(1, 4))
+        self.seed, self.processes = int(self.rng.integers(2**31)), int(self.rng.choice([1, 2, 3, 4, 8]))
+        self.batch_size = self.processes * int(self.rng.integers(1, 5))
+        self.steps = -(-self.passes * len(self.clips) // self.batch_size)
+
+    def batches(self, steps: int, batch_size: int | None = None, **options) -> list[dict]:
+        return first(pipeline.train_batches(self.clips, batch_size or self.batch_size, self.seed, **options), steps)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_share_the_same_global_batch(train, processes):
-    whole = first(pipeline.train_batches(train, 8, seed=1), 4)
-    ranks = [{"process_index": p, "process_count": processes} for p in range(processes)]
-    shares = [first(pipeline.train_batches(train, 8, seed=1, **rank), 4) for rank in ranks]
-    for step, batch in enumerate(whole):
-        joined = {k: np.concatenate([share[step][k] for share in shares]) for k in batch}
-        same(joined, batch)
+in_random_cases = pytest.mark.parametrize("case", range(12))
+
+
+@in_random_cases
+def test_rows_of_processes_are_the_global_batch_without_gap_or_overlap(case, bare_examples):
+    case = Case(case)
+    ranks = [{"process_index": p, "process_count": case.processes} for p in range(case.processes)]
+    shares = [case.batches(case.steps, **rank) for rank in ranks]
+    for step, batch in enumerate(case.batches(case.steps)):
+        same({k: np.concatenate([share[step][k] for share in shares]) for k in batch}, batch)
+        assert {len(share[step]["clip_id"]) for share in shares} == {case.batch_size // case.processes}
+
+
+@in_random_cases
+def test_each_pass_holds_every_clip_once_whatever_the_batch(case, bare_examples):
+    """The order is a function of (seed, pass): one stream of clips, cut into batches of any size."""
+    case = Case(case)
+    count, wanted = len(case.clips), case.passes * len(case.clips)
+    stream = ids_of(case.batches(case.steps))[:wanted]
+    for k in range(case.passes):
+        assert sorted(stream[k * count : (k + 1) * count]) == sorted(case.clips.clip_ids)
+    other = int(case.rng.integers(1, 9))
+    assert ids_of(case.batches(-(-wanted // other), batch_size=other))[:wanted] == stream
+
+
+@in_random_cases
+def test_resuming_in_the_middle_of_a_pass_goes_on_exactly(case, bare_examples):
+    case = Case(case)
+    rank = {"process_index": int(case.rng.integers(case.processes)), "process_count": case.processes}
+    start = int(case.rng.integers(case.steps + 1))
+    whole, resumed = case.batches(start + 2, **rank), case.batches(2, start_step=start, **rank)
+    for a, b in zip(resumed, whole[start:], strict=True):
+        same(a, b)
+
+
+def test_the_order_is_that_of_grain(bare_examples):
+    """Runs of earlier versions go on in the order they began in."""
+    import grain.python as grain
+
+    order = grain.MapDataset.range(11).seed(7).shuffle().repeat().batch(4)
+    found = ids_of(first(pipeline.train_batches(Clips(11), 4, seed=7), 9))
+    assert found == [f"clip{i}" for step in range(9) for i in order[step]]
+
+
+def test_passes_differ_and_come_from_the_seed(train, bare_examples):
+    def passes(seed):
+        stream = ids_of(first(pipeline.train_batches(train, 4, seed=seed), 11))
+        return [tuple(stream[k : k + 11]) for k in (0, 11, 22, 33)]
+
+    assert passes(3) == passes(3) and len({*passes(3), *passes(4)}) == 8
 
 
 def test_batch_must_divide_among_processes(train):
@@ -264,21 +236,24 @@ def test_batch_must_divide_among_processes(train):
         pipeline.train_batches(train, 7, seed=1, process_count=2)
 
 
-def test_resuming_goes_on_where_it_was(train):
+def test_nothing_to_train_on():
+    with pytest.raises(pipeline.RecordError, match="split is empty"):
+        pipeline.train_batches(Clips(0), 2, seed=0)
+
+
+def test_the_state_of_an_iterator_brings_another_there(train):
     batches = pipeline.train_batches(train, 4, seed=5)
     first(batches, 3)
     state = json.loads(json.dumps(batches.get_state()))
     expected = first(batches, 4)
     resumed = pipeline.train_batches(train, 4, seed=5)
     resumed.set_state(state)
-    for source in (resumed, pipeline.train_batches(train, 4, seed=5, start_step=3)):
-        for a, b in zip(first(source, 4), expected, strict=True):
-            same(a, b)
+    for a, b in zip(first(resumed, 4), expected, strict=True):
+        same(a, b)
 
 
-def test_a_batch_may_exceed_the_split(folder):
-    records = pipeline.Records(folder, "test")
-    batch = next(pipeline.train_batches(records, 12, seed=0))
+def test_a_batch_may_exceed_the_split():
+    batch = next(pipeline.train_batches(Clips(5), 12, seed=0))
     assert set(collections.Counter(batch["clip_id"]).values()) <= {2, 3} and batch["audio"].shape == (12, 48_000)
 
 
@@ -289,25 +264,3 @@ def test_evaluation_meets_every_clip_once(train, batch_size):
     weights = np.concatenate([b["weight"] for b in batches])
     ids = np.concatenate([b["clip_id"] for b in batches])
     assert list(ids[weights == 1]) == sorted(train.clip_ids) and set(weights) <= {0, 1}
-
-
-def test_reading_needs_no_tensorflow(written):
-    code = """
-import importlib.machinery, sys
-
-class NoTensorflow:
-    def find_spec(self, name, path=None, target=None):
-        return importlib.machinery.ModuleSpec(name, self) if name.split(".")[0] == "tensorflow" else None
-
-    def create_module(self, spec):
-        raise ImportError("tensorflow was asked for")
-
-sys.meta_path.insert(0, NoTensorflow())
-from avsi_jax import input_pipeline as pipeline
-records = pipeline.Records(pipeline.find_dataset(sys.argv[1], "speaker_independent_mouth"), "train")
-print(next(pipeline.train_batches(records, 2, seed=0))["audio"].shape)
-print(sum(b["weight"].sum() for b in pipeline.eval_batches(records, 4)))
-"""
-    done = subprocess.run([sys.executable, "-c", code, str(written / "data")], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "(2, 48000)\n11.0\n"
