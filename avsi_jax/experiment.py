@@ -19,10 +19,42 @@ def make_model(config):
     return system.module(bands=spec.get(config.preset).bands, **sizes)
 
 
-def make_feature_config(config):
+def standardised(config) -> tuple[str, ...]:
+    """What is standardised by statistics of the train split: 'level' of a preset on a log level, 'motion' where config.motion says
+    so and the system looks at it. The paper's own preset needs none.
+    """
+    from avsi_jax import models, spec
+
+    if config.motion not in ("pixels", "standardised"):
+        raise ValueError(f"config.motion: found {config.motion!r}, expected 'pixels' or 'standardised'")
+    wanted = {
+        "level": spec.get(config.preset).level == "log",
+        "motion": config.motion == "standardised" and models.get(config.system).uses_video,
+    }
+    return tuple(k for k, v in wanted.items() if v)
+
+
+def read_normalisation(config, dataset):
+    """The features.Normalisation of a config by the statistics in a dataset's folder, which are read only where they are needed."""
+    from avsi_jax import features, spec, train_statistics
+
+    if not (wanted := standardised(config)):
+        return features.Normalisation()
+    statistics = train_statistics.read(dataset, config.preset)
+    scales = {"level": statistics.level_scale(spec.get(config.preset)), "motion": statistics.motion_scale(config.landmarks)}
+    return features.Normalisation(**{k: scales[k] for k in wanted})
+
+
+def make_feature_config(config, normalisation=None):
+    """ValueError where the normalisation is not of what the config standardises; None: of nothing."""
     from avsi_jax import features, spec
 
-    return features.FeatureConfig(spec.get(config.preset), config.gaps.protocol, config.landmarks)
+    normalisation = normalisation or features.Normalisation()
+    given = tuple(k for k, scale in normalisation._asdict().items() if scale)
+    if given != (wanted := standardised(config)):
+        found, expected = (" and ".join(names) or "nothing" for names in (given, wanted))
+        raise ValueError(f"normalisation: found that of {found}, expected that of {expected}, by config.preset and config.motion")
+    return features.FeatureConfig(spec.get(config.preset), config.gaps.protocol, config.landmarks, normalisation)
 
 
 def make_optimiser(config, steps_per_epoch: int):
@@ -47,8 +79,8 @@ def example_features(config, batch_size: int = 1):
 
     from avsi_jax import features, spec
 
-    fc = make_feature_config(config)
-    frames, bands = fc.spec.num_frames, spec.get(config.preset).bands
+    fc = features.FeatureConfig(spec.get(config.preset), config.gaps.protocol, config.landmarks)
+    frames, bands = fc.spec.num_frames, fc.spec.bands
     flat = jnp.zeros((batch_size, frames), bool)
     bank = jnp.zeros((batch_size, frames, bands))
     return features.Features(
@@ -73,14 +105,14 @@ def count_of(config) -> int:
     return models.count_parameters(jax.eval_shape(lambda: make_model(config).init(jax.random.key(0), example_features(config))))
 
 
-def make_loss(config):
+def make_loss(config, normalisation=None):
     """loss(params, batch, key) -> (scalar of the whole batch's share on this device, sums for the metrics)."""
     import jax.numpy as jnp
 
     from avsi_jax import features as features_lib
     from avsi_jax import gaps, losses, models, parallel
 
-    model, feature_config = make_model(config), make_feature_config(config)
+    model, feature_config = make_model(config), make_feature_config(config, normalisation)
     reads_lips = models.get(config.system).reads_lips
     draw = {k: v for k, v in config.gaps.items() if k != "protocol"}
 
@@ -99,7 +131,9 @@ def make_loss(config):
         # A mean of means is wrong as soon as gaps differ between devices: every sum is divided by the count of the whole batch.
         means = {k: s / jnp.maximum(parallel.sum_over_devices(n), 1.0) for k, (s, n) in terms.items()}
         total = sum(config.loss[k] * m for k, m in means.items())
-        error = losses.spectrogram_error(models.composite(output.level, features), features.target, hole, "l1")
+        restored = models.composite(output.level, features)
+        levels = (features_lib.to_level(x, feature_config) for x in (restored, features.target))
+        error = losses.spectrogram_error(*levels, hole, "l1")  # Means.result turns levels into dB
         return total, terms | {"gap_l1": error}
 
     return loss

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,12 +19,15 @@ import configs
 from avsi_jax import decode, experiment, gaps, media, models, stft, vocoder
 from avsi_jax import workdir as workdir_files
 from avsi_jax.checkpoints import CheckpointError, Checkpoints
-from avsi_jax.features import Features, make_features, record_sound
+from avsi_jax.features import Features, Normalisation, hear, record_sound, standardise, to_level
 from avsi_jax.spec import RECORD_RATE, get
 
 
 class Restored(NamedTuple):
-    """level (B, F, K): the prediction where the sound is lost, what was heard elsewhere; said: B texts, '' without a lip reader."""
+    """level (B, F, K): the prediction where the sound is lost, what was heard elsewhere; said: B texts, '' without a lip reader.
+
+    The level and those of `features` are true levels, as stft and vocoder know them, whatever the network sees standardised.
+    """
 
     level: jax.Array
     said: list[str]
@@ -35,12 +37,12 @@ class Restored(NamedTuple):
 class Restorer:
     """A trained system, ready to restore. `which`: 'best' by validation, 'last', or a step."""
 
-    def __init__(self, config: ml_collections.ConfigDict, params, step: int):
+    def __init__(self, config: ml_collections.ConfigDict, params, step: int, normalisation: Normalisation | None = None):
         self.config, self.params, self.step = config, params, step
         self.spec = get(config.preset)
         self.system = models.get(config.system)
         # What is to be restored is gone as sound, whatever the training took away: no hidden sample may reach the network.
-        feature_config = dataclasses.replace(experiment.make_feature_config(config), protocol="waveform")
+        feature_config = dataclasses.replace(experiment.make_feature_config(config, normalisation), protocol="waveform")
         self._predict = jax.jit(functools.partial(_predict, experiment.make_model(config), feature_config))
 
     @classmethod
@@ -51,9 +53,13 @@ class Restorer:
             raise CheckpointError(
                 f"no {workdir_files.CONFIG} in {workdir}; expected the workdir of a training (avsi-train --workdir=DIR)"
             )
-        config = ml_collections.ConfigDict(json.loads(path.read_text())).lock()
+        config = ml_collections.ConfigDict(workdir_files.read_config(path.parent)).lock()
         if missing := sorted(set(configs.fields(configs.load("base"))) - set(configs.fields(config))):
             raise CheckpointError(f"{path} has no {missing[0]}: a run of an older version; expected one trained with this version")
+        normalisation = workdir_files.read_normalisation(path.parent)
+        if experiment.standardised(config) and not any(normalisation):
+            needed = " and ".join(experiment.standardised(config))
+            raise CheckpointError(f"no {workdir_files.STATISTICS} in {workdir}; expected what its {needed} was standardised by")
         checkpoints = Checkpoints(workdir, read_only=True)
         steps = {"best": checkpoints.best_step(), "last": checkpoints.latest_step()}
         step = steps[which] if which in steps else _number(which)
@@ -61,7 +67,7 @@ class Restorer:
             raise CheckpointError(f"no checkpoint in {workdir} yet; train for at least one epoch")
         params = checkpoints.restore_params(step, jax.eval_shape(lambda: experiment.init_params(config)))
         checkpoints.close()
-        return cls(config, params, step)
+        return cls(config, params, step, normalisation)
 
     @property
     def name(self) -> str:
@@ -86,9 +92,9 @@ def _number(which: str) -> int:
 
 
 def _predict(model, feature_config, params, batch, gap):
-    features = make_features(batch, gap, feature_config)
-    output = model.apply({"params": params}, features)
-    return features, models.composite(output.level, features), output.logits
+    heard = hear(batch, gap, feature_config)
+    output = model.apply({"params": params}, standardise(heard, feature_config))
+    return heard, models.composite(to_level(output.level, feature_config), heard), output.logits
 
 
 def fill(level: jax.Array, batch: dict, gap: np.ndarray, preset: str) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Set-up -> step -> loop: avsi-train.
 
 The loop is one function that reads from top to bottom. Everything a run needs to be understood or gone on with lies in its workdir:
-config.json, run.json (versions, devices, data), metrics.csv (identical after a resume), timing.csv (speed), checkpoints/.
+config.json, run.json (versions, devices, data), metrics.csv (identical after a resume), timing.csv (speed), checkpoints/, and
+statistics.json where something is standardised.
 """
 
 from __future__ import annotations
@@ -15,7 +16,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import configs
-from avsi_jax.experiment import count_of, example_features, init_params, make_loss, make_model, make_optimiser
+from avsi_jax.experiment import (
+    count_of,
+    example_features,
+    init_params,
+    make_loss,
+    make_model,
+    make_optimiser,
+    read_normalisation,
+)
 from avsi_jax.workdir import METRICS, TIMING, add_row, check_config, cut_rows, read_rows, timing, write_run
 
 
@@ -41,7 +50,7 @@ def init_state(config, steps_per_epoch: int) -> TrainState:
 # ---- step ----------------------------------------------------------------------------------------------------------------------
 
 
-def make_train_step(config, optimiser):
+def make_train_step(config, optimiser, normalisation=None):
     """The pure step (state, batch) -> (state, metrics); `parallel` maps it over devices, tests run it unmapped."""
     import jax
     import jax.numpy as jnp
@@ -49,7 +58,7 @@ def make_train_step(config, optimiser):
 
     from avsi_jax import parallel
 
-    loss = make_loss(config)
+    loss = make_loss(config, normalisation)
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -64,13 +73,13 @@ def make_train_step(config, optimiser):
     return step
 
 
-def make_validation_step(config):
+def make_validation_step(config, normalisation=None):
     """(params, batch) -> sums; a clip's gaps depend on its id alone, so every validation sees the same ones."""
     import jax
 
     from avsi_jax import parallel
 
-    loss = make_loss(config)
+    loss = make_loss(config, normalisation)
 
     def step(params, batch: dict) -> dict:
         return parallel.sum_over_devices(loss(params, batch, jax.random.key(config.seed + 1))[1])
@@ -170,7 +179,8 @@ def train(config, workdir: str | Path) -> dict[str, float]:
     if len(training) < config.batch_size:
         raise ValueError(f"{config.train_split} holds {len(training)} clips, fewer than config.batch_size={config.batch_size}")
     steps_per_epoch = len(training) // config.batch_size
-    check_config(config, workdir)
+    normalisation = read_normalisation(config, dataset)
+    check_config(config, workdir, normalisation)
     say(f"{config.system}: {len(training)} clips to train on, {len(validation)} to validate, {steps_per_epoch} steps an epoch of "
         f"{config.batch_size}, {jax.device_count()} x {jax.devices()[0].device_kind}")  # fmt: skip
 
@@ -200,8 +210,8 @@ def train(config, workdir: str | Path) -> dict[str, float]:
     state = parallel.replicate(state)
 
     # 3. Steps.
-    train_step = parallel.map_train_step(make_train_step(config, optimiser))
-    validation_step = parallel.map_evaluation_step(make_validation_step(config))
+    train_step = parallel.map_train_step(make_train_step(config, optimiser, normalisation))
+    validation_step = parallel.map_evaluation_step(make_validation_step(config, normalisation))
     batches = input_pipeline.train_batches(
         training,
         config.batch_size,

@@ -1,4 +1,6 @@
-"""The files of a run's workdir: config.json, run.json, metrics.csv (identical after a resume) and timing.csv (speed)."""
+"""The files of a run's workdir: config.json, statistics.json (what levels and motion were standardised by), run.json, metrics.csv
+(identical after a resume) and timing.csv (speed).
+"""
 
 from __future__ import annotations
 
@@ -9,20 +11,28 @@ import platform
 import resource
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from avsi_jax.features import Normalisation
 
 CONFIG = "config.json"
+STATISTICS = "statistics.json"
 METRICS = "metrics.csv"
 TIMING = "timing.csv"
 PACKAGES = ("avsi_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 MAY_CHANGE = {"epochs", "data_dir", "validate_every", "checkpoint_every", "keep", "early_stop_patience", "lstm"}  # on a resume
+LATER_FIELDS = {"motion": "pixels"}  # of the config: what runs did that are older than the field
 
 
-def check_config(config, workdir: Path) -> None:
-    """Writes config.json; ValueError where a run lies there whose config differs in more than where to stop and what to keep."""
+def check_config(config, workdir: Path, normalisation: Normalisation | None = None) -> None:
+    """Writes config.json and, of a Normalisation, statistics.json; ValueError where a run lies there whose config differs in more
+    than where to stop and what to keep, or that had other statistics: then nothing is written.
+    """
     path = workdir / CONFIG
     now = json.loads(config.to_json())
     if path.exists() and (workdir / METRICS).exists():  # a run that never ended an epoch binds nobody
-        before = json.loads(path.read_text())
+        before = read_config(workdir)
         differ = [k for k in sorted(now.keys() | before.keys()) if k not in MAY_CHANGE and now.get(k) != before.get(k)]
         if differ:
             listed = "; ".join(f"{k}: {before.get(k)!r} there, {now.get(k)!r} here" for k in differ)
@@ -30,7 +40,51 @@ def check_config(config, workdir: Path) -> None:
                 f"{workdir} holds a run with another config ({listed}); resume with the same, or take another --workdir"
             )
     workdir.mkdir(parents=True, exist_ok=True)
+    check_normalisation(normalisation, workdir)
     path.write_text(json.dumps(now, indent=2, sort_keys=True) + "\n")
+
+
+def read_config(workdir: Path) -> dict:
+    """config.json, with fields that came later as the run did it."""
+    return LATER_FIELDS | json.loads((workdir / CONFIG).read_text())
+
+
+def check_normalisation(normalisation: Normalisation | None, workdir: Path) -> None:
+    """Writes statistics.json where anything is standardised; ValueError where a run lies there that had other statistics."""
+    from avsi_jax.features import Normalisation
+
+    path, normalisation = workdir / STATISTICS, normalisation or Normalisation()
+    if (workdir / METRICS).exists() and (before := read_normalisation(workdir)) != normalisation:
+        pairs = zip(normalisation._fields, before, normalisation, strict=True)
+        differ = [f"{k}: {_shown(there)} there, {_shown(here)} here" for k, there, here in pairs if there != here]
+        raise ValueError(
+            f"{workdir} holds a run with other train statistics ({'; '.join(differ)}); "
+            f"resume with the dataset it began with, or take another --workdir"
+        )
+    if any(normalisation):
+        kept = {k: scale and scale._asdict() for k, scale in normalisation._asdict().items()}
+        path.write_text(json.dumps(kept) + "\n")
+    else:
+        path.unlink(missing_ok=True)  # of a run that never ended an epoch
+
+
+def read_normalisation(workdir: Path) -> Normalisation:
+    """What statistics.json holds; nothing standardised where there is no such file."""
+    from avsi_jax.features import Normalisation, Scale
+
+    path = workdir / STATISTICS
+    if not path.exists():
+        return Normalisation()
+    kept = json.loads(path.read_text())
+    return Normalisation(**{k: v and Scale(tuple(v["mean"]), tuple(v["std"])) for k, v in kept.items()})
+
+
+def _shown(scale) -> str:
+    """A Scale in a few words: what its values come to."""
+    if not scale:
+        return "none"
+    mean, std = (sum(v) / len(v) for v in scale)
+    return f"mean {mean:.7g} and std {std:.7g} over {len(scale.mean)}"
 
 
 def write_run(workdir: Path, *, parameters: int, devices: list[str], processes: int, dataset: dict) -> None:

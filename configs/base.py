@@ -13,8 +13,9 @@ def get_config() -> ml_collections.ConfigDict:
 
     # What is trained.
     config.system = "av_mtl_s2s"  # a name of avsi_jax.models.SYSTEMS
-    config.preset = "paper"  # signal preset of avsi_jax.spec: paper (8 kHz, 64 mel)
+    config.preset = "paper"  # signal preset of avsi_jax.spec: paper (8 kHz, 64 mel), wide (16 kHz, 80 mel), morrone
     config.landmarks = "face"  # face: all 68 points, the paper's code; mouth: its text
+    config.motion = "pixels"  # the paper's code; standardised: by mean and standard deviation of the train split
     config.layers = 3  # bidirectional LSTM layers of each of encoder and decoder
     config.units = 256  # LSTM units a direction
     config.bottleneck = 136  # width of the encoder's ReLU layer (the CTC head reads it)

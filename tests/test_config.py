@@ -77,6 +77,7 @@ def leaf(config, field):
         ("base", "gaps.max_count", "1", 1),
         ("base", "data_dir", "some where/data", "some where/data"),
         ("base", "data_dir", "7", "7"),
+        ("base", "motion", "standardised", "standardised"),
         ("base", "gaps.total", "uniform", "uniform"),
         ("eval", "checkpoint", "12", "12"),
         ("eval", "gap_ms", "300,900", (300, 900)),

@@ -183,6 +183,60 @@ def test_record_sound_is_cut_or_padded_to_the_preset(batch):
     np.testing.assert_array_equal(length, short["audio_length"])
 
 
+# ---- standardised --------------------------------------------------------------------------------------------------------------
+
+
+def scales(preset, per_band):
+    """A Normalisation of made-up numbers."""
+    rng = np.random.default_rng(2)
+    size = preset.bands if per_band else 1
+    made_up = lambda n, low: tuple(map(float, rng.uniform(low, 3, n)))
+    return features.Normalisation(
+        features.Scale(made_up(size, -6), made_up(size, 0.5)), features.Scale(made_up(136, -1), made_up(136, 0.5))
+    )
+
+
+@pytest.mark.parametrize("protocol", gaps.PROTOCOLS)
+@pytest.mark.parametrize(("preset", "per_band"), [(WIDE, False), (WIDE, True), (MORRONE, True)])
+def test_standardised_features_are_the_plain_ones_less_mean_over_std(batch, preset, per_band, protocol):
+    """In float64 by NumPy; masks and lengths as they were, and back again where a network's level is to be heard."""
+    gap = np.tile(np.int32([[4_000, 13_000]]), (B, 1, 1))
+    normalisation = scales(preset, per_band)
+    plain = make(batch, gap, features.FeatureConfig(preset, protocol))
+    config = features.FeatureConfig(preset, protocol, normalisation=normalisation)
+    found = make(batch, gap, config)
+    for name in ("mask", "valid", "num_frames"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(plain, name))
+    mask = np.asarray(plain.mask)[..., None] & (protocol == "paper")
+    assert (protocol == "waveform") == (not mask.any())
+    for name, scale in (("spectrogram", "level"), ("target", "level"), ("video", "motion")):
+        mean, std = (np.asarray(v) for v in getattr(normalisation, scale))
+        expected = (np.asarray(getattr(plain, name), np.float64) - mean) / std
+        expected = np.where(mask, 0, expected) if name == "spectrogram" else expected  # Morrone's hole: the mean spectrum
+        np.testing.assert_allclose(getattr(found, name), expected, atol=1e-5 * np.abs(expected).max())
+    if mask.any():
+        assert not np.asarray(found.spectrogram)[mask[..., 0]].any(), "0 to the last bit"
+    np.testing.assert_allclose(features.to_level(found.target, config), plain.target, atol=2e-5)
+
+
+@by_name
+def test_without_statistics_nothing_is_standardised(batch, preset):
+    """Bit for bit what is heard, and so what the paper's preset always was."""
+    gap = np.tile(np.int32([[4_000, 13_000]]), (B, 1, 1))
+    config = features.FeatureConfig(preset)
+    heard = jax.jit(features.hear, static_argnums=2)(batch, gap, config)
+    for one, two in zip(make(batch, gap, config), heard):
+        np.testing.assert_array_equal(one, two)
+    assert features.to_level(heard.target, config) is heard.target
+
+
+@pytest.mark.parametrize(("name", "size"), [("level", 64), ("motion", 80)])
+def test_statistics_of_another_preset_are_refused(name, size):
+    scale = features.Scale((0.0,) * size, (1.0,) * size)
+    with pytest.raises(ValueError, match=f"normalisation of {name}: found {size} values, expected .* or one for all"):
+        features.FeatureConfig(WIDE, normalisation=features.Normalisation(**{name: scale}))
+
+
 @pytest.mark.parametrize(("field", "value"), [("protocol", "spectrogram"), ("landmarks", "nose")])
 def test_unknown_choices_are_refused(field, value):
     with pytest.raises(ValueError, match=f"{field}: found '{value}', expected"):

@@ -86,6 +86,31 @@ def test_what_is_missing_is_said(trained, tmp_path):
     assert "found 'newest', expected best, last or a step" in message(trained, "newest")
 
 
+def test_a_run_from_before_a_field_of_the_config(trained, tmp_path):
+    """It did what the field's first value says."""
+    from avsi_jax.restore import Restorer
+
+    (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
+    config = json.loads((trained / "config.json").read_text())
+    del config["motion"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert Restorer.from_workdir(tmp_path).config.motion == "pixels"
+    del config["landmarks"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="has no landmarks: a run of an older version"):
+        Restorer.from_workdir(tmp_path)
+
+
+@pytest.mark.parametrize(("fields", "needed"), [({"preset": "wide"}, "level"), ({"motion": "standardised"}, "motion")])
+def test_a_run_whose_statistics_are_lost(trained, tmp_path, fields, needed):
+    from avsi_jax.restore import Restorer
+
+    config = json.loads((trained / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | fields))
+    with pytest.raises(CheckpointError, match=f"no statistics.json in .*; expected what its {needed} was standardised by"):
+        Restorer.from_workdir(tmp_path)
+
+
 def test_a_config_that_is_not_the_runs(trained, tmp_path):
     """More units than were trained: an error, never a network of random numbers."""
     from avsi_jax.restore import Restorer

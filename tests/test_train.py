@@ -62,14 +62,15 @@ def test_timing_of_every_epoch(trained):
         assert 0 <= values["waiting_share"] <= 1 and values["epoch_s"] > 0 and values["peak_rss_mb"] > 100
 
 
-def test_config_and_run_are_kept(trained, tiny_config):
+def test_config_and_run_are_kept(trained, tiny_config, tiny_dir):
     import jax
 
     assert json.loads((trained / "config.json").read_text()) == json.loads(tiny_config().to_json())
     run = json.loads((trained / "run.json").read_text())
     assert run["versions"]["jax"] == jax.__version__ and run["processes"] == 1 and len(run["devices"]) == 4
     assert run["parameters"] == experiment.count_of(tiny_config())
-    assert run["dataset"]["clips"] == {"train": 9, "validation": 3} and run["dataset"]["version"] == "1.0.0"
+    (version,) = (tiny_dir / "grid" / "speaker_independent").iterdir()
+    assert run["dataset"]["clips"] == {"train": 9, "validation": 3} and run["dataset"]["version"] == version.name
     assert run["revision"]
 
 
@@ -143,6 +144,17 @@ def test_a_run_that_never_began_does_not_bind_its_folder(tiny_config, tmp_path):
     workdir.check_config(tiny_config(), tmp_path / "run")
 
 
+def test_a_run_from_before_a_field_of_the_config_goes_on(halfway, tiny_config):
+    """Where the field has the value of what the run did."""
+    config = json.loads((halfway / "config.json").read_text())
+    del config["motion"]
+    (halfway / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="motion: 'pixels' there, 'standardised' here"):
+        workdir.check_config(tiny_config(motion="standardised"), halfway)
+    workdir.check_config(tiny_config(), halfway)
+    assert json.loads((halfway / "config.json").read_text())["motion"] == "pixels"
+
+
 # -------------------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -156,6 +168,7 @@ def test_a_run_that_never_began_does_not_bind_its_folder(tiny_config, tmp_path):
         ({"system": "av_mtl"}, ValueError, r"unknown system 'av_mtl'; expected one of"),
         ({"preset": "papre"}, ValueError, r"unknown preset 'papre'; expected one of paper"),
         ({"lstm": "fused"}, ValueError, r"lstm: found 'fused', expected one of"),
+        ({"motion": "pixel"}, ValueError, r"config.motion: found 'pixel', expected 'pixels' or 'standardised'"),
         ({"landmarks": "nose"}, ValueError, r"landmarks: found 'nose', expected"),
         ({"loss__kind": "mae"}, ValueError, r"loss.kind: found 'mae', expected 'mse' or 'l1'"),
         ({"gaps__total": "poisson"}, ValueError, r"gaps.total: found 'poisson', expected"),
