@@ -9,6 +9,7 @@ stored.
 from __future__ import annotations
 
 import dataclasses
+import fractions
 import pathlib
 
 import numpy as np
@@ -19,6 +20,7 @@ VIDEO_SUFFIXES = (".mpg", ".mp4", ".avi", ".mov", ".mkv")
 SOUND_SUFFIXES = (".wav", ".flac")
 MAX_PICTURE_BYTES = 6 * 2**30  # decoded; 75 Grid pictures take 23 MB, one minute of 1080p 9 GB
 PCM_BITS = {"PCM_U8": 8, "PCM_S8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
+MP2_RATE, MP2_FRAME = 44_100, 1152  # Hz and samples of the sound that write_mpeg writes
 SAME_START_S = 1e-4  # two streams start together within this
 
 
@@ -50,10 +52,11 @@ class Clip:
     sound: Sound | None
 
 
-def read_clip(path, *, pictures: bool = True, sound: bool = True) -> Clip:
-    """Decodes a clip; what is not asked for, or not in the file, is None.
+def read_clip(path, *, pictures: bool = True, sound: bool = True, max_bytes: int = MAX_PICTURE_BYTES) -> Clip:
+    """Decodes a clip; what is not asked for, or not in the file, is None. max_bytes: of all pictures, decoded.
 
-    Raises FileNotFoundError, or MediaError where the suffix is unknown, the file cannot be decoded or holds nothing asked for.
+    Raises FileNotFoundError, or MediaError where the suffix is unknown, the file cannot be decoded, holds nothing asked for or
+    more than max_bytes.
     """
     file = pathlib.Path(path)
     suffix = file.suffix.lower()
@@ -68,12 +71,28 @@ def read_clip(path, *, pictures: bool = True, sound: bool = True) -> Clip:
         raise MediaError(f"{file}: found a folder, expected a clip file")
     if suffix in SOUND_SUFFIXES:
         return Clip(str(file), None, _read_sound_file(file) if sound else None)
-    clip = _read_video_file(file, pictures, sound)
+    clip = _read_video_file(file, pictures, sound, max_bytes)
     wanted = (pictures and clip.pictures is not None) or (sound and clip.sound is not None)
     if (pictures or sound) and not wanted:
         asked = " or ".join(name for name, on in (("pictures", pictures), ("sound", sound)) if on)
         raise MediaError(f"{file}: found no {asked} that can be decoded; check that the file plays, or fetch it again")
     return clip
+
+
+def read_pictures(paths, fps: float = spec.GRID_FPS, *, max_bytes: int = MAX_PICTURE_BYTES) -> Pictures:
+    """Single pictures (.png .jpg ...), in this order, as a film of `fps`; MediaError as read_clip."""
+    import av
+
+    reader = _PictureReader(paths[0], max_bytes)
+    for path in paths:
+        try:
+            with av.open(str(path)) as container:
+                reader.check_size(container.streams.video[0])
+                reader.add(next(container.decode(video=0)), seconds=len(reader.rgb) / fps)
+        except (av.FFmpegError, IndexError, StopIteration) as e:
+            raise MediaError(f"{path}: cannot be decoded as a picture ({_line(e)}); fetch it again") from e
+    seconds = np.array(reader.seconds)
+    return Pictures(np.stack(reader.rgb), fps, 0.0, seconds)
 
 
 def mono(samples: np.ndarray) -> np.ndarray:
@@ -140,6 +159,53 @@ def write_sound(path, samples: np.ndarray, rate: int, subtype: str = "PCM_16") -
         ) from e
 
 
+def write_mpeg(path, pictures: np.ndarray, fps: int, samples: np.ndarray, rate: int, *, bit_rate: int = 1_200_000) -> None:
+    """Writes a clip as Grid's are coded: MPEG-1 video and MP2 sound at 44.1 kHz, mono. The same input gives the same bytes.
+
+    `pictures` (T, H * 3 / 2, W) uint8 are planar yuv420p of MPEG's own range (16 to 235), `samples` (N,) int16 or float; they
+    start together, by the presentation times, which count the MP2 encoder's delay. `bit_rate` is the video's.
+    Raises MediaError for another suffix, pictures of another shape, or a file that can't be written.
+    """
+    import av
+
+    file = pathlib.Path(path)
+    if file.suffix.lower() != ".mpg":
+        raise MediaError(f"{file}: found suffix {file.suffix!r}, expected .mpg")
+    if pictures.ndim != 3 or pictures.dtype != np.uint8 or pictures.shape[1] % 3 or pictures.shape[2] % 2:
+        raise MediaError(f"{file}: found pictures {pictures.dtype} {pictures.shape}, expected uint8 (T, H * 3 / 2, W) of yuv420p")
+    sound = from_int16(samples) if samples.dtype == np.int16 else samples
+    sound = to_int16(resample(sound, rate, MP2_RATE))
+    try:
+        with av.open(str(file), "w", format="mpeg") as container:
+            video = container.add_stream("mpeg1video", rate=fps)
+            video.width, video.height, video.pix_fmt = pictures.shape[2], pictures.shape[1] * 2 // 3, "yuv420p"
+            video.bit_rate, video.thread_count = bit_rate, 1  # more threads cut the pictures into other slices
+            audio = container.add_stream("mp2", rate=MP2_RATE, layout="mono")
+            audio.bit_rate = 128_000
+            for frame in _frames_in_time(pictures, fps, sound):
+                stream = video if isinstance(frame, av.VideoFrame) else audio
+                container.mux(stream.encode(frame))
+            for stream in (video, audio):
+                container.mux(stream.encode(None))
+    except (av.FFmpegError, OSError) as e:
+        raise MediaError(f"{file}: cannot be written ({_line(e)}); expected an existing folder with room") from e
+
+
+def _frames_in_time(pictures: np.ndarray, fps: int, sound: np.ndarray) -> list:
+    """Pictures and MP2 frames of int16 sound (N,), earlier ones first, as a reader wants them to lie in the file."""
+    import av
+
+    sound = np.pad(sound, (0, -len(sound) % MP2_FRAME))
+    frames = [av.VideoFrame.from_ndarray(picture, format="yuv420p") for picture in pictures]
+    for t, frame in enumerate(frames):
+        frame.pts, frame.time_base = t, fractions.Fraction(1, fps)
+    for start in range(0, len(sound), MP2_FRAME):
+        frame = av.AudioFrame.from_ndarray(sound[None, start : start + MP2_FRAME], format="s16", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = MP2_RATE, start, fractions.Fraction(1, MP2_RATE)
+        frames.append(frame)
+    return sorted(frames, key=lambda frame: frame.time)
+
+
 def _as_written(samples: np.ndarray, subtype: str) -> np.ndarray:
     """What libsndfile stores as meant: int32 with the sample in the upper bits, or float for the other subtypes."""
     if samples.dtype == np.int16:
@@ -174,14 +240,16 @@ def _read_sound_file(file: pathlib.Path) -> Sound:
     return sound
 
 
-def _read_video_file(file: pathlib.Path, want_pictures: bool, want_sound: bool) -> Clip:
+def _read_video_file(file: pathlib.Path, want_pictures: bool, want_sound: bool, max_bytes: int) -> Clip:
     import av
 
     try:
         with av.open(str(file)) as container:
             video = next((s for s in container.streams.video if not _is_cover(s)), None) if want_pictures else None
             audio = next(iter(container.streams.audio), None) if want_sound else None
-            readers = {s.index: r for s, r in ((video, _PictureReader(file)), (audio, _SoundReader(file))) if s is not None}
+            readers = {s.index: r for s, r in ((video, _PictureReader(file, max_bytes)), (audio, _SoundReader(file))) if s is not None}
+            if video is not None:
+                readers[video.index].check_size(video)
             if readers:
                 _decode(container, [s for s in (video, audio) if s is not None], readers)
             return Clip(
@@ -210,18 +278,24 @@ def _decode(container, streams, readers) -> None:
 class _PictureReader:
     """Collects pictures; lost ones only leave a hole in `times`."""
 
-    def __init__(self, file):
-        self.file, self.rgb, self.seconds, self.num_bytes = file, [], [], 0
+    def __init__(self, file, max_bytes):
+        self.file, self.max_bytes, self.rgb, self.seconds, self.num_bytes = file, max_bytes, [], [], 0
+
+    def check_size(self, stream):
+        """Refuses a picture that alone is too large, before it is decoded."""
+        width, height = stream.codec_context.width, stream.codec_context.height
+        if 3 * width * height > self.max_bytes:
+            raise MediaError(f"{self.file}: a picture of {width}x{height}, more than {self.max_bytes / 2**30:g} GiB decoded")
 
     def note_loss(self):
         pass
 
-    def add(self, frame):
+    def add(self, frame, seconds=None):
         rgb = frame.to_ndarray(format="rgb24")
         self.num_bytes += rgb.nbytes
-        if self.num_bytes > MAX_PICTURE_BYTES:
+        if self.num_bytes > self.max_bytes:
             raise MediaError(
-                f"{self.file}: its pictures take more than {MAX_PICTURE_BYTES / 2**30:g} GiB decoded; "
+                f"{self.file}: its pictures take more than {self.max_bytes / 2**30:g} GiB decoded; "
                 "cut the clip around the damage or scale its pictures down"
             )
         if self.rgb and rgb.shape != self.rgb[0].shape:
@@ -230,7 +304,7 @@ class _PictureReader:
                 "expected one size, re-encode the clip"
             )
         self.rgb.append(rgb)
-        self.seconds.append(_frame_time(frame))
+        self.seconds.append(_frame_time(frame) if seconds is None else seconds)
 
     def result(self, stream) -> Pictures | None:
         if not self.rgb:
@@ -319,4 +393,4 @@ def _is_cover(stream) -> bool:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(getattr(error, "strerror", None) or error).split())

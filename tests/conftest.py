@@ -7,6 +7,7 @@ A value that is already set wins (JAX_PLATFORMS=cuda runs the tests on a GPU).
 import atexit
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -43,6 +44,18 @@ def grid_dir() -> Path:
     folder = Path(named) if named else ROOT.parent / "shared" / "grid"
     if not folder.is_dir():
         pytest.skip("needs real Grid clips: set AVSI_GRID")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def synthetic_dir(tmp_path_factory) -> Path:
+    """A raw folder of the synthetic corpus: s1 and s2 with three clips each, as .mpg, .wav and .align. Not to be changed."""
+    for package in ("espeakng_loader", "skimage"):
+        pytest.importorskip(package, reason="the synthetic corpus needs the extra: pip install '.[synth]'")
+    folder = tmp_path_factory.mktemp("synthetic") / "raw"
+    command = [sys.executable, "-m", "tfds_grid.synthetic", "--out", str(folder), "--speakers=2", "--clips=3", "--seed=0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
     return folder
 
 

@@ -1,8 +1,8 @@
 """Real clips -> records: who is in which split, what a record holds, and what the report says."""
 
+import collections
 import hashlib
 import json
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -10,13 +10,14 @@ import time
 
 import numpy as np
 import pytest
+from building import ROOT, make, run, run_code, splits_of
 
 from avsi_jax import input_pipeline as pipeline
 from tfds_grid import clips, prepare, speakers
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 # bbizzn has a damaged opening, lrae3s 74 pictures, swwp2s a wav
 KEPT = {"bbaz5s": "s1", "bbizzn": "s1", "lrae3s": "s1", "swwp2s": "s2", "bbac3n": "s30", "bgbsza": "s26"}
+ALLOWING = ["--max_skipped=0.2"]  # one of seven is broken
 NO_WORDS, RESERVED, BROKEN, EXCLUDED = "bbaz5s", "lwwz2p", "pwij3p", "pwbj8s"
 
 
@@ -60,105 +61,6 @@ def test_unknown_speakers_are_never_scored():
     assert {speakers.split_of(i, "unknown1", "speaker_independent") for i in ids_of_corpus(200)} == {"train"}
 
 
-# -------------------------------------------------------------------------------------------------------------------- files
-
-
-def make(raw, *names):
-    for name in names:
-        (raw / name).parent.mkdir(parents=True, exist_ok=True)
-        (raw / name).touch()
-
-
-def test_files_are_found_by_id(tmp_path):
-    make(tmp_path, "s3/video/mpg_6000/bbaf2n.mpg", "audio_25k/s3/bbaf2n.wav", "audio_50k/bbaf2n.wav", "align/bbaf2n.align")
-    make(tmp_path, "s10/bbaf3n.MPG", "unknown1/bbaf4n.mpg", ".cache/s1/bbaf5n.mpg", "s10/notes.txt")
-    found = speakers.find_clips(tmp_path)
-    assert [(c.id, c.speaker) for c in found.clips] == [("bbaf2n", "s3"), ("bbaf3n", "s10"), ("bbaf4n", "unknown1")]
-    first = found.clips[0]
-    assert (first.sound, first.words) == (tmp_path / "audio_25k/s3/bbaf2n.wav", tmp_path / "align/bbaf2n.align")
-    assert found.clips[1].sound is None and found.clips[1].words is None and not found.left_out
-
-
-def test_what_is_left_out_has_a_reason(tmp_path):
-    make(tmp_path, "s4/bbaf2n.mpg", "re-encoded/s4/bbaf2n.mp4", "re-encoded/s4/bbaf3n.mp4", "unknown1/a.mpg", "s4/b.mpg")
-    make(tmp_path, "s4/bbaf4n.mpg", "s4/bbaf5n.mpg")
-    (tmp_path / "RESERVED.txt").write_text("bbaf4n  # kept for a check\n\n")
-    found = speakers.find_clips(tmp_path, exclude=["bbaf5n"])
-    assert [c.id for c in found.clips] == ["b", "bbaf2n", "bbaf3n"]
-    assert {path: reason.split(",")[0] for path, reason in found.left_out.items()} == {
-        "re-encoded/s4/bbaf2n.mp4": "second file of this id",
-        "s4/bbaf4n.mpg": "reserved id",
-        "s4/bbaf5n.mpg": "reserved id",
-        "unknown1/a.mpg": "neither id nor speaker is known",
-    }
-
-
-def test_words_of_an_alignment(tmp_path):
-    path = tmp_path / "bbaf2n.align"
-    path.write_text("0 23750 sil\n23750 29500 bin\n29500 30000 sp\n30000 34000 blue\n\n34000 74500 sil\n")
-    # 23750 = 0.95 s: the corpus' times count 1/25000 s
-    bin_, blue = clips.read_words(path)
-    assert bin_ == {"word": "bin", "start_s": 0.95, "end_s": 1.18} and blue == {"word": "blue", "start_s": 1.2, "end_s": 1.36}
-    assert clips.read_words(None) == []
-    path.write_text("0 sil\n")
-    with pytest.raises(clips.UnusableClipError, match="'0 sil'"):
-        clips.read_words(path)
-
-
-@pytest.mark.parametrize("lag", [0.0, 176.0, -30.5, 40.25])
-def test_lag_is_measured_below_a_sample(lag):
-    rng = np.random.default_rng(0)
-    spectrum = np.fft.rfft(rng.normal(size=16_000)) * (np.arange(8_001) < 4_000)  # below 4 kHz, as speech
-    turn = np.exp(-2j * np.pi * np.arange(8_001) * lag / 16_000)
-    early, late = np.fft.irfft(spectrum), np.fft.irfft(spectrum * turn)
-    measured, match = clips.lag_after(late, early[:-500])
-    assert measured * 16_000 == pytest.approx(lag, abs=0.05) and match > 0.85
-    assert clips.lag_after(rng.normal(size=16_000), early)[1] < 0.2
-
-
-# ------------------------------------------------------------------------------------------------------------------ command
-
-
-def run(*args, code=0):
-    done = subprocess.run(
-        [sys.executable, "-m", "tfds_grid.prepare", *map(str, args)], capture_output=True, text=True, timeout=300, cwd=ROOT
-    )
-    assert done.returncode == code, done.stderr
-    return done
-
-
-def test_help_is_quick():
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        assert "--builder_config" in run("--help").stdout
-        times.append(time.perf_counter() - start)
-    assert min(times) < 1  # 0.2 s on an idle machine
-    run_code("import sys; from tfds_grid import prepare; assert not {'tensorflow_datasets', 'av', 'cv2'} & set(sys.modules)")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--raw={tmp}/none"], "no such folder; expected the unpacked Grid corpus"),
-        (["--raw={tmp}"], "found no clip; expected videos such as"),
-        (["--raw={tmp}", "--exclude={tmp}/none.txt"], "none.txt: no such file"),
-        (["--raw={tmp}", "--workers=0"], "expected both above 0"),
-    ],
-)
-def test_errors_take_one_line(tmp_path, options, message):
-    done = run(*[o.format(tmp=tmp_path) for o in options], f"--data_dir={tmp_path / 'data'}", code=2)
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("avsi-prepare: ") and message in last and "Traceback" not in done.stderr
-
-
-def test_missing_tensorflow_names_the_extra(tmp_path, monkeypatch, capsys):
-    make(tmp_path, "s1/bbaf2n.mpg")
-    monkeypatch.setitem(sys.modules, "tensorflow", None)  # as where it is not installed
-    assert prepare.main([f"--raw={tmp_path}", f"--data_dir={tmp_path / 'data'}"]) == 2
-    assert 'pip install "avsi_jax[prepare]"' in capsys.readouterr().err
-
-
 # ------------------------------------------------------------------------------------------------------------------ records
 
 
@@ -183,17 +85,13 @@ def raw(grid_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def data_dir(raw, tmp_path_factory):
     data_dir = tmp_path_factory.mktemp("data")
-    run(f"--raw={raw}", f"--data_dir={data_dir}", "--builder_config=all", f"--exclude={raw / 'exclude.txt'}")
+    run(f"--raw={raw}", f"--data_dir={data_dir}", "--builder_config=all", *ALLOWING, f"--exclude={raw / 'exclude.txt'}")
     return data_dir
 
 
 @pytest.fixture(scope="module")
 def folder(data_dir):
     return pipeline.find_dataset(data_dir)
-
-
-def splits_of(folder):
-    return [s["name"] for s in json.loads((folder / "dataset_info.json").read_text())["splits"]]
 
 
 @pytest.fixture(scope="module")
@@ -270,21 +168,22 @@ def test_mouths_are_kept_apart(data_dir, folder):
 
 def test_the_report_tells_what_became_of_every_clip(folder):
     report = json.loads((folder / "build_report.json").read_text())
-    assert report["clips"] == {"found": 10, "written": 6, "skipped": 4} and report["reserved_ids_left_out"] == 2
+    assert report["clips"] == {"found": 10, "written": 6, "left_out": 3, "skipped": 1} and report["reserved_ids_left_out"] == 2
     assert sum(report["splits"].values()) == 6 and not set(report["splits"]) & set(report["splits_without_a_clip"])
     assert set(report["splits"]) | set(report["splits_without_a_clip"]) == set(speakers.SPLITS["speaker_independent"])
     assert report["speakers"]["test"] == {"s30": 1}
-    assert set(report["skipped_files"]) == {f"s1/{RESERVED}.mpg", f"s1/{EXCLUDED}.mpg", "unknown1/unknown1a.mpg"}
-    assert set(report["skipped_clips"]) == {BROKEN}
+    assert set(report["left_out"]) == {f"s1/{RESERVED}.mpg", f"s1/{EXCLUDED}.mpg", "unknown1/unknown1a.mpg"}
+    assert set(report["skipped"]) == {BROKEN} and report["notes"]["pictures"] == {"lrae3s": "74, not 75"}
+    assert set(report["notes"]["face"]) == {"bbizzn"}
     assert report["invalid_landmark_frames"] == {"total": 12, "clips": {"bbizzn": 12}}
-    assert report["clips_without_words"] == [NO_WORDS] and report["clips_with_wav"] == ["swwp2s"]
+    assert report["clips_without_words_file"] == [NO_WORDS] and report["clips_with_wav"] == ["swwp2s"]
     assert report["clips_per_s"] > 0 and report["peak_memory_mb"]["main"] > 100 and len(report["face_models_sha256"]) == 64
-    assert report["versions"]["dataset"] == "1.0.0" and "numpy" in report["versions"]
+    assert report["versions"]["dataset"] == "2.0.0" and "numpy" in report["versions"]
 
 
 def test_an_existing_dataset_is_kept(raw, data_dir, folder):
     before = {p.name: p.stat().mtime for p in folder.iterdir()}
-    done = run(f"--raw={raw}", f"--data_dir={data_dir}", code=2)
+    done = run(f"--raw={raw}", f"--data_dir={data_dir}", *ALLOWING, code=2)
     assert "holds a dataset already; --overwrite replaces it" in done.stderr
     assert before == {p.name: p.stat().mtime for p in folder.iterdir()}
 
@@ -294,7 +193,7 @@ def test_a_second_build_gives_the_same_bytes(raw, data_dir, folder, tmp_path):
     some = next((data_dir / prepare.CACHE).glob("bbaz5s-*.npz"))
     (tmp_path / prepare.CACHE).mkdir()
     shutil.copy(some, tmp_path / prepare.CACHE)
-    run(f"--raw={raw}", f"--data_dir={tmp_path}", "--workers=1", f"--exclude={raw / 'exclude.txt'}")
+    run(f"--raw={raw}", f"--data_dir={tmp_path}", "--workers=1", *ALLOWING, f"--exclude={raw / 'exclude.txt'}")
     again = pipeline.find_dataset(tmp_path)
     names = sorted(p.name for p in folder.iterdir())
     assert names == sorted(p.name for p in again.iterdir()) and any("tfrecord" in n for n in names)
@@ -316,12 +215,15 @@ def test_a_killed_build_leaves_nothing_half(raw, tmp_path):
     assert not (tmp_path / "grid").exists()
 
 
+# ---------------------------------------------------------------------------------------------------------------------- tfds
+
+
 TFDS_READS = """
 import sys
 import numpy as np, tensorflow_datasets as tfds
 from avsi_jax import input_pipeline as pipeline
 builder = tfds.builder_from_directory(sys.argv[1])
-assert "Grid" in builder.info.description and builder.info.metadata["full_train"] is False
+assert "Grid" in builder.info.description and builder.info.metadata["full_train"] is False and len(builder.info.citation) > 99
 for split in builder.info.splits:
     ours = pipeline.Records(sys.argv[1], split)
     theirs = list(tfds.as_numpy(builder.as_dataset(split=split, read_config=tfds.ReadConfig(interleave_cycle_length=1))))
@@ -350,20 +252,12 @@ tfds.testing.test_main()
 """
 
 
-def run_code(code, *args):
-    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=300, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-
-
 def test_tfds_reads_the_same(folder):
     run_code(TFDS_READS, folder)
 
 
-def test_the_builder_passes_the_tests_of_tfds(raw, folder):
-    """Also the way of `tfds build`: no cache, the clips measured by the builder itself, a broken one left out."""
+def test_the_builder_passes_the_tests_of_tfds(synthetic_dir):
+    """On synthetic dummy data, and the way of `tfds build`: no cache, the clips measured by the builder itself."""
     pytest.importorskip("dill", reason="TFDS's test class needs the package dill")
-    splits = {s: len(pipeline.Records(folder, s)) for s in splits_of(folder)}
-    # the excluded clip is not excluded here: TFDS's tests know no options
-    extra = speakers.split_of(EXCLUDED, "s1", "speaker_independent")
-    splits[extra] = splits.get(extra, 0) + 1
-    run_code(TFDS_TESTS.replace("{SPLITS}", repr(splits)), raw)
+    found = (speakers.split_of(p.stem, p.parent.name, "speaker_independent") for p in synthetic_dir.glob("s*/*.mpg"))
+    run_code(TFDS_TESTS.replace("{SPLITS}", repr(dict(collections.Counter(found)))), synthetic_dir)

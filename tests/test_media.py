@@ -245,3 +245,65 @@ def test_a_cut_off_clip_gives_what_is_there(grid_dir, tmp_path):
     (tmp_path / "cut.mpg").write_bytes(data[: len(data) // 2])
     clip = media.read_clip(tmp_path / "cut.mpg")
     assert 20 < len(clip.pictures.rgb) < 60 and 40_000 < len(clip.sound.samples) < 100_000
+
+
+def flash_and_click(frames=50, at=20, rate=25_000):
+    """Dark pictures (T, 72, 64) of yuv420p and silence, but for a white picture and a click in its first instant."""
+    pictures = np.full((frames, 72, 64), 128, np.uint8)
+    pictures[:, :48] = 20
+    pictures[at, :48] = 230
+    sound = np.zeros(frames * rate // FPS, np.int16)
+    sound[at * rate // FPS : at * rate // FPS + 50] = 20_000
+    return pictures, sound
+
+
+def test_written_mpeg_is_what_other_decoders_expect(tmp_path):
+    """Oracle: OpenCV's reader and the container's own words, by PyAV."""
+    import av
+    import cv2
+
+    pictures, sound = flash_and_click()
+    media.write_mpeg(tmp_path / "a.mpg", pictures, FPS, sound, 25_000)
+    reader, luma = cv2.VideoCapture(str(tmp_path / "a.mpg")), []
+    while (picture := reader.read())[0]:
+        luma.append(picture[1].mean())
+    assert len(luma) == 50 and np.argmax(luma) == 20 and luma[20] > 200 and max(luma[18], luma[22]) < 60
+    with av.open(str(tmp_path / "a.mpg")) as container:
+        assert container.format.name == "mpeg"
+        video, audio = container.streams
+        assert (video.codec.name, video.width, video.height, video.average_rate) == ("mpeg1video", 64, 48, FPS)
+        assert audio.codec.canonical_name == "mp2" and (audio.rate, audio.channels) == (44_100, 1)
+
+
+def test_written_mpeg_keeps_sound_and_pictures_together(tmp_path):
+    """What is seen at t is heard at t plus the lag that the file's times tell."""
+    pictures, sound = flash_and_click(at=30)
+    media.write_mpeg(tmp_path / "a.mpg", pictures, FPS, sound, 25_000)
+    clip = media.read_clip(tmp_path / "a.mpg")
+    click_s = np.argmax(np.abs(clip.sound.samples[:, 0])) / clip.sound.rate
+    flash_s = clip.pictures.times[clip.pictures.rgb.mean((1, 2, 3)).argmax()]
+    assert flash_s == pytest.approx(30 / FPS, abs=1e-3)
+    assert click_s - flash_s == pytest.approx(media.sound_lag_s(clip), abs=2.5e-3)  # the click lasts 2 ms
+
+
+def test_written_mpeg_has_the_same_bytes_again(tmp_path):
+    pictures, sound = flash_and_click()
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(16, 235, pictures.shape, np.uint8)
+    for name, samples in (("a.mpg", sound), ("b.mpg", sound), ("c.mpg", media.from_int16(sound))):
+        media.write_mpeg(tmp_path / name, pictures, FPS, samples, 25_000)
+    a, b, c = ((tmp_path / name).read_bytes() for name in ("a.mpg", "b.mpg", "c.mpg"))
+    assert a == b == c
+
+
+def test_refusals_of_write_mpeg(tmp_path):
+    pictures, sound = flash_and_click()
+    for name, shown, words in (
+        ("a.mp4", pictures, "found suffix '.mp4', expected .mpg"),
+        ("a.mpg", pictures[:, :71], "expected uint8"),
+        ("a.mpg", pictures.astype(float), "found pictures float64"),
+        ("absent/a.mpg", pictures, "cannot be written"),
+    ):
+        with pytest.raises(media.MediaError, match=words):
+            media.write_mpeg(tmp_path / name, shown, FPS, sound, 25_000)
+    assert not list(tmp_path.iterdir())

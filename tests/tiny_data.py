@@ -5,7 +5,6 @@ loudness from word to word, so that STOI and PESQ have something to hear; the li
 picture differ from clip to clip. The builder imports tensorflow, which tests of training must not: it runs in a process of its own.
 """
 
-import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +19,10 @@ WORDS_S = ((0.40, 0.75), (0.75, 1.05), (1.05, 1.25), (1.25, 1.55), (1.55, 1.90),
 
 
 def clip_ids() -> dict[str, str]:
-    """Clip id -> speaker; the ids are of the corpus' grammar."""
-    ids = ("".join(p) for p in itertools.product("blps", "bgrw", "a", "t", "17", "n"))
-    return {next(ids): speaker for speaker, count in SPEAKERS.items() for _ in range(count)}
+    """Clip id -> speaker; ids that the corpus gives to the speaker."""
+    from tfds_grid import grid_ids
+
+    return {clip_id: speaker for speaker, count in SPEAKERS.items() for clip_id in grid_ids.ids_of(speaker)[:count]}
 
 
 def voice(seed: int, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
@@ -58,7 +58,7 @@ def measurement(seed: int) -> dict[str, np.ndarray]:
         "landmarks_valid": np.ones(frames, bool),
         "frame_size": np.array([360, 288], np.int32),
         "fps": np.float32(FPS),
-        "warnings": np.array([], np.str_),
+        "notes": np.array([], np.str_),
     }
 
 

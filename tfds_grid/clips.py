@@ -1,27 +1,41 @@
 """One raw clip -> what its record holds: sound, face points, words. Measured once, kept in a cache beside the records.
 
-Sound is 16 kHz mono int16 at its own length: from the wav where there is one, else the video's own. Times in seconds, points
-in pixels. Letters: N samples, T video frames.
+Sound is 16 kHz mono int16 at its own length: from the wav where there is one, else the video's own. Face points lie on pictures
+25 a second. Times in seconds, points in pixels. Letters: N samples, T video frames.
+
+What can't become a record raises UnusableClipError; what can, but is not as it should be, gets a note, "kind: what was found".
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import pathlib
+import re
+import shutil
 
 import numpy as np
 
 from avsi_jax import media, spec, text
+from tfds_grid.raw_files import RawDataError, RawFile
 from tfds_grid.speakers import RawClip
 
-CODE_VERSION = 2  # raise when measure() gives other bytes: what older code left in the cache is then measured again
+CODE_VERSION = 3  # raise when measure() gives other bytes: what older code left in the cache is then measured again
 ALIGN_RATE = 25_000  # units a second in an .align
+MAX_WORDS_BYTES = 100_000  # of an .align or a transcript
 SILENCES = ("sil", "sp")
 MAX_INVALID = 0.2  # share of pictures without a usable face above which a clip is left out (of s1's 1000: pbio7a alone)
+MIN_GRID_FRAMES = 70  # of a Grid clip's 75
+MIN_COVER = 0.9  # of the sound's time by pictures, and of the pictures' by sound
+MAX_HOLE_S = 0.1  # between two pictures that a point may be interpolated across
+SAME_TIME_S = 0.010  # pictures this near to their place 25 a second are taken as they are
+SILENT_PEAK = 2.0**-10  # of full scale, 33 in 16 bits
+CLIPPED_SHARE = 0.002  # samples at full scale above which a clip is noted as clipped
 MAX_LAG_S = 0.1  # between a clip's own sound and its wav
 MIN_MATCH = 0.5  # correlation below which the wav is another recording than the clip's sound
+MAX_DECODED_BYTES = 2 * 2**30  # pictures of a clip
 
 
 class UnusableClipError(ValueError):
@@ -32,40 +46,85 @@ def measure(clip: RawClip, *, mouth: bool) -> dict[str, np.ndarray]:
     """Sound and face points of a clip, by decoding and tracking it (about 0.4 s).
 
     Returns audio (N,) int16, offset_s () float32, landmarks (T, 68, 2) float32, landmarks_valid (T,) bool,
-    frame_size (2,) int32 width and height, fps () float32, warnings (n,) str, and with `mouth` mouth (T, 96, 96) uint8.
-    Raises UnusableClipError where the clip can't be decoded, has no sound or shows no face.
+    frame_size (2,) int32 width and height, fps () float32 (25), notes (n,) str, and with `mouth` mouth (T, 96, 96) uint8.
+    Raises UnusableClipError where the clip can't be decoded, has no sound, shows no face or is cut short.
     """
     from avsi_jax import landmarks
 
+    notes: list[str] = []
     try:
-        video = media.read_clip(clip.video)
-        audio, offset_s, warnings = _sound(clip, video)
-        if video.pictures is None:
-            raise UnusableClipError("no pictures in it")
-        rgb = video.pictures.rgb
-        track = _tracker()(rgb)
-    except (media.MediaError, landmarks.NoFaceError) as e:
-        raise UnusableClipError(str(e)) from e
+        with _decoded(clip, notes) as video:
+            audio, offset_s = _sound(clip, video, notes)
+            _check_sound(audio, notes)
+            if video.pictures is None:
+                raise UnusableClipError("no pictures in it")
+            rgb, times = video.pictures.rgb, video.pictures.times
+            _check_lengths(clip, video.pictures, len(audio) / spec.RECORD_RATE, notes)
+            track = _tracker()(rgb)
+    except (media.MediaError, landmarks.NoFaceError, RawDataError) as e:
+        raise UnusableClipError(_without_path(e, clip)) from e
+    except OSError as e:
+        raise UnusableClipError(f"can't be read: {e.strerror or e}") from e
     _check_faces(track.valid)
+    points, valid, pictures = _at_25_fps(track.points, track.valid, times, video.pictures.fps)
+    if pictures is not None:
+        notes.append(f"frame rate: {len(times)} pictures at {video.pictures.fps:.5g} fps brought to {len(points)} at 25")
     measured = {
         "audio": audio,
         "offset_s": np.float32(offset_s),
-        "landmarks": track.points,
-        "landmarks_valid": track.valid,
+        "landmarks": points,
+        "landmarks_valid": valid,
         "frame_size": np.array(rgb.shape[2:0:-1], np.int32),
-        "fps": np.float32(video.pictures.fps),
-        "warnings": np.array([*warnings, *track.warnings], dtype=np.str_),
+        "fps": np.float32(spec.GRID_FPS),
+        "notes": np.array([*notes, *(f"face: {w}" for w in track.warnings)], dtype=np.str_),
     }
-    return measured | ({"mouth": landmarks.mouth_crops(rgb, track.points)} if mouth else {})
+    crops = landmarks.mouth_crops(rgb, track.points) if mouth else None
+    return measured | ({"mouth": crops if pictures is None else crops[pictures]} if mouth else {})
 
 
-def read_words(path: pathlib.Path | None) -> list[dict]:
-    """The words of an .align, silences left out: {word, start_s, end_s}; none where there is no file."""
-    if path is None:
-        return []
-    rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
-    if bad := [row for row in rows if len(row) != 3 or not (row[0] + row[1]).isdigit()]:
-        raise UnusableClipError(f"{path.name} holds {' '.join(bad[0])!r}: expected lines of start, end and word")
+def record(clip: RawClip, measured: dict[str, np.ndarray]) -> dict:
+    """The features of a clip's record (DESIGN.md section 3)."""
+    said, words, _ = read_words(clip)
+    return {"id": clip.id, "speaker": clip.speaker, "text": said, "words": words} | {
+        name: value[..., None] if name == "mouth" else value  # TFDS wants a channel
+        for name, value in measured.items()
+        if name != "notes"
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------------ words
+
+
+def read_words(clip: RawClip) -> tuple[str, list[dict], str]:
+    """What is said, when ({word, start_s, end_s}, silences left out), and why the times of its .align are not used, or ''.
+
+    A Grid id names its words; an .align that names others, or can't be read, is not believed. Of other clips the text is the
+    .align's words, or those of a transcript (.txt): lower case, without punctuation.
+    """
+    grid_text = " ".join(text.words_of(clip.id)) if clip.is_grid else ""
+    if clip.words is None:
+        return grid_text, [], ""
+    try:
+        content = clip.words.read(MAX_WORDS_BYTES).decode()
+        if clip.words.suffix == ".txt":
+            return grid_text or _plain(content), [], ""
+        words = _read_align(content)
+    except (OSError, RawDataError, UnicodeDecodeError, UnusableClipError) as e:
+        return grid_text, [], f"words not used: {_line(e)}"
+    said = " ".join(w["word"] for w in words)
+    if grid_text and said != grid_text:
+        return grid_text, [], f"words not used: the .align says {said!r}, the id {grid_text!r}"
+    return said, words, ""
+
+
+def _read_align(content: str) -> list[dict]:
+    """Lines of start, end and word; UnusableClipError where they are not, or where time runs backwards."""
+    rows = [line.split() for line in content.splitlines() if line.strip()]
+    if bad := [row for row in rows if len(row) != 3 or not (row[0].isdecimal() and row[1].isdecimal())]:
+        raise UnusableClipError(f"the .align holds {' '.join(bad[0])[:60]!r}: expected lines of start, end and word")
+    times = [int(t) for start, end, _ in rows for t in (start, end)]
+    if times != sorted(times):
+        raise UnusableClipError("the .align runs backwards in time")
     return [
         {"word": word, "start_s": int(start) / ALIGN_RATE, "end_s": int(end) / ALIGN_RATE}
         for start, end, word in rows
@@ -73,33 +132,35 @@ def read_words(path: pathlib.Path | None) -> list[dict]:
     ]
 
 
-def record(clip: RawClip, measured: dict[str, np.ndarray]) -> dict:
-    """The features of a clip's record (DESIGN.md section 3)."""
-    return {
-        "id": clip.id,
-        "speaker": clip.speaker,
-        "text": " ".join(text.words_of(clip.id)) if text.is_grid_id(clip.id) else "",
-        "words": read_words(clip.words),
-    } | {
-        name: value[..., None] if name == "mouth" else value  # TFDS wants a channel
-        for name, value in measured.items()
-        if name != "warnings"
-    }
+def _plain(transcript: str) -> str:
+    """Lower case, words between single spaces, apostrophes and punctuation dropped."""
+    return " ".join(re.sub(r"[^\w\s]|_", "", transcript.lower()).split())
 
 
 # ------------------------------------------------------------------------------------------------------------------ cache
 
 
 def measure_cached(clip: RawClip, folder: pathlib.Path, *, mouth: bool) -> pathlib.Path:
-    """The file that holds measure(clip, mouth), made where the cache has none; a killed run leaves no half file."""
-    path = folder / f"{clip.id}-{_fingerprint(clip, mouth)}.npz"
-    if not path.exists():
-        measured = measure(clip, mouth=mouth)
+    """The file that holds measure(clip, mouth), made where the cache has none; a killed run leaves no half file.
+
+    Raises UnusableClipError as measure does, and OSError, with path and bytes, where the cache can't be written.
+    """
+    path = folder / f"{clip.id.replace('/', '_')}-{_fingerprint(clip, mouth)}.npz"
+    if path.exists():
+        return path
+    measured = measure(clip, mouth=mouth)
+    half = folder / f"{path.name}.{os.getpid()}.tmp"
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        half = folder / f"{path.name}.{os.getpid()}.tmp"
         with half.open("wb") as f:
-            np.savez_compressed(f, **measured)
+            (np.savez_compressed if mouth else np.savez)(f, **measured)
         half.replace(path)
+    except OSError as e:
+        size = sum(value.nbytes for value in measured.values())
+        with contextlib.suppress(OSError):
+            half.unlink(missing_ok=True)
+        why = f"{e.strerror or e}; {_free(folder)}"
+        raise OSError(f"{half}: {size:,} bytes can't be written ({why}); give another --data_dir") from e
     return path
 
 
@@ -112,38 +173,71 @@ def _fingerprint(clip: RawClip, mouth: bool) -> str:
     """Changes with the clip's files, the face models and CODE_VERSION."""
     from avsi_jax import landmarks
 
-    digest = hashlib.sha256(f"{CODE_VERSION} {mouth} {landmarks.model_fingerprint()}".encode())
-    for path in (clip.video, clip.sound):
-        digest.update(hashlib.sha256(path.read_bytes()).digest() if path else b"none")
+    digest = hashlib.sha256(f"{CODE_VERSION} {mouth} {landmarks.model_fingerprint()} {clip.is_grid}".encode())
+    try:
+        for file in (clip.video, clip.sound, *clip.pictures):
+            digest.update(hashlib.sha256(file.read()).digest() if file else b"none")
+    except OSError as e:
+        raise UnusableClipError(f"can't be read: {e.strerror or e}") from e
+    except RawDataError as e:
+        raise UnusableClipError(str(e)) from e
     return digest.hexdigest()[:16]
 
 
-# ------------------------------------------------------------------------------------------------------------------ parts
+def _free(folder: pathlib.Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free:,} bytes are free there"
+    except OSError:
+        return "no such folder"
 
 
-@functools.cache
-def _tracker():
-    """One a process: it holds the face models."""
-    from avsi_jax import landmarks
-
-    return landmarks.FaceTracker()
+# ---------------------------------------------------------------------------------------------------------------- decoding
 
 
-def _sound(clip: RawClip, video: media.Clip) -> tuple[np.ndarray, float, list[str]]:
-    """Sound (N,) int16, how many seconds it lags the pictures, and warnings."""
+@contextlib.contextmanager
+def _decoded(clip: RawClip, notes: list[str]):
+    """The clip as media.Clip. Where its own sound can't be decoded and there is a wav, its pictures alone."""
+    with contextlib.ExitStack() as stack:
+        if clip.video is None:
+            paths = [stack.enter_context(picture.on_disk()) for picture in clip.pictures]
+            yield media.Clip(str(paths[0].parent), media.read_pictures(paths, max_bytes=MAX_DECODED_BYTES), None)
+            return
+        path = stack.enter_context(clip.video.on_disk())
+        try:
+            decoded = media.read_clip(path, max_bytes=MAX_DECODED_BYTES)
+        except media.MediaError as e:
+            if clip.sound is None:
+                raise
+            decoded = media.read_clip(path, sound=False, max_bytes=MAX_DECODED_BYTES)
+            notes.append(f"sound: the video's own can't be decoded ({_without_path(e, clip)}); the wav alone is used")
+        yield decoded
+
+
+def _sound(clip: RawClip, video: media.Clip, notes: list[str]) -> tuple[np.ndarray, float]:
+    """Sound (N,) int16 and how many seconds it lags the pictures."""
     own = _at_record_rate(video.sound) if video.sound else None
-    if clip.sound is None:
+    wav = _read_wav(clip.sound, notes) if clip.sound else None
+    if wav is None:
         if own is None:
             raise UnusableClipError("no sound in it and no wav beside it")
-        return media.to_int16(own), media.sound_lag_s(video), []
-    wav = _at_record_rate(media.read_clip(clip.sound).sound)
+        return media.to_int16(own), media.sound_lag_s(video)
     if own is None:
-        return media.to_int16(wav), 0.0, []
+        return media.to_int16(wav), 0.0
     lag_s, match = lag_after(own, wav)
     if match < MIN_MATCH:
-        warning = f"wav is not this clip's sound (correlation {match:.2f}): not used"
-        return media.to_int16(own), media.sound_lag_s(video), [warning]
-    return media.to_int16(wav), media.sound_lag_s(video) - lag_s, []
+        notes.append(f"wav: is not this clip's sound (correlation {match:.2f}); not used")
+        return media.to_int16(own), media.sound_lag_s(video)
+    return media.to_int16(wav), media.sound_lag_s(video) - lag_s
+
+
+def _read_wav(file: RawFile, notes: list[str]) -> np.ndarray | None:
+    """(N,) float32 at 16 kHz, None where it can't be read."""
+    try:
+        with file.on_disk() as path:
+            return _at_record_rate(media.read_clip(path).sound)
+    except (media.MediaError, RawDataError, OSError) as e:
+        notes.append(f"wav: can't be read ({_line(e).rpartition(': ')[2]}); not used")
+        return None
 
 
 def _at_record_rate(sound: media.Sound) -> np.ndarray:
@@ -165,7 +259,65 @@ def lag_after(late: np.ndarray, early: np.ndarray) -> tuple[float, float]:
     return float(best - reach + shift) / spec.RECORD_RATE, float(top / power) if power else 0.0
 
 
+@functools.cache
+def _tracker():
+    """One a process: it holds the face models."""
+    from avsi_jax import landmarks
+
+    return landmarks.FaceTracker()
+
+
+def _at_25_fps(points, valid, times, fps) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Points and validity of pictures 25 a second, and which picture is nearest to each; None where they were so already.
+
+    points (T, 68, 2), valid (T,), times (T,) s from the first picture. Between two pictures a point moves in a straight line; it
+    is valid where both are and no more than MAX_HOLE_S lies between them.
+    """
+    raster = np.arange(len(times)) / spec.GRID_FPS
+    if np.abs(times - raster).max() < SAME_TIME_S:
+        return points, valid, None
+    wanted = np.arange(max(1, round((times[-1] + 1 / fps) * spec.GRID_FPS))) / spec.GRID_FPS
+    high = np.clip(np.searchsorted(times, wanted), 0, len(times) - 1)
+    low = np.where((times[high] <= wanted) | (high == 0), high, high - 1)
+    span = times[high] - times[low]
+    part = np.divide(wanted - times[low], span, out=np.zeros_like(wanted), where=span > 0).clip(0, 1)[:, None, None]
+    between = (points[low] * (1 - part) + points[high] * part).astype(np.float32)
+    return between, valid[low] & valid[high] & (span <= MAX_HOLE_S), np.where(part[:, 0, 0] < 0.5, low, high)
+
+
+# ------------------------------------------------------------------------------------------------------------------ checks
+
+
+def _check_sound(audio: np.ndarray, notes: list[str]) -> None:
+    level = np.abs(audio.astype(np.int32))
+    if level.max() < SILENT_PEAK * 32_768:
+        raise UnusableClipError(f"silent: its loudest sample is {level.max()} of 32768")
+    share = np.mean(level >= 32_767)
+    if share > CLIPPED_SHARE:
+        notes.append(f"clipped: {share:.1%} of the samples are at full scale")
+
+
+def _check_lengths(clip: RawClip, pictures: media.Pictures, sound_s: float, notes: list[str]) -> None:
+    frames, pictures_s = len(pictures.rgb), float(pictures.times[-1] + 1 / pictures.fps)
+    if clip.is_grid and pictures_s * spec.GRID_FPS < MIN_GRID_FRAMES - 0.5:
+        raise UnusableClipError(f"cut short: {frames} pictures, {pictures_s:.2f} s of the 3 s of a Grid clip")
+    if min(pictures_s, sound_s) < MIN_COVER * max(pictures_s, sound_s):
+        raise UnusableClipError(f"cut short: its pictures last {pictures_s:.2f} s, its sound {sound_s:.2f} s")
+    if clip.is_grid and frames != spec.GRID_FRAMES and abs(pictures.fps - spec.GRID_FPS) < 0.1:
+        notes.append(f"pictures: {frames}, not {spec.GRID_FRAMES}")
+
+
 def _check_faces(valid: np.ndarray) -> None:
     lost = int((~valid).sum())
     if lost > MAX_INVALID * len(valid):
         raise UnusableClipError(f"{lost} of its {len(valid)} pictures show no usable face (at most {MAX_INVALID:.0%} may)")
+
+
+def _without_path(error: Exception, clip: RawClip) -> str:
+    """The message without the path in front, which may be that of a copy."""
+    message = _line(error)
+    return message.partition(": ")[2] if message.startswith(os.sep) and ": " in message else message
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -8,87 +8,28 @@ from __future__ import annotations
 
 import argparse
 import collections
-import concurrent.futures as futures
 import contextlib
-import dataclasses
+import gc
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import math
-import multiprocessing
 import os
 import pathlib
 import platform
 import resource
+import shutil
 import sys
-import threading
 import time
 
-from tfds_grid import speakers
+from tfds_grid import measuring, speakers
+from tfds_grid.measuring import Measured
 
 CACHE = ".cache"  # in the data_dir
 CONFIGS = tuple(f"{protocol}{suffix}" for protocol in speakers.SPLITS for suffix in ("", "_mouth"))
 REPORTED_PACKAGES = ("avsi_jax", "tensorflow_datasets", "tensorflow", "tensorflow_cpu", "av", "numpy", "soxr", "ai_edge_litert")
 REPORTED_PACKAGES += ("opencv_python_headless",)
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """What became of one clip: the cache file, or the reason why there is none."""
-
-    id: str
-    path: pathlib.Path | None
-    unusable: str = ""
-    invalid_frames: int = 0
-    warnings: tuple[str, ...] = ()
-
-
-# ----------------------------------------------------------------------------------------------------------------- measure
-
-
-def _start_worker() -> None:
-    """One core a worker: the pool is the parallelism."""
-    from avsi_jax import landmarks
-
-    landmarks.use_one_thread()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed build leaves no worker behind."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _measure_one(clip: speakers.RawClip, cache: pathlib.Path, mouth: bool) -> Measured:
-    from tfds_grid import clips
-
-    try:
-        clips.read_words(clip.words)
-        path = clips.measure_cached(clip, cache, mouth=mouth)
-    except clips.UnusableClipError as e:
-        return Measured(clip.id, None, unusable=str(e))
-    found = clips.load_measured(path)
-    return Measured(clip.id, path, "", int((~found["landmarks_valid"]).sum()), tuple(map(str, found["warnings"])))
-
-
-def measure_all(corpus: speakers.RawCorpus, cache: pathlib.Path, *, mouth: bool, workers: int) -> list[Measured]:
-    """Every clip of the corpus, in the order of their ids, by `workers` fresh processes."""
-    import tqdm
-
-    context = multiprocessing.get_context("spawn")  # a forked copy of a process with threads may hang
-    with futures.ProcessPoolExecutor(workers, context, _start_worker) as pool:
-        jobs = [pool.submit(_measure_one, clip, cache, mouth) for clip in corpus.clips]
-        try:
-            for job in tqdm.tqdm(futures.as_completed(jobs), "measuring", len(jobs), unit="clip", mininterval=1):
-                job.result()
-        except futures.process.BrokenProcessPool as e:
-            fewer = max(1, workers // 2)
-            raise OSError(f"a worker was killed, out of memory? The same with --workers={fewer} goes on from here") from e
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return [job.result() for job in jobs]
 
 
 # -------------------------------------------------------------------------------------------------------------------- pack
@@ -99,13 +40,41 @@ def _need_tensorflow() -> None:
         raise ModuleNotFoundError('tensorflow, which writes the records, is not installed: pip install "avsi_jax[prepare]"')
 
 
-def _make_builder(name: str, args, exclude: set[str], measured: list[Measured]):
+def _make_builder(name: str, args, exclude: set[str], measured: list[Measured], statistics: dict | None = None):
     from tfds_grid import grid_dataset_builder
 
-    paths = {m.id: m.path for m in measured if m.path}
-    data_dir = pathlib.Path(args.data_dir).expanduser()
-    options = {"full_train": args.full_train, "exclude": exclude, "measured": paths}
-    return grid_dataset_builder.Builder(config=name, data_dir=data_dir, file_format="tfrecord", **options)
+    options = {
+        "data_dir": pathlib.Path(args.data_dir).expanduser(),
+        "file_format": "tfrecord",
+        "full_train": args.full_train,
+        "exclude": exclude,
+        "layout": args.layout,
+        "measured": {m.id: m.path for m in measured if m.path},
+        "statistics": statistics,
+    }
+    return grid_dataset_builder.Builder(config=name, **options)
+
+
+def _train_statistics(builder, corpus: speakers.RawCorpus, measured: list[Measured], cache: pathlib.Path) -> dict | None:
+    """Of the builder's train split; kept in the cache under what went in. None where nobody is in it."""
+    from tfds_grid import grid_dataset_builder
+
+    members = builder.members(corpus).get("train")
+    if not members:
+        return None
+    files = {m.id: m.path.name for m in measured if m.path}
+    went_in = [grid_dataset_builder.STATISTICS_VERSION, *(files[clip.id] for clip in members)]
+    path = cache / f"statistics-{hashlib.sha256(json.dumps(went_in).encode()).hexdigest()[:16]}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    import tqdm
+
+    seen = tqdm.tqdm(members, "statistics", unit="clip", mininterval=1)
+    found = grid_dataset_builder.statistics_of([grid_dataset_builder.clip_sums(builder.example_of(clip)) for clip in seen])
+    half = path.with_suffix(f".{os.getpid()}.tmp")
+    half.write_text(json.dumps(found))
+    half.replace(path)
+    return found
 
 
 def _refuse_existing(builder, overwrite: bool) -> None:
@@ -126,7 +95,14 @@ def pack(builder, raw: pathlib.Path, max_shard_mb: float) -> None:
         max_shard_size=int(max_shard_mb * 2**20),
     )
     downloads = pathlib.Path(builder.data_path).parents[2] / CACHE / "downloads"  # TFDS makes one, it stays empty
-    builder.download_and_prepare(download_config=config, download_dir=downloads)
+    try:
+        builder.download_and_prepare(download_config=config, download_dir=downloads)
+    except Exception as e:  # tensorflow's writer has errors of its own for a disk that is full or read-only
+        cause = e.__cause__ or e
+        if isinstance(cause, OSError) or type(cause).__module__.startswith("tensorflow."):
+            reason = f"{' '.join(str(cause).split())}; {shutil.disk_usage(builder.data_dir_root).free:,} bytes are free there"
+            raise OSError(f"{builder.data_path}: the records can't be written ({reason})") from e
+        raise
 
 
 def _download_config(tfds):
@@ -153,23 +129,26 @@ def build_report(
     members = builder.members(corpus)
     unusable = {m.id: m.unusable for m in measured if m.unusable}
     written = sum(map(len, members.values()))
-    reserved = banned & {pathlib.Path(p).stem for p in corpus.left_out}
+    used = [clip for found in members.values() for clip in found]
+    reserved = banned & {pathlib.PurePosixPath(place).stem for place in corpus.left_out}
     return {
-        "clips": {"found": corpus.num_found, "written": written, "skipped": len(corpus.left_out) + len(unusable)},
+        "clips": {"found": corpus.num_found, "written": written, "left_out": len(corpus.left_out), "skipped": len(unusable)},
+        "clips_without_video": dict(corpus.without_video),
         "reserved_ids_left_out": len(reserved),
         "full_train": builder.info.metadata["full_train"],
+        "layout": builder.info.metadata["layout"],
         "splits": {s: len(members[s]) for s in sorted(members)},
         "splits_without_a_clip": [s for s in speakers.SPLITS[builder.builder_config.protocol] if s not in members],
-        "speakers": {s: _count(c.speaker for c in members[s]) for s in sorted(members)},
-        "clips_without_words": sorted(c.id for clips in members.values() for c in clips if c.words is None),
-        "clips_with_wav": sorted(c.id for clips in members.values() for c in clips if c.sound is not None),
-        "skipped_files": dict(corpus.left_out),
-        "skipped_clips": unusable,
+        "speakers": {s: speakers.in_order(collections.Counter(c.speaker for c in members[s])) for s in sorted(members)},
+        "clips_without_words_file": sorted(clip.id for clip in used if clip.words is None),
+        "clips_with_wav": sorted(clip.id for clip in used if clip.sound is not None),
+        "left_out": dict(corpus.left_out),
+        "skipped": unusable,
+        "notes": _by_kind(measured),
         "invalid_landmark_frames": {
             "total": sum(m.invalid_frames for m in measured),
             "clips": {m.id: m.invalid_frames for m in measured if m.invalid_frames},
         },
-        "warnings": {m.id: list(m.warnings) for m in measured if m.warnings},
         "seconds": {k: round(s, 1) for k, s in seconds.items()},
         "clips_per_s": round(len(measured) / sum(seconds.values()), 2),
         "peak_memory_mb": peak_memory_mb(),
@@ -178,9 +157,14 @@ def build_report(
     }
 
 
-def _count(names) -> dict[str, int]:
-    """How often each speaker occurs, s2 before s10."""
-    return dict(sorted(collections.Counter(names).items(), key=lambda item: (len(item[0]), item[0])))
+def _by_kind(measured: list[Measured]) -> dict[str, dict[str, str]]:
+    """What is not as it should be, but was kept: kind -> clip -> what was found."""
+    kinds: dict[str, dict[str, str]] = {}
+    for m in measured:
+        for note in m.notes:
+            kind, _, what = note.partition(": ")
+            kinds.setdefault(kind, {})[m.id] = what
+    return dict(sorted(kinds.items()))
 
 
 def peak_memory_mb() -> dict[str, int]:
@@ -202,8 +186,9 @@ def _summary(name: str, report: dict) -> str:
     clips = report["clips"]
     splits = ", ".join(f"{s} {n}" for s, n in report["splits"].items())
     empty = ", ".join(report["splits_without_a_clip"])
+    notes = ", ".join(f"{len(found)} {kind}" for kind, found in report["notes"].items())
     written = f"{name}: {clips['written']} of {clips['found']} clips written ({splits})"
-    return written + (f"; no clip in {empty}" if empty else "")
+    return written + (f"; no clip in {empty}" if empty else "") + (f"; noted: {notes}" if notes else "")
 
 
 # ----------------------------------------------------------------------------------------------------------------- command
@@ -212,26 +197,30 @@ def _summary(name: str, report: dict) -> str:
 def prepare(args) -> None:
     """The whole build; raises ValueError or OSError with one line for the user."""
     start = time.monotonic()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the statistics; a GPU is left alone
     raw, data_dir = pathlib.Path(args.raw).expanduser(), pathlib.Path(args.data_dir).expanduser()
-    exclude = set().union(*map(speakers.read_ids, args.exclude))
-    corpus = speakers.find_clips(raw, exclude)
+    cache, exclude = data_dir / CACHE, set().union(*map(speakers.read_ids, args.exclude))
+    corpus = speakers.find_clips(raw, exclude, cache=cache, layout=args.layout)
     if not corpus.clips:
         reasons = f" ({len(corpus.left_out)} left out, {next(iter(corpus.left_out.values()))})" if corpus.left_out else ""
-        raise ValueError(f"--raw={raw}: found no clip{reasons}; expected videos such as {raw}/s1/bbaf2n.mpg")
+        raise ValueError(f"--raw={raw}: found no clip{reasons}; {speakers.HOW_TO_GET_IT}")
     _need_tensorflow()
     names = CONFIGS if args.builder_config == "all" else (args.builder_config,)
     for name in names:
         _refuse_existing(_make_builder(name, args, exclude, []), args.overwrite)
     mouth = any(name.endswith("_mouth") for name in names)
-    measured = measure_all(corpus, data_dir / CACHE, mouth=mouth, workers=args.workers)
+    measured = measuring.measure_all(corpus, cache, mouth=mouth, workers=args.workers)
+    measuring.check_skipped(measured, args.max_skipped)
     if not any(m.path for m in measured):
         raise ValueError(f"--raw={raw}: none of its {len(measured)} clips can be used; the first: {measured[0].unusable}")
-    measuring = time.monotonic() - start
+    seconds = {"measuring": time.monotonic() - start}
     for name in names:
         start = time.monotonic()
-        builder = _make_builder(name, args, exclude, measured)
+        statistics = _train_statistics(_make_builder(name, args, exclude, measured), corpus, measured, cache)
+        counting, start = time.monotonic() - start, time.monotonic()
+        builder = _make_builder(name, args, exclude, measured, statistics)
         pack(builder, raw, args.max_shard_mb)
-        seconds = {"measuring": measuring, "packing": time.monotonic() - start}
+        seconds |= {"statistics": counting, "packing": time.monotonic() - start}
         report = build_report(builder, corpus, measured, banned=exclude | speakers.reserved_ids(raw), seconds=seconds)
         (pathlib.Path(builder.data_path) / "build_report.json").write_text(json.dumps(report, indent=1) + "\n")
         print(_summary(name, report), f"\n  {builder.data_path}", flush=True)
@@ -240,10 +229,12 @@ def prepare(args) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("avsi-prepare", description="Builds the dataset `grid` from raw Grid clips.")
     add = parser.add_argument
-    add("--raw", required=True, metavar="DIR", help="folder with the clips (s1/bbaf2n.mpg), alignments and sounds")
+    add("--raw", required=True, metavar="DIR", help="folder with the corpus as downloaded, zipped or not: videos, alignments, wavs")
     add("--data_dir", required=True, metavar="DIR", help="where datasets are kept: records go to DIR/grid/...")
     add("--builder_config", default=CONFIGS[0], choices=(*CONFIGS, "all"), help="default: %(default)s")
+    add("--layout", default="grid", choices=speakers.LAYOUTS, help="folder: own recordings, one folder a speaker")
     add("--full_train", action="store_true", help="fold validation_seen and test_seen back into train, as published")
+    add("--max_skipped", type=float, default=0.02, metavar="SHARE", help="clips that may be unusable; default: %(default)s")
     add("--workers", type=int, default=_cores(), metavar="N", help="processes that measure; default: one a core, %(default)s")
     add("--exclude", action="append", default=[], metavar="FILE", help="ids never to use, one a line, as RESERVED.txt in --raw")
     add("--max_shard_mb", type=float, default=64, metavar="MB", help="largest file of records; default: %(default)s")
@@ -260,15 +251,18 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if args.workers < 1 or args.max_shard_mb <= 0:
         parser.error(f"--workers={args.workers} --max_shard_mb={args.max_shard_mb:g}: expected both above 0")
+    if not 0 <= args.max_skipped <= 1:
+        parser.error(f"--max_skipped={args.max_skipped:g}: expected a share from 0 to 1")
     try:
         prepare(args)
+        return 0
     except (ValueError, OSError, ModuleNotFoundError) as e:
-        print(f"avsi-prepare: {e}", file=sys.stderr)
-        return 2
+        message, status = f"avsi-prepare: {e}", 2
     except KeyboardInterrupt:
-        print("\navsi-prepare: stopped; the same command goes on where this one was", file=sys.stderr)
-        return 130
-    return 0
+        message, status = "\navsi-prepare: stopped; the same command goes on where this one was", 130
+    gc.collect()  # the progress bars that the exception held write once more when they end
+    print(message, file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

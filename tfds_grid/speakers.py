@@ -1,20 +1,22 @@
 """Which clip belongs to whom and to which split, and where its files lie.
 
-A clip is named by its id, the name of its files without suffix, whatever folder they lie in; an id belongs to one speaker. The
-speaker is the nearest folder above that is named s1, s2, ... (`s3/bbaf2n.mpg`, `s3/video/mpg_6000/bbaf2n.mpg`), else the folder
-the clip lies in (`unknown1`).
+A clip is named by its id, the name of its files without suffix, whatever folder or archive they lie in. Layout `grid`: an id is
+one of Grid's sentences, and belongs to the speaker who says it in the corpus (grid_ids): folders may be wrong or swapped. Layout
+`folder`, own recordings: any name will do, and the speaker is the folder that the clip lies in.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
-import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
 
 from avsi_jax import text
+from tfds_grid import grid_ids, raw_files
+from tfds_grid.raw_files import RawFile
 
 # The split of Morrone et al. 2021 and of the paper's code: speakers that training never meets.
 UNSEEN = {"validation": ("s26", "s27", "s29", "s31"), "test": ("s30", "s32", "s33", "s34")}
@@ -22,30 +24,45 @@ SPLITS = {
     "speaker_independent": ("train", "validation", "test", "validation_seen", "test_seen"),
     "speaker_dependent": ("train", "validation", "test"),
 }
+LAYOUTS = ("grid", "folder")
 RESERVED_FILE = "RESERVED.txt"  # in the raw folder: ids that are never to be used, one a line
 
-VIDEO_SUFFIXES = (".mpg", ".mp4", ".avi", ".mov", ".mkv")  # the untouched Grid file first: of two files of one id it is taken
-SOUND_SUFFIX = ".wav"
-WORDS_SUFFIX = ".align"
+VIDEO_SUFFIXES = (".mpg", ".mpeg", ".mp4", ".avi", ".mov", ".mkv")  # the untouched Grid file first: of two of one id it is taken
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm")
+SOUND_SUFFIXES = (".wav", ".flac")
+WORDS_SUFFIXES = (".align", ".txt")  # .txt, a transcript without times, only in layout `folder`
+
+HOW_TO_GET_IT = (
+    "expected the Grid corpus (https://doi.org/10.5281/zenodo.3625687: s1.zip ... s34.zip, audio_25k.zip, alignments.zip), zipped "
+    "or not, such as s1/bbaf2n.mpg, alignments/s1/bbaf2n.align, audio_25k/s1/bbaf2n.wav, or pictures in s1/bbaf2n/; "
+    "own recordings: --layout=folder"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class RawClip:
-    """The files of one clip; None where there is none."""
+    """The files of one clip; None where there is none. pictures: its numbered pictures, where it is no video file."""
 
     id: str
     speaker: str
-    video: pathlib.Path
-    sound: pathlib.Path | None = None
-    words: pathlib.Path | None = None
+    video: RawFile | None
+    sound: RawFile | None = None
+    words: RawFile | None = None
+    pictures: tuple[RawFile, ...] = ()
+    found_under: str = ""  # the speaker that its folder names, where that is another one
+
+    @property
+    def is_grid(self) -> bool:
+        return text.is_grid_id(self.id)
 
 
 @dataclasses.dataclass(frozen=True)
 class RawCorpus:
-    """What a raw folder holds: clips in the order of their ids, and for each file left out its reason."""
+    """What a raw folder holds: clips in the order of their ids, and for each video left out its reason."""
 
     clips: tuple[RawClip, ...]
-    left_out: Mapping[str, str]  # path below the raw folder -> reason
+    left_out: Mapping[str, str]  # place below the raw folder -> reason
+    without_video: Mapping[str, int]  # speaker -> clips of which there is sound, but no video
 
     @property
     def num_found(self) -> int:
@@ -56,19 +73,20 @@ def is_grid_speaker(name: str) -> bool:
     return re.fullmatch(r"s[1-9]\d?", name) is not None
 
 
-def split_of(clip_id: str, speaker: str, protocol: str, *, full_train: bool = False) -> str:
+def split_of(clip_id: str, speaker: str, protocol: str, *, full_train: bool = False, layout: str = "grid") -> str:
     """The split of a clip under `speaker_independent` or `speaker_dependent`.
 
     The unseen speakers' clips go by speaker, all others by sha256 of the id, 80/10/10. full_train folds the two seen splits
-    back into train (speaker_independent only). Who is no speaker of Grid goes to train alone, so that no number rests on him.
+    back into train (speaker_independent only). In layout `grid`, who is no speaker of Grid goes to train alone, so that no number
+    rests on him; in layout `folder` nobody is Grid's and all are hashed.
     """
     hashed = _tenth(clip_id)
     if protocol == "speaker_dependent":
         return {8: "validation", 9: "test"}.get(hashed, "train")
     for split, names in UNSEEN.items():
-        if speaker in names:
+        if layout == "grid" and speaker in names:
             return split
-    if full_train or not is_grid_speaker(speaker):
+    if full_train or (layout == "grid" and not is_grid_speaker(speaker)):
         return "train"
     return {8: "validation_seen", 9: "test_seen"}.get(hashed, "train")
 
@@ -78,26 +96,39 @@ def _tenth(clip_id: str) -> int:
     return int(hashlib.sha256(clip_id.encode()).hexdigest()[:8], 16) % 10
 
 
-def find_clips(raw, exclude: Iterable[str] = ()) -> RawCorpus:
+# ------------------------------------------------------------------------------------------------------------------- search
+
+
+def find_clips(raw, exclude: Iterable[str] = (), *, cache, layout: str = "grid") -> RawCorpus:
     """The clips below the folder `raw`, without the ids of `exclude` and of RESERVED.txt there.
 
-    Left out too, each with its reason: a second file of an id, and a clip whose id and speaker are both unknown.
-    Raises FileNotFoundError where there is no such folder.
+    Left out too, each with its reason: a second file of an id, and in layout `grid` what is none of Grid's sentences or whose
+    speaker nobody knows. cache: a folder for what must be unpacked. Raises FileNotFoundError where there is no such folder and
+    RawDataError for a hostile or damaged archive.
     """
     raw = pathlib.Path(raw).expanduser()
     if not raw.is_dir():
-        raise FileNotFoundError(f"--raw={raw}: no such folder; expected the unpacked Grid corpus, such as {raw}/s1/bbaf2n.mpg")
-    files = _files_by_suffix(raw)
+        raise FileNotFoundError(f"--raw={raw}: no such folder; {HOW_TO_GET_IT}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"--layout={layout}: expected one of {', '.join(LAYOUTS)}")
+    files = raw_files.list_files(raw, pathlib.Path(cache))
     banned = set(exclude) | reserved_ids(raw)
-    sounds, words = ({p.stem: p for p in reversed(files.get(s, []))} for s in (SOUND_SUFFIX, WORDS_SUFFIX))
-    clips, left_out = {}, {}
-    for path in (p for suffix in VIDEO_SUFFIXES for p in files.get(suffix, [])):
-        reason = _why_not(path, banned, clips, raw)
+    videos, left_out = {}, {}
+    for candidate in _candidates(files, layout):
+        reason = _why_not(candidate, banned, videos, layout)
         if reason:
-            left_out[str(path.relative_to(raw))] = reason
+            left_out[_place(candidate)] = reason
         else:
-            clips[path.stem] = RawClip(path.stem, _speaker_of(path, raw), path, sounds.get(path.stem), words.get(path.stem))
-    return RawCorpus(tuple(clips[i] for i in sorted(clips)), dict(sorted(left_out.items())))
+            videos[candidate.id] = candidate
+    sounds, words = _by_id(files, SOUND_SUFFIXES, layout), _by_id(files, WORDS_SUFFIXES[: 1 if layout == "grid" else 2], layout)
+    clips = (dataclasses.replace(videos[i], sound=sounds.get(i), words=words.get(i)) for i in sorted(videos))
+    lonely = (_speaker_of(i, f.folders, layout) for i, f in sounds.items() if i not in videos and i not in banned)
+    return RawCorpus(tuple(clips), dict(sorted(left_out.items())), in_order(collections.Counter(lonely)))
+
+
+def in_order(counts: Mapping[str, int]) -> dict[str, int]:
+    """Speakers and their counts, s2 before s10."""
+    return dict(sorted(counts.items(), key=lambda item: (len(item[0]), item[0])))
 
 
 def read_ids(path) -> set[str]:
@@ -113,27 +144,76 @@ def reserved_ids(raw: pathlib.Path) -> set[str]:
     return read_ids(path) if path.is_file() else set()
 
 
-def _files_by_suffix(raw: pathlib.Path) -> dict[str, list[pathlib.Path]]:
-    """All files below `raw`, hidden folders left out, in an order that does not depend on the file system."""
-    files: dict[str, list[pathlib.Path]] = {}
-    for folder, folders, names in os.walk(raw):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        for path in (pathlib.Path(folder, n) for n in names):
-            files.setdefault(path.suffix.lower(), []).append(path)
-    return {suffix: sorted(paths) for suffix, paths in files.items()}
+# -------------------------------------------------------------------------------------------------------------------- parts
 
 
-def _speaker_of(path: pathlib.Path, raw: pathlib.Path) -> str:
-    folders = path.relative_to(raw).parts[:-1]
-    return next((f for f in reversed(folders) if is_grid_speaker(f)), folders[-1] if folders else "unknown")
+def _candidates(files: list[RawFile], layout: str) -> list[RawClip]:
+    """Every video and every folder of pictures, the best of each id first: the right folder, then the untouched kind."""
+    found = [_clip(f, (), f.folders, _id_of(f, layout), layout) for f in files if f.suffix in VIDEO_SUFFIXES]
+    folders = collections.defaultdict(list)
+    for f in files:
+        if f.suffix in PICTURE_SUFFIXES and re.search(r"\d+$", f.stem):
+            folders[f.place.rpartition("/")[0]].append(f)
+    for place, pictures in folders.items():
+        named = RawFile(pathlib.Path(), place)  # the folder as if it were a file
+        if len(pictures) > 1 and (layout == "folder" or text.is_grid_id(named.name)):
+            ordered = sorted(pictures, key=lambda f: (int(re.search(r"\d+$", f.stem)[0]), f.place))
+            found.append(_clip(None, tuple(ordered), named.folders, _id_of(named, layout), layout))
+    return sorted(found, key=lambda c: (bool(c.found_under), c.video is None, _kind(c.video), _place(c)))
 
 
-def _why_not(path: pathlib.Path, banned: set[str], taken: Mapping[str, RawClip], raw: pathlib.Path) -> str:
-    """Why a video file is left out; '' where it is not."""
-    if path.stem in banned:
+def _clip(video, pictures, folders, clip_id, layout) -> RawClip:
+    speaker = _speaker_of(clip_id, folders, layout)
+    named = _speaker_by_folder(folders)
+    wrong = layout == "grid" and is_grid_speaker(named) and named != speaker
+    return RawClip(clip_id, speaker, video, pictures=pictures, found_under=named if wrong else "")
+
+
+def _kind(video: RawFile | None) -> int:
+    return VIDEO_SUFFIXES.index(video.suffix) if video else 0
+
+
+def _place(clip: RawClip) -> str:
+    return clip.video.place if clip.video else clip.pictures[0].place.rpartition("/")[0]
+
+
+def _id_of(file: RawFile, layout: str) -> str:
+    """Grid: the name. Own recordings: with the folder, since their names need not differ."""
+    if layout == "grid":
+        return file.stem
+    return "/".join([*file.folders[-1:], file.stem])
+
+
+def _by_id(files: list[RawFile], suffixes: tuple[str, ...], layout: str) -> dict[str, RawFile]:
+    """The best file of each id: in a folder that names the right speaker, else the first."""
+    found: dict[str, RawFile] = {}
+    for f in sorted((f for f in files if f.suffix in suffixes), key=lambda f: (suffixes.index(f.suffix), f.place)):
+        clip_id = _id_of(f, layout)
+        known = found.get(clip_id)
+        right = lambda file, i=clip_id: _speaker_by_folder(file.folders) == grid_ids.speaker_of(i)
+        if known is None or (layout == "grid" and right(f) and not right(known)):
+            found[clip_id] = f
+    return found
+
+
+def _speaker_of(clip_id: str, folders: list[str], layout: str) -> str:
+    if layout == "folder":
+        return folders[-1] if folders else "unknown"
+    return grid_ids.speaker_of(clip_id) or _speaker_by_folder(folders)
+
+
+def _speaker_by_folder(folders: list[str]) -> str:
+    """The nearest folder above named s1, s2, ... (s3, s3_50kHz), else the nearest of any name."""
+    named = (re.fullmatch(r"(s[1-9]\d?)(?:_50kHz)?", f) for f in reversed(folders))
+    return next((m[1] for m in named if m), folders[-1] if folders else "unknown")
+
+
+def _why_not(clip: RawClip, banned: set[str], taken: Mapping[str, RawClip], layout: str) -> str:
+    """Why a video is left out; '' where it is not."""
+    if clip.id in banned:
         return "reserved id"
-    if path.stem in taken:
-        return f"second file of this id, taken: {taken[path.stem].video.relative_to(raw)}"
-    if not text.is_grid_id(path.stem) and not is_grid_speaker(_speaker_of(path, raw)):
-        return "neither id nor speaker is known, so it can't be kept apart from the test speakers"
+    if clip.id in taken:
+        return f"second file of this id, taken: {_place(taken[clip.id])}"
+    if layout == "grid" and not clip.is_grid:
+        return "its name is none of Grid's sentences, such as bbaf2n (own recordings: --layout=folder)"
     return ""

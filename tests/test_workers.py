@@ -1,0 +1,113 @@
+"""tfds_grid.workers: children that crash, hang, eat memory or can't start lose their own job and nothing else."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tfds_grid import workers
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def work(what, value):
+    """What a clip may do to its process."""
+    if what == "square":
+        return value**2
+    if what == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if what == "leave":
+        os._exit(3)
+    if what == "hang":
+        time.sleep(600)
+    if what == "eat":
+        return len(np.ones(value, np.uint8))
+    if what == "raise":
+        raise ValueError(f"no {value}")
+    if what == "odd":
+        return lambda: value
+    return os.environ.get(value), os.getpid()
+
+
+def fail():
+    os._exit(9)
+
+
+def run(jobs, number=2, **options):
+    limits = {"workers": number, "timeout_s": 30, "memory_mb": 2048} | options
+    outcomes = list(workers.run(work, jobs, **limits))
+    assert sorted(o.index for o in outcomes) == list(range(len(jobs)))  # every job exactly once
+    return {o.index: o.lost or o.result for o in outcomes}
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_every_job_is_done_once(number):
+    assert run([("square", n) for n in range(40)], number) == {n: n * n for n in range(40)}
+
+
+def test_none_to_do():
+    assert run([]) == {}
+
+
+def test_bad_jobs_are_lost_alone():
+    bad = {3: ("crash", 0), 4: ("eat", 2**33), 8: ("leave", 0), 9: ("crash", 0)}
+    found = run([bad.get(n, ("square", n)) for n in range(14)])
+    assert found == {n: n * n for n in range(14)} | {
+        3: "ended its process by SIGSEGV",
+        4: "needs more memory than a clip may take",
+        8: "ended its process with status 3",
+        9: "ended its process by SIGSEGV",
+    }
+
+
+def test_a_job_that_hangs_is_ended():
+    start = time.monotonic()
+    assert run([("hang", 0), ("square", 2), ("square", 3)], 1, timeout_s=1) == {0: "took more than 1 s", 1: 4, 2: 9}
+    assert time.monotonic() - start < 60
+
+
+def test_what_a_job_raises_is_raised_and_nobody_is_left():
+    with pytest.raises(ValueError, match="no luck"):
+        run([("raise", "luck"), ("hang", 0)])
+    with pytest.raises(RuntimeError, match="can't be sent"):
+        run([("odd", 1)])
+    assert not [c for c in workers.multiprocessing.active_children() if c.is_alive()]
+
+
+def test_children_that_can_not_start_are_told():
+    with pytest.raises(OSError, match="a worker process can't start .*status 9"):
+        run([("square", 1)], start=fail)
+
+
+def test_one_thread_a_child():
+    found = run([("env", "OMP_NUM_THREADS")] * 4)
+    assert {threads for threads, _ in found.values()} == {"1"} and len({pid for _, pid in found.values()}) == 2
+
+
+def test_a_killed_parent_leaves_no_child():
+    code = """
+import sys; sys.path.insert(0, "tests")
+import test_workers
+from tfds_grid import workers
+for outcome in workers.run(test_workers.work, [("pid", "x"), ("hang", 0)], workers=1, timeout_s=600, memory_mb=2048):
+    print(outcome.result[1], flush=True)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{child}").exists() and _state(child) != "Z":
+        assert time.monotonic() < deadline, "the child lives on"
+        time.sleep(0.05)
+
+
+def _state(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except OSError:
+        return "Z"

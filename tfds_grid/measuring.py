@@ -1,0 +1,79 @@
+"""Every clip of a corpus, measured on all cores: each becomes a file in the cache, or the reason why it can't.
+
+Clips come from the network and are decoded by C libraries, so that a clip may hang or crash; it is then skipped like any other that
+can't be used (workers.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+import sys
+
+from tfds_grid import speakers
+from tfds_grid import workers as pool
+
+CLIP_TIMEOUT_S = 120  # a clip takes 0.4 s
+CLIP_MEMORY_MB = 6144  # address space, beyond what a worker starts with
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What became of one clip: the cache file, or the reason why there is none."""
+
+    id: str
+    path: pathlib.Path | None
+    unusable: str = ""
+    invalid_frames: int = 0
+    notes: tuple[str, ...] = ()  # "kind: what was found"
+
+
+def _start_worker() -> None:
+    """Loads what a clip needs, once; one core a worker: the pool is the parallelism."""
+    from avsi_jax import landmarks
+    from tfds_grid import clips  # noqa: F401
+
+    landmarks.use_one_thread()
+
+
+def _measure_one(clip: speakers.RawClip, cache: pathlib.Path, mouth: bool) -> Measured:
+    from tfds_grid import clips
+
+    *_, no_words = clips.read_words(clip)
+    wrong_folder = f"folder: found under {clip.found_under}, belongs to {clip.speaker}" if clip.found_under else ""
+    notes = tuple(filter(None, (no_words, wrong_folder)))
+    try:
+        path = clips.measure_cached(clip, cache, mouth=mouth)
+    except clips.UnusableClipError as e:
+        return Measured(clip.id, None, unusable=str(e), notes=notes)
+    found = clips.load_measured(path)
+    return Measured(clip.id, path, "", int((~found["landmarks_valid"]).sum()), (*map(str, found["notes"]), *notes))
+
+
+def measure_all(corpus: speakers.RawCorpus, cache: pathlib.Path, *, mouth: bool, workers: int) -> list[Measured]:
+    """Every clip of the corpus, in the order of their ids, by `workers` processes that may hang or crash without harm."""
+    import tqdm
+
+    jobs = [(clip, cache, mouth) for clip in corpus.clips]
+    measured: list[Measured] = [None] * len(jobs)
+    outcomes = pool.run(
+        _measure_one, jobs, workers=workers, timeout_s=CLIP_TIMEOUT_S, memory_mb=CLIP_MEMORY_MB, start=_start_worker
+    )
+    for i, found, lost in tqdm.tqdm(outcomes, "measuring", len(jobs), unit="clip", mininterval=1):
+        measured[i] = Measured(corpus.clips[i].id, None, unusable=f"decoding it {lost}") if lost else found
+    return measured
+
+
+def check_skipped(measured: list[Measured], allowed: float) -> None:
+    """ValueError, the list printed before it, where more clips than allowed can't be used."""
+    unusable = [m for m in measured if m.unusable]
+    if len(unusable) <= allowed * len(measured):
+        return
+    for m in unusable:
+        print(f"{m.id}: {m.unusable}", file=sys.stderr)
+    share = len(unusable) / len(measured)
+    raise ValueError(
+        f"{len(unusable)} of {len(measured)} clips can't be used ({share:.1%}, listed above), more than --max_skipped={allowed:g}; "
+        f"mend them, or allow it: --max_skipped={math.ceil(100 * share) / 100:g}"
+    )
