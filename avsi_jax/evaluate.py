@@ -48,7 +48,7 @@ def evaluate(config, workdir: Path, *, baseline: Path | None = None, overwrite: 
     dataset = input_pipeline.find_dataset(
         config.data_dir or restorer.config.data_dir, config.builder_config or restorer.config.builder_config
     )
-    records = input_pipeline.Records(dataset, config.split)
+    records = input_pipeline.Records(dataset, config.split, mouth=False)
     systems = lineup(restorer, others)
     (folder / "sounds").mkdir(parents=True, exist_ok=True)
 

@@ -1,7 +1,7 @@
-"""Clip files <-> pictures and waveforms; the only importer of av and soundfile.
+"""Clip files <-> pictures and waveforms; with mpeg.py, which writes clips, the only importer of av and soundfile.
 
-Video files (.mpg .mp4 .avi .mov .mkv) are decoded by PyAV in one pass, sound files (.wav .flac) by libsndfile. A clip keeps its
-own frame count, sound length, rate and channels: nothing is padded, cut, mixed or resampled on the way in. Times are seconds
+Video files (.mpg .mpeg .mp4 .avi .mov .mkv) are decoded by PyAV in one pass, sound files (.wav .flac) by libsndfile. A clip keeps
+its own frame count, sound length, rate and channels: nothing is padded, cut, mixed or resampled on the way in. Times are seconds
 from the presentation times of the file. Not done here: rotation flags and non-square pixels are ignored, pictures come as
 stored.
 """
@@ -9,18 +9,16 @@ stored.
 from __future__ import annotations
 
 import dataclasses
-import fractions
 import pathlib
 
 import numpy as np
 
 from avsi_jax import spec
 
-VIDEO_SUFFIXES = (".mpg", ".mp4", ".avi", ".mov", ".mkv")
+VIDEO_SUFFIXES = (".mpg", ".mpeg", ".mp4", ".avi", ".mov", ".mkv")
 SOUND_SUFFIXES = (".wav", ".flac")
 MAX_PICTURE_BYTES = 6 * 2**30  # decoded; 75 Grid pictures take 23 MB, one minute of 1080p 9 GB
 PCM_BITS = {"PCM_U8": 8, "PCM_S8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
-MP2_RATE, MP2_FRAME = 44_100, 1152  # Hz and samples of the sound that write_mpeg writes
 SAME_START_S = 1e-4  # two streams start together within this
 
 
@@ -90,7 +88,7 @@ def read_pictures(paths, fps: float = spec.GRID_FPS, *, max_bytes: int = MAX_PIC
                 reader.check_size(container.streams.video[0])
                 reader.add(next(container.decode(video=0)), seconds=len(reader.rgb) / fps)
         except (av.FFmpegError, IndexError, StopIteration) as e:
-            raise MediaError(f"{path}: cannot be decoded as a picture ({_line(e)}); fetch it again") from e
+            raise MediaError(f"{path}: cannot be decoded as a picture ({one_line(e)}); fetch it again") from e
     seconds = np.array(reader.seconds)
     return Pictures(np.stack(reader.rgb), fps, 0.0, seconds)
 
@@ -154,56 +152,9 @@ def write_sound(path, samples: np.ndarray, rate: int, subtype: str = "PCM_16") -
         soundfile.write(file, _as_written(samples, subtype), rate, subtype=subtype, format=kind)
     except (soundfile.SoundFileError, OSError) as e:
         raise MediaError(
-            f"{file}: cannot be written ({_line(e)}); expected an existing folder with room, and {rate} Hz to be "
+            f"{file}: cannot be written ({one_line(e)}); expected an existing folder with room, and {rate} Hz to be "
             "a rate the format takes"
         ) from e
-
-
-def write_mpeg(path, pictures: np.ndarray, fps: int, samples: np.ndarray, rate: int, *, bit_rate: int = 1_200_000) -> None:
-    """Writes a clip as Grid's are coded: MPEG-1 video and MP2 sound at 44.1 kHz, mono. The same input gives the same bytes.
-
-    `pictures` (T, H * 3 / 2, W) uint8 are planar yuv420p of MPEG's own range (16 to 235), `samples` (N,) int16 or float; they
-    start together, by the presentation times, which count the MP2 encoder's delay. `bit_rate` is the video's.
-    Raises MediaError for another suffix, pictures of another shape, or a file that can't be written.
-    """
-    import av
-
-    file = pathlib.Path(path)
-    if file.suffix.lower() != ".mpg":
-        raise MediaError(f"{file}: found suffix {file.suffix!r}, expected .mpg")
-    if pictures.ndim != 3 or pictures.dtype != np.uint8 or pictures.shape[1] % 3 or pictures.shape[2] % 2:
-        raise MediaError(f"{file}: found pictures {pictures.dtype} {pictures.shape}, expected uint8 (T, H * 3 / 2, W) of yuv420p")
-    sound = from_int16(samples) if samples.dtype == np.int16 else samples
-    sound = to_int16(resample(sound, rate, MP2_RATE))
-    try:
-        with av.open(str(file), "w", format="mpeg") as container:
-            video = container.add_stream("mpeg1video", rate=fps)
-            video.width, video.height, video.pix_fmt = pictures.shape[2], pictures.shape[1] * 2 // 3, "yuv420p"
-            video.bit_rate, video.thread_count = bit_rate, 1  # more threads cut the pictures into other slices
-            audio = container.add_stream("mp2", rate=MP2_RATE, layout="mono")
-            audio.bit_rate = 128_000
-            for frame in _frames_in_time(pictures, fps, sound):
-                stream = video if isinstance(frame, av.VideoFrame) else audio
-                container.mux(stream.encode(frame))
-            for stream in (video, audio):
-                container.mux(stream.encode(None))
-    except (av.FFmpegError, OSError) as e:
-        raise MediaError(f"{file}: cannot be written ({_line(e)}); expected an existing folder with room") from e
-
-
-def _frames_in_time(pictures: np.ndarray, fps: int, sound: np.ndarray) -> list:
-    """Pictures and MP2 frames of int16 sound (N,), earlier ones first, as a reader wants them to lie in the file."""
-    import av
-
-    sound = np.pad(sound, (0, -len(sound) % MP2_FRAME))
-    frames = [av.VideoFrame.from_ndarray(picture, format="yuv420p") for picture in pictures]
-    for t, frame in enumerate(frames):
-        frame.pts, frame.time_base = t, fractions.Fraction(1, fps)
-    for start in range(0, len(sound), MP2_FRAME):
-        frame = av.AudioFrame.from_ndarray(sound[None, start : start + MP2_FRAME], format="s16", layout="mono")
-        frame.sample_rate, frame.pts, frame.time_base = MP2_RATE, start, fractions.Fraction(1, MP2_RATE)
-        frames.append(frame)
-    return sorted(frames, key=lambda frame: frame.time)
 
 
 def _as_written(samples: np.ndarray, subtype: str) -> np.ndarray:
@@ -234,7 +185,7 @@ def _read_sound_file(file: pathlib.Path) -> Sound:
             keeps = f.subtype in (*PCM_BITS, "FLOAT", "DOUBLE")
             sound = Sound(samples, f.samplerate, 0.0, f.subtype if keeps else "PCM_16", f"{f.format} {f.subtype}".lower())
     except (soundfile.SoundFileError, OSError) as e:
-        raise MediaError(f"{file}: cannot be decoded as {file.suffix[1:].lower()} ({_line(e)}); check that it plays") from e
+        raise MediaError(f"{file}: cannot be decoded as {file.suffix[1:].lower()} ({one_line(e)}); check that it plays") from e
     if not len(samples):
         raise MediaError(f"{file}: found 0 samples, expected sound")
     return sound
@@ -247,7 +198,8 @@ def _read_video_file(file: pathlib.Path, want_pictures: bool, want_sound: bool, 
         with av.open(str(file)) as container:
             video = next((s for s in container.streams.video if not _is_cover(s)), None) if want_pictures else None
             audio = next(iter(container.streams.audio), None) if want_sound else None
-            readers = {s.index: r for s, r in ((video, _PictureReader(file, max_bytes)), (audio, _SoundReader(file))) if s is not None}
+            pair = ((video, _PictureReader(file, max_bytes)), (audio, _SoundReader(file)))
+            readers = {stream.index: reader for stream, reader in pair if stream is not None}
             if video is not None:
                 readers[video.index].check_size(video)
             if readers:
@@ -258,7 +210,7 @@ def _read_video_file(file: pathlib.Path, want_pictures: bool, want_sound: bool, 
                 readers[audio.index].result(audio) if audio is not None else None,
             )
     except av.FFmpegError as e:
-        raise MediaError(f"{file}: cannot be decoded ({_line(e)}); check that it plays, or fetch it again") from e
+        raise MediaError(f"{file}: cannot be decoded ({one_line(e)}); check that it plays, or fetch it again") from e
 
 
 def _decode(container, streams, readers) -> None:
@@ -392,5 +344,6 @@ def _is_cover(stream) -> bool:
     return bool(stream.disposition & Disposition.attached_pic)
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an error says, without line breaks and, where a library puts them before it, number and path."""
     return " ".join(str(getattr(error, "strerror", None) or error).split())

@@ -174,8 +174,8 @@ def train(config, workdir: str | Path) -> dict[str, float]:
     if not config.data_dir:
         raise ValueError("no --config.data_dir given; expected the folder that avsi-prepare --data_dir=DIR wrote")
     dataset = input_pipeline.find_dataset(config.data_dir, config.builder_config)
-    training = input_pipeline.Records(dataset, config.train_split)
-    validation = input_pipeline.Records(dataset, config.validation_split)
+    training = input_pipeline.Records(dataset, config.train_split, mouth=False)
+    validation = input_pipeline.Records(dataset, config.validation_split, mouth=False)
     if len(training) < config.batch_size:
         raise ValueError(f"{config.train_split} holds {len(training)} clips, fewer than config.batch_size={config.batch_size}")
     steps_per_epoch = len(training) // config.batch_size

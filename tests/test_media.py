@@ -5,7 +5,7 @@ import fractions
 import numpy as np
 import pytest
 
-from avsi_jax import media
+from avsi_jax import media, mpeg
 
 FPS, RATE = 25, 48_000
 
@@ -216,7 +216,7 @@ def test_errors_are_one_line_that_says_what_was_expected(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         media.read_clip(tmp_path / "absent.mpg")
     for name, words in {
-        "clip.webm": r"found suffix '.webm', expected one of .mpg .mp4 .avi .mov .mkv .wav .flac",
+        "clip.webm": r"found suffix '.webm', expected one of .mpg .mpeg .mp4 .avi .mov .mkv .wav .flac",
         "noise.mp4": "cannot be decoded",
         "noise.wav": "cannot be decoded",
         "empty.mkv": "cannot be decoded",
@@ -263,7 +263,7 @@ def test_written_mpeg_is_what_other_decoders_expect(tmp_path):
     import cv2
 
     pictures, sound = flash_and_click()
-    media.write_mpeg(tmp_path / "a.mpg", pictures, FPS, sound, 25_000)
+    mpeg.write_clip(tmp_path / "a.mpg", pictures, FPS, sound, 25_000)
     reader, luma = cv2.VideoCapture(str(tmp_path / "a.mpg")), []
     while (picture := reader.read())[0]:
         luma.append(picture[1].mean())
@@ -278,7 +278,7 @@ def test_written_mpeg_is_what_other_decoders_expect(tmp_path):
 def test_written_mpeg_keeps_sound_and_pictures_together(tmp_path):
     """What is seen at t is heard at t plus the lag that the file's times tell."""
     pictures, sound = flash_and_click(at=30)
-    media.write_mpeg(tmp_path / "a.mpg", pictures, FPS, sound, 25_000)
+    mpeg.write_clip(tmp_path / "a.mpg", pictures, FPS, sound, 25_000)
     clip = media.read_clip(tmp_path / "a.mpg")
     click_s = np.argmax(np.abs(clip.sound.samples[:, 0])) / clip.sound.rate
     flash_s = clip.pictures.times[clip.pictures.rgb.mean((1, 2, 3)).argmax()]
@@ -291,12 +291,12 @@ def test_written_mpeg_has_the_same_bytes_again(tmp_path):
     rng = np.random.default_rng(0)
     pictures = rng.integers(16, 235, pictures.shape, np.uint8)
     for name, samples in (("a.mpg", sound), ("b.mpg", sound), ("c.mpg", media.from_int16(sound))):
-        media.write_mpeg(tmp_path / name, pictures, FPS, samples, 25_000)
+        mpeg.write_clip(tmp_path / name, pictures, FPS, samples, 25_000)
     a, b, c = ((tmp_path / name).read_bytes() for name in ("a.mpg", "b.mpg", "c.mpg"))
     assert a == b == c
 
 
-def test_refusals_of_write_mpeg(tmp_path):
+def test_refusals_of_write_clip(tmp_path):
     pictures, sound = flash_and_click()
     for name, shown, words in (
         ("a.mp4", pictures, "found suffix '.mp4', expected .mpg"),
@@ -305,5 +305,5 @@ def test_refusals_of_write_mpeg(tmp_path):
         ("absent/a.mpg", pictures, "cannot be written"),
     ):
         with pytest.raises(media.MediaError, match=words):
-            media.write_mpeg(tmp_path / name, shown, FPS, sound, 25_000)
+            mpeg.write_clip(tmp_path / name, shown, FPS, sound, 25_000)
     assert not list(tmp_path.iterdir())
