@@ -127,7 +127,7 @@ class Records:
         return len(self._places)
 
     def __getitem__(self, i: int) -> dict:
-        """Features by name as numpy arrays, floats and str; words a list of {word, start_s, end_s}, mouth (T, 96, 96) uint8."""
+        """Features by name: arrays (some read-only), floats, str; words: list of {word, start_s, end_s}; mouth: (T, 96, 96) uint8."""
         place = self._places[i]
         data = _read(place)
         try:
@@ -369,13 +369,13 @@ def _texts(kind: int, values: list[memoryview]) -> list[str]:
 
 
 def _numbers(kind: int, values: list[memoryview], dtype) -> np.ndarray:
-    """A list of numbers (n,); bytes are numbers that were written with encoding="bytes", little-endian."""
-    data, dtype = b"".join(values), np.dtype(dtype)
+    """A list of numbers (n,); bytes are numbers that were written with encoding="bytes", little-endian; those are read-only."""
+    data, dtype = values[0] if len(values) == 1 else b"".join(values), np.dtype(dtype)
     if kind == 3 and dtype.kind != "f":
         values = _varints(data, np.dtype(f"u{dtype.itemsize}"))
         return values != 0 if dtype == np.bool_ else values.view(dtype)
     if kind == 1 or kind == 2 and dtype == np.float32:
-        return np.frombuffer(data, dtype.newbyteorder("<")).astype(dtype)
+        return np.frombuffer(data, dtype.newbyteorder("<")).astype(dtype, copy=False)
     raise ValueError(f"found a list of kind {kind}, expected {dtype.name}")
 
 

@@ -89,9 +89,9 @@ class RawFile:
             yield copy
 
 
-@functools.lru_cache(8)
+@functools.lru_cache(128)
 def _opened(path: pathlib.Path) -> zipfile.ZipFile:
-    """Kept open: the list of alignments.zip has 34,000 lines."""
+    """Kept open: clips come from 34 archives in turn, and the list of alignments.zip has 34,000 lines."""
     return zipfile.ZipFile(path)
 
 
