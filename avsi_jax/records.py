@@ -58,7 +58,7 @@ def find_dataset(data_dir, builder_config: str = "speaker_independent") -> epath
     versions = [p for p in home.iterdir() if _version(p.name)] if home.exists() else []
     if not versions:
         raise RecordError(
-            f"no records in {home}: expected a folder such as {home / '1.0.0'}; "
+            f"no records in {home}: expected a folder such as {home / '2.0.0'}; "
             f"build it with: avsi-prepare --raw=DIR --data_dir={data_dir} --builder_config={builder_config}"
         )
     return max(versions, key=lambda p: _version(p.name))
@@ -127,7 +127,7 @@ class Records:
         return len(self._places)
 
     def __getitem__(self, i: int) -> dict:
-        """Features by name: arrays (some read-only), floats, str; words: list of {word, start_s, end_s}; mouth: (T, 96, 96) uint8."""
+        """Features by name: arrays (some read-only), floats, str; words: a list of {word, start_s, end_s}; mouth: (T, 96, 96)."""
         place = self._places[i]
         data = _read(place)
         try:

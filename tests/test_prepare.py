@@ -10,6 +10,7 @@ import zipfile
 
 import pytest
 from building import ROOT, make, run, run_code, splits_of
+from etils import epath
 
 from avsi_jax import input_pipeline as pipeline
 from tfds_grid import measuring, prepare, speakers
@@ -160,3 +161,15 @@ def test_a_clip_that_hangs_its_decoder_is_skipped(synthetic_dir, tmp_path, monke
     assert [m.id for m in found] == [c.id for c in corpus.clips]
     lost = [m for m in found if m.path is None]
     assert lost and {m.unusable for m in lost} == {"decoding it took more than 0.01 s"}
+
+
+def test_an_old_dataset_comes_back_where_the_new_one_fails(tmp_path):
+    old = epath.Path(tmp_path) / "2.0.0"
+    make(old, "records")
+    with pytest.raises(OSError, match="full"), prepare._old_kept_aside(old):
+        assert not old.exists()
+        raise OSError("full")
+    assert (old / "records").exists() and len(list(tmp_path.iterdir())) == 1
+    with prepare._old_kept_aside(old):
+        make(old, "new")
+    assert [p.name for p in old.iterdir()] == ["new"] and len(list(tmp_path.iterdir())) == 1

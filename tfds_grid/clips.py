@@ -159,7 +159,7 @@ def measure_cached(clip: RawClip, folder: pathlib.Path, *, mouth: bool) -> pathl
         size = sum(value.nbytes for value in measured.values())
         with contextlib.suppress(OSError):
             half.unlink(missing_ok=True)
-        why = f"{e.strerror or e}; {_free(folder)}"
+        why = f"{e.strerror or e}; {free_space(folder)}"
         raise OSError(f"{half}: {size:,} bytes can't be written ({why}); give another --data_dir") from e
     return path
 
@@ -184,11 +184,12 @@ def _fingerprint(clip: RawClip, mouth: bool) -> str:
     return digest.hexdigest()[:16]
 
 
-def _free(folder: pathlib.Path) -> str:
+def free_space(folder) -> str:
+    """In words, for messages."""
     try:
         return f"{shutil.disk_usage(folder).free:,} bytes are free there"
     except OSError:
-        return "no such folder"
+        return "how much is free there is not known"
 
 
 # ---------------------------------------------------------------------------------------------------------------- decoding

@@ -29,7 +29,7 @@ class Measured:
     notes: tuple[str, ...] = ()  # "kind: what was found"
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
     """Loads what a clip needs, once; one core a worker: the pool is the parallelism."""
     from avsi_jax import landmarks
     from tfds_grid import clips  # noqa: F401
@@ -37,7 +37,8 @@ def _start_worker() -> None:
     landmarks.use_one_thread()
 
 
-def _measure_one(clip: speakers.RawClip, cache: pathlib.Path, mouth: bool) -> Measured:
+def measure_one(clip: speakers.RawClip, cache: pathlib.Path, mouth: bool) -> Measured:
+    """Measures a clip into the folder `cache`, in this process."""
     from tfds_grid import clips
 
     *_, no_words = clips.read_words(clip)
@@ -58,7 +59,7 @@ def measure_all(corpus: speakers.RawCorpus, cache: pathlib.Path, *, mouth: bool,
     jobs = [(clip, cache, mouth) for clip in corpus.clips]
     measured: list[Measured] = [None] * len(jobs)
     outcomes = pool.run(
-        _measure_one, jobs, workers=workers, timeout_s=CLIP_TIMEOUT_S, memory_mb=CLIP_MEMORY_MB, start=_start_worker
+        measure_one, jobs, workers=workers, timeout_s=CLIP_TIMEOUT_S, memory_mb=CLIP_MEMORY_MB, start=start_worker
     )
     for i, found, lost in tqdm.tqdm(outcomes, "measuring", len(jobs), unit="clip", mininterval=1):
         measured[i] = Measured(corpus.clips[i].id, None, unusable=f"decoding it {lost}") if lost else found

@@ -19,7 +19,6 @@ import os
 import pathlib
 import platform
 import resource
-import shutil
 import sys
 import time
 
@@ -35,7 +34,8 @@ REPORTED_PACKAGES += ("opencv_python_headless",)
 # -------------------------------------------------------------------------------------------------------------------- pack
 
 
-def _need_tensorflow() -> None:
+def need_tensorflow() -> None:
+    """ModuleNotFoundError, with the extra that brings it, where there is none."""
     if importlib.util.find_spec("tensorflow") is None:
         raise ModuleNotFoundError('tensorflow, which writes the records, is not installed: pip install "avsi_jax[prepare]"')
 
@@ -77,14 +77,14 @@ def _train_statistics(builder, corpus: speakers.RawCorpus, measured: list[Measur
     return found
 
 
-def _refuse_existing(builder, overwrite: bool) -> None:
-    folder = pathlib.Path(builder.data_path)
-    if folder.exists() and not overwrite:
-        raise FileExistsError(f"{folder} holds a dataset already; --overwrite replaces it, another --data_dir keeps it")
+def refuse_existing(builder, overwrite: bool) -> None:
+    """FileExistsError where the builder's dataset is there and may not be replaced."""
+    if builder.data_path.exists() and not overwrite:
+        raise FileExistsError(f"{builder.data_path} holds a dataset already; --overwrite replaces it, another --data_dir keeps it")
 
 
 def pack(builder, raw: pathlib.Path, max_shard_mb: float) -> None:
-    """Writes the records of one builder config, replacing what is there."""
+    """Writes the records of one builder config; what is there is replaced once they are whole."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow_datasets as tfds
 
@@ -94,15 +94,36 @@ def pack(builder, raw: pathlib.Path, max_shard_mb: float) -> None:
         try_download_gcs=False,
         max_shard_size=int(max_shard_mb * 2**20),
     )
-    downloads = pathlib.Path(builder.data_path).parents[2] / CACHE / "downloads"  # TFDS makes one, it stays empty
+    downloads = builder.data_path.parents[2] / CACHE / "downloads"  # TFDS makes one, it stays empty
     try:
-        builder.download_and_prepare(download_config=config, download_dir=downloads)
+        with _old_kept_aside(builder.data_path):
+            builder.download_and_prepare(download_config=config, download_dir=downloads)
     except Exception as e:  # tensorflow's writer has errors of its own for a disk that is full or read-only
         cause = e.__cause__ or e
         if isinstance(cause, OSError) or type(cause).__module__.startswith("tensorflow."):
-            reason = f"{' '.join(str(cause).split())}; {shutil.disk_usage(builder.data_dir_root).free:,} bytes are free there"
+            from tfds_grid import clips
+
+            reason = f"{' '.join(str(cause).split())}; {clips.free_space(builder.data_dir_root)}"
             raise OSError(f"{builder.data_path}: the records can't be written ({reason})") from e
         raise
+
+
+@contextlib.contextmanager
+def _old_kept_aside(folder):
+    """An older dataset in `folder` comes back where the new one fails."""
+    aside = folder.parent / f"replaced.{folder.name}"
+    if folder.exists():
+        if aside.exists():
+            aside.rmtree()  # of a build that was killed after this one's predecessor was whole
+        folder.rename(aside)
+    try:
+        yield
+    except BaseException:
+        if aside.exists() and not folder.exists():
+            aside.rename(folder)
+        raise
+    if aside.exists():
+        aside.rmtree()
 
 
 def _download_config(tfds):
@@ -153,7 +174,7 @@ def build_report(
         "clips_per_s": round(len(measured) / sum(seconds.values()), 2),
         "peak_memory_mb": peak_memory_mb(),
         "face_models_sha256": builder.info.metadata["face_models_sha256"],
-        "versions": {"python": platform.python_version(), "dataset": str(builder.version)} | _package_versions(),
+        "versions": {"python": platform.python_version(), "dataset": str(builder.version)} | package_versions(),
     }
 
 
@@ -174,7 +195,8 @@ def peak_memory_mb() -> dict[str, int]:
     return {name: round(resource.getrusage(w).ru_maxrss / unit) for name, w in who.items()}
 
 
-def _package_versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Of what decides on the records' bytes, as installed."""
     installed = {}
     for name in REPORTED_PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -182,7 +204,8 @@ def _package_versions() -> dict[str, str]:
     return installed
 
 
-def _summary(name: str, report: dict) -> str:
+def summary(name: str, report: dict) -> str:
+    """A build in one line."""
     clips = report["clips"]
     splits = ", ".join(f"{s} {n}" for s, n in report["splits"].items())
     empty = ", ".join(report["splits_without_a_clip"])
@@ -204,10 +227,10 @@ def prepare(args) -> None:
     if not corpus.clips:
         reasons = f" ({len(corpus.left_out)} left out, {next(iter(corpus.left_out.values()))})" if corpus.left_out else ""
         raise ValueError(f"--raw={raw}: found no clip{reasons}; {speakers.HOW_TO_GET_IT}")
-    _need_tensorflow()
+    need_tensorflow()
     names = CONFIGS if args.builder_config == "all" else (args.builder_config,)
     for name in names:
-        _refuse_existing(_make_builder(name, args, exclude, []), args.overwrite)
+        refuse_existing(_make_builder(name, args, exclude, []), args.overwrite)
     mouth = any(name.endswith("_mouth") for name in names)
     measured = measuring.measure_all(corpus, cache, mouth=mouth, workers=args.workers)
     measuring.check_skipped(measured, args.max_skipped)
@@ -223,10 +246,11 @@ def prepare(args) -> None:
         seconds |= {"statistics": counting, "packing": time.monotonic() - start}
         report = build_report(builder, corpus, measured, banned=exclude | speakers.reserved_ids(raw), seconds=seconds)
         (pathlib.Path(builder.data_path) / "build_report.json").write_text(json.dumps(report, indent=1) + "\n")
-        print(_summary(name, report), f"\n  {builder.data_path}", flush=True)
+        print(summary(name, report), f"\n  {builder.data_path}", flush=True)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
     parser = argparse.ArgumentParser("avsi-prepare", description="Builds the dataset `grid` from raw Grid clips.")
     add = parser.add_argument
     add("--raw", required=True, metavar="DIR", help="folder with the corpus as downloaded, zipped or not: videos, alignments, wavs")
@@ -242,17 +266,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_numbers(options: argparse.ArgumentParser, args) -> None:
+    """Ends the command where a number makes no sense."""
+    if args.workers < 1 or args.max_shard_mb <= 0:
+        options.error(f"--workers={args.workers} --max_shard_mb={args.max_shard_mb:g}: expected both above 0")
+    if not 0 <= args.max_skipped <= 1:
+        options.error(f"--max_skipped={args.max_skipped:g}: expected a share from 0 to 1")
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main(argv=None) -> int:
-    parser = _parser()
-    args = parser.parse_args(argv)
-    if args.workers < 1 or args.max_shard_mb <= 0:
-        parser.error(f"--workers={args.workers} --max_shard_mb={args.max_shard_mb:g}: expected both above 0")
-    if not 0 <= args.max_skipped <= 1:
-        parser.error(f"--max_skipped={args.max_skipped:g}: expected a share from 0 to 1")
+    options = parser()
+    args = options.parse_args(argv)
+    check_numbers(options, args)
     try:
         prepare(args)
         return 0

@@ -19,6 +19,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+_starting = threading.Lock()  # held while a child starts: what is changed for it is the whole process's
 AHEAD = 2  # jobs given to a child: one it works on, one that waits
 
 
@@ -53,8 +54,8 @@ def run(
 
 
 def _collect(children, work, limits, timeout_s, waiting) -> Iterator[Outcome]:
-    """What the children have to say within a second, dead and late ones replaced."""
-    multiprocessing.connection.wait([c.pipe for c in children] + [c.process.sentinel for c in children], timeout=1)
+    """What the children have to say within a second or timeout_s, dead and late ones replaced."""
+    multiprocessing.connection.wait([c.pipe for c in children] + [c.process.sentinel for c in children], min(1, timeout_s))
     for place, child in enumerate(children):
         lost = ""
         try:
@@ -168,13 +169,14 @@ def _limit_memory(more: int) -> None:
 @contextlib.contextmanager
 def _light_start() -> Iterator[None]:
     """A child started in it neither imports the caller's script nor starts BLAS threads: the children are the parallelism."""
-    main, before = sys.modules["__main__"], {name: os.environ.get(name) for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")}
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    os.environ.update(dict.fromkeys(before, "1"))
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-        for name in before:
-            del os.environ[name]
-        os.environ.update({name: value for name, value in before.items() if value is not None})
+    with _starting:
+        main, before = sys.modules["__main__"], {name: os.environ.get(name) for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")}
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        os.environ.update(dict.fromkeys(before, "1"))
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
+            for name in before:
+                del os.environ[name]
+            os.environ.update({name: value for name, value in before.items() if value is not None})
