@@ -179,7 +179,7 @@ def declared(*extras: str) -> set[str]:
         ("avsi_jax", ["app", "tpu"]),
         ("configs", []),
         ("tfds_grid", ["prepare", "synth", "beam"]),
-        ("tests", ["prepare", "test"]),
+        ("tests", ["prepare", "beam", "test"]),
     ],
 )
 def test_every_import_is_declared(package, extras):

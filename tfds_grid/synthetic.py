@@ -1,0 +1,304 @@
+"""A synthetic corpus with the layout of Grid: eSpeak NG says Grid sentences, one warped photo moves its lips to them.
+
+For tests and for `make demo`, where no data is at hand. Easier than people: sound and lips come from the same phones. Speaker s1
+says sentences of the real s1, so that a build puts every clip where it puts Grid's.
+
+    python -m tfds_grid.synthetic --out=RAW --speakers=4 --clips=60 --seed=0
+
+The same arguments give the same bytes, whatever the number of workers. What a killed run has written is kept and completed.
+Letters: N samples, T video frames.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+import avsi_jax
+from avsi_jax import media, mpeg, text
+from tfds_grid import espeak, grid_ids, visemes, workers
+
+NUM_FRAMES, RATE = 75, 25_000  # pictures, Hz: as Grid's videos and its audio_25k
+NUM_SAMPLES = NUM_FRAMES * RATE // visemes.FPS
+LONGEST_S = 2.45  # of speech in the 3 seconds; a longer sentence is said again, faster
+FASTER = 15  # words a minute
+SPELT = {"a": "[['eI]]", "z": "[[z'Ed]]"}  # as phones: "at a" would be one word with an article, a US voice would say "zee"
+VOICES = {  # two British, a Scot, an American, received pronunciation, a child; from low to high s5 s1 s3 s2 s4 s6
+    "s1": espeak.Voice("gmw/en+m3", pitch=38, pitch_range=55, words_per_minute=150),
+    "s2": espeak.Voice("gmw/en+f2", pitch=55, pitch_range=55, words_per_minute=158),
+    "s3": espeak.Voice("gmw/en-GB-scotland+m7", pitch=60, pitch_range=50, words_per_minute=142),
+    "s4": espeak.Voice("gmw/en-US+f4", pitch=70, pitch_range=60, words_per_minute=150),
+    "s5": espeak.Voice("gmw/en-GB-x-rp+m1", pitch=25, pitch_range=45, words_per_minute=160),
+    "s6": espeak.Voice("gmw/en+Alicia", pitch=60, pitch_range=60, words_per_minute=150),
+}
+
+CLIP_TIMEOUT_S, CLIP_MEMORY_MB = 120, 4096  # a clip takes 0.3 s and 150 MB
+UNFINISHED = ".unfinished"  # folder in RAW while it is made: the README to come, and the file being written
+README = "README.txt"
+TITLE = "Synthetic talking-head clips in the layout of the Grid corpus"
+NEEDED = {"espeakng_loader": "speaks the sentences", "skimage": "holds the photo"}
+REPORTED_PACKAGES = ("espeakng-loader", "scikit-image", "opencv-python-headless", "av", "numpy", "scipy", "soxr")
+
+
+@dataclasses.dataclass(frozen=True)
+class Speech:
+    """A spoken sentence in its 3 seconds."""
+
+    sound: np.ndarray  # (75000,) int16 at RATE
+    words: tuple[tuple[int, int, str], ...]  # start and end in samples, silences ('sil') at both ends
+    phones: tuple[tuple[float, float, str], ...]  # start and end in seconds, eSpeak NG's name
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticClip:
+    """A clip and, which the files don't tell, what drove its mouth."""
+
+    id: str
+    speaker: str
+    speech: Speech
+    pictures: np.ndarray  # (75, 432, 360) uint8, planar yuv420p of 360 x 288
+    mouth: np.ndarray  # (75, 6) in the order of visemes.MOUTH
+    visemes: np.ndarray  # (75,) names
+
+
+def sentences(speaker: str, count: int, seed: int) -> list[str]:
+    """`count` ids that the speaker says in Grid, in order; a larger count of the same seed holds those of a smaller one."""
+    ids = grid_ids.ids_of(speaker)
+    if count > len(ids):
+        raise ValueError(f"--clips={count}: {speaker} says {len(ids)} sentences; expected at most so many")
+    order = np.random.default_rng([seed, _number(speaker)]).permutation(len(ids))
+    return sorted(ids[i] for i in order[:count])
+
+
+def make_clip(speaker: str, clip_id: str, seed: int) -> SyntheticClip:
+    """One clip, a function of its arguments alone (about 0.3 s)."""
+    root = np.random.SeedSequence([seed, _number(speaker), *clip_id.encode()])
+    voice, mouth, camera = map(np.random.default_rng, root.spawn(3))
+    speech, head = speak(speaker, clip_id, voice), _head(speaker)
+    track, names = visemes.mouth_track(speech.phones, mouth, num_frames=NUM_FRAMES, gain=head.gain)
+    return SyntheticClip(clip_id, speaker, speech, head.film(track, camera), track, names)
+
+
+def speak(speaker: str, clip_id: str, rng: np.random.Generator) -> Speech:
+    """The id's sentence in the speaker's voice, each time a little faster or slower, higher or lower, sooner or later."""
+    words = text.words_of(clip_id)
+    said = _say(" ".join(SPELT.get(word, word) for word in words), VOICES[speaker], rng)
+    if len(said.words) != len(words):
+        raise espeak.EspeakError(f"eSpeak NG says {clip_id} as {len(said.words)} words, expected {len(words)}")
+    scale = RATE / said.rate
+    phones = [(round(at * scale), name) for at, name in said.phones]
+    voice = media.resample(media.from_int16(np.frombuffer(said.pcm, "<i2")), said.rate, RATE)
+    spoken = [at for at, name in phones if not name.startswith("_")]
+    end = next((at for at, _ in phones if at > spoken[-1]), len(voice))
+    first = round(rng.uniform(0.4, 0.6) * (NUM_SAMPLES - end))  # about as much silence before as after
+    sound = rng.normal(0, 6 / 32768, NUM_SAMPLES)  # a quiet room
+    part = voice[: NUM_SAMPLES - first]
+    sound[first : first + len(part)] += rng.uniform(0.55, 0.75) * part
+    starts = [first + max(round(said.words[0] * scale), spoken[0] - RATE // 50)]
+    starts += [first + round(at * scale) for at in said.words[1:]]
+    edges = [0, *starts, first + end, NUM_SAMPLES]
+    ends = [at for at, _ in phones[1:]] + [len(voice)]
+    return Speech(
+        media.to_int16(sound),
+        tuple(zip(edges[:-1], edges[1:], ["sil", *words, "sil"])),
+        tuple(((first + at) / RATE, (first + stop) / RATE, name) for (at, name), stop in zip(phones, ends)),
+    )
+
+
+def _say(sentence: str, voice: espeak.Voice, rng: np.random.Generator) -> espeak.Utterance:
+    pitch = int(np.clip(voice.pitch + rng.integers(-5, 6), 0, 99))
+    voice = dataclasses.replace(voice, pitch=pitch, words_per_minute=voice.words_per_minute + int(rng.integers(-12, 13)))
+    seed = int(rng.integers(1, 2**31))
+    while True:
+        said = _espeak().say(sentence, voice, seed)
+        if len(said.pcm) // 2 <= LONGEST_S * said.rate:
+            return said
+        voice = dataclasses.replace(voice, words_per_minute=voice.words_per_minute + FASTER)
+
+
+@functools.cache
+def _espeak() -> espeak.Espeak:
+    return espeak.Espeak()
+
+
+@functools.cache
+def _head(speaker: str):
+    from tfds_grid import talking_head
+
+    return talking_head.Head(_number(speaker) - 1)
+
+
+def _number(speaker: str) -> int:
+    return int(speaker.removeprefix("s"))
+
+
+# ----------------------------------------------------------------------------------------------------------------- files
+
+
+def paths_of(raw: pathlib.Path, speaker: str, clip_id: str) -> tuple[pathlib.Path, pathlib.Path, pathlib.Path]:
+    """Where video, sound and words of a clip lie: as in the Zenodo record of Grid, unpacked."""
+    folders = raw, raw / "audio_25k", raw / "alignments"
+    return tuple(folder / speaker / f"{clip_id}{suffix}" for folder, suffix in zip(folders, (".mpg", ".wav", ".align")))
+
+
+def write_clip(raw: pathlib.Path, speaker: str, clip_id: str, seed: int) -> None:
+    """Makes a clip and puts its files in place, each at once; the words come last, so where they are the clip is whole."""
+    video, sound, words = paths_of(raw, speaker, clip_id)
+    if words.exists():
+        return
+    clip = make_clip(speaker, clip_id, seed)
+    half = {path: raw / UNFINISHED / path.name for path in (video, sound, words)}
+    mpeg.write_clip(half[video], clip.pictures, visemes.FPS, clip.speech.sound, RATE)
+    media.write_sound(half[sound], clip.speech.sound, RATE)
+    half[words].write_text("".join(f"{start} {end} {word}\n" for start, end, word in clip.speech.words))
+    for path in half:
+        half[path].replace(path)
+
+
+def readme(speakers: int, clips: int, seed: int) -> str:
+    """What RAW/README.txt says: also by which a run knows whether it may go on with what it finds."""
+    voices = "\n".join(f"  {name}: {voice.name}" for name, voice in list(VOICES.items())[:speakers])
+    return f"""{TITLE}
+{"=" * len(TITLE)}
+
+No person speaks here: the voices are synthetic, and so are the movements of the one face. Good for trying programs out; numbers
+measured on these clips say nothing about people.
+
+Made by   python -m tfds_grid.synthetic --speakers={speakers} --clips={clips} --seed={seed}
+with      {_versions()}
+
+Files     s1/ID.mpg (MPEG-1, 360 x 288, 25 pictures a second, 3 s), audio_25k/s1/ID.wav (25 kHz), alignments/s1/ID.align (start
+          and end of each word in 1/25000 s). ID names the six words, as in the Grid corpus; s1 says sentences of its s1.
+Voices    eSpeak NG (https://github.com/espeak-ng/espeak-ng, GPL-3.0-or-later), as the Python wheel espeakng-loader brings it:
+{voices}
+Picture   NASA's portrait of the astronaut Eileen Collins, public domain, as scikit-image brings it (skimage.data.astronaut),
+          changed in proportions, colour and movement. Credit: NASA. Neither NASA nor the person shown endorses this.
+"""
+
+
+def _versions() -> str:
+    found = [f"avsi_jax {avsi_jax.__version__}"]
+    for name in REPORTED_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(found)
+
+
+def _open_folder(raw: pathlib.Path, note: str, overwrite: bool) -> None:
+    """Makes RAW ready for clips that belong under this README; FileExistsError where it holds anything else."""
+    begun, finished = raw / UNFINISHED / README, raw / README
+    if begun.is_file() and begun.read_text() == note:
+        return
+    if raw.exists() and not raw.is_dir():
+        raise FileExistsError(f"--out={raw} is a file; expected a folder, or a new name")
+    if raw.is_dir() and any(raw.iterdir()):
+        mine = [path for path in (begun, finished) if path.is_file() and path.read_text().startswith(TITLE)]
+        state = "an unfinished run of other arguments or versions" if mine == [begun] else "a synthetic corpus already"
+        if not mine:
+            raise FileExistsError(f"--out={raw} holds files that are not of this program; expected an empty or a new folder")
+        if not overwrite:
+            raise FileExistsError(f"--out={raw} holds {state}; --overwrite replaces it, another --out keeps it")
+        begun.parent.mkdir(exist_ok=True)
+        mine[0].replace(begun)  # ours still, but no longer complete
+        for path in (raw / name for name in ("audio_25k", "alignments", *VOICES)):
+            if path.is_dir():
+                shutil.rmtree(path)
+    begun.parent.mkdir(parents=True, exist_ok=True)
+    half = begun.with_suffix(".tmp")
+    half.write_text(note)
+    half.replace(begun)
+
+
+def generate(raw, *, speakers: int, clips: int, seed: int, number: int, overwrite: bool = False) -> None:
+    """Writes the corpus, by `number` workers; raises ValueError or OSError with one line for the user."""
+    raw = pathlib.Path(raw).expanduser()
+    _need_extra()
+    jobs = [(f"s{i}", clip_id) for i in range(1, speakers + 1) for clip_id in sentences(f"s{i}", clips, seed)]
+    _open_folder(raw, readme(speakers, clips, seed), overwrite)
+    for path in {path.parent for job in jobs for path in paths_of(raw, *job)}:
+        path.mkdir(parents=True, exist_ok=True)
+    _write_all(raw, jobs, seed, number)
+    (raw / UNFINISHED / README).replace(raw / README)
+    shutil.rmtree(raw / UNFINISHED)
+
+
+def _need_extra() -> None:
+    for module, what in NEEDED.items():
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f'{module}, which {what}, is not installed: pip install "avsi_jax[synth]"')
+
+
+# --------------------------------------------------------------------------------------------------------------- workers
+
+
+def _start_worker() -> None:
+    """One core a worker: the pool is the parallelism."""
+    import cv2
+
+    cv2.setNumThreads(1)
+
+
+def _write_all(raw: pathlib.Path, jobs: Sequence[tuple[str, str]], seed: int, number: int) -> None:
+    import tqdm
+
+    calls = [(raw, *job, seed) for job in jobs]
+    outcomes = workers.run(
+        write_clip, calls, workers=number, timeout_s=CLIP_TIMEOUT_S, memory_mb=CLIP_MEMORY_MB, start=_start_worker
+    )
+    for outcome in tqdm.tqdm(outcomes, "making", len(calls), unit="clip", mininterval=1):
+        if outcome.lost:
+            raise OSError(f"making {jobs[outcome.index][1]} {outcome.lost}; the same command goes on from here")
+
+
+# --------------------------------------------------------------------------------------------------------------- command
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m tfds_grid.synthetic", description="Makes a small synthetic corpus like Grid.")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    add = parser.add_argument
+    add("--out", required=True, metavar="RAW", help="folder to write to: new or empty")
+    add("--speakers", type=int, default=4, metavar="N", help=f"s1 to sN, at most {len(VOICES)}; default: %(default)s")
+    add("--clips", type=int, default=60, metavar="N", help="of each speaker; default: %(default)s")
+    add("--seed", type=int, default=0, help="of sentences, voices and movements; default: %(default)s")
+    add("--workers", type=int, default=cores, metavar="N", help="processes; default: one a core, %(default)s")
+    add("--overwrite", action="store_true", help="replace a synthetic corpus that is there")
+    return parser
+
+
+def main(argv=None) -> int:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if not 1 <= args.speakers <= len(VOICES):
+        parser.error(f"--speakers={args.speakers}: expected 1 to {len(VOICES)}, there is one voice for each")
+    if args.clips < 1 or args.workers < 1 or args.seed < 0:
+        parser.error(f"--clips={args.clips} --workers={args.workers} --seed={args.seed}: expected 1, 1 and 0 at least")
+    try:
+        generate(
+            args.out, speakers=args.speakers, clips=args.clips, seed=args.seed, number=args.workers, overwrite=args.overwrite
+        )  # fmt: skip
+    except (ValueError, OSError, ModuleNotFoundError) as e:
+        print(f"synthetic: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nsynthetic: stopped; the same command goes on where this one was", file=sys.stderr)
+        return 130
+    print(f"{args.out}: {args.speakers * args.clips} clips of {args.speakers} synthetic speakers")
+    return 0
+
+
+if __name__ == "__main__":  # workers know this file by its name alone
+    from tfds_grid import synthetic
+
+    sys.exit(synthetic.main())
