@@ -4,11 +4,13 @@
 #   GRID=DIR OUT=DIR EPOCHS=N for `make demo`
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint test test-slow demo clean
+.PHONY: help venv lint test test-slow test-beam demo clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
-PINS := pyproject.toml setup.py constraints/tests.txt
+CONSTRAINTS := constraints/tests.txt
+WANTED := '.[prepare,synth,test]'
+PINS := pyproject.toml setup.py $(CONSTRAINTS)
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 # The first Python 3.11 or 3.12 that can make an environment and compile against its headers.
@@ -26,7 +28,9 @@ HASH := import hashlib, sys; print(hashlib.sha256(b"".join(open(p, "rb").read() 
 help:
 	@echo "make test           lint and all tests but the slow ones"
 	@echo "make test-slow      the slow tests"
-	@echo "make demo GRID=DIR  the whole way on a folder of Grid clips: build, train, evaluate, repair a clip"
+	@echo "make test-beam      the build by Apache Beam, in an environment of its own (.venv-beam: Beam takes an older protobuf)"
+	@echo "make demo           the whole way on synthetic clips that it makes: build, train, evaluate, repair a clip"
+	@echo "make demo GRID=DIR  the same on a folder of Grid clips"
 	@echo "make lint           ruff"
 	@echo "make venv           only the environment, in $(VENV)"
 	@echo "make clean          remove the environment and build litter"
@@ -44,7 +48,7 @@ venv:
 	if [ "`cat "$(VENV)/made-from" 2>/dev/null`" != "$$pins" ]; then \
 	  echo "$(VENV): installing (about 3 GB; some minutes the first time)"; \
 	  "$(BIN)/python" -m pip install -qq --upgrade pip; \
-	  "$(BIN)/python" -m pip install -qq -e '.[prepare,test]' -c constraints/tests.txt; \
+	  "$(BIN)/python" -m pip install -qq -e $(WANTED) -c $(CONSTRAINTS); \
 	  "$(BIN)/python" -m pip check; \
 	  echo "$$pins" > "$(VENV)/made-from"; \
 	fi; \
@@ -59,14 +63,13 @@ test: lint
 test-slow: venv
 	"$(BIN)/python" -m pytest -m slow --durations=20 $(ARGS)
 
-ifneq ($(filter demo,$(MAKECMDGOALS)),)
-ifeq ($(GRID),)
-$(error make demo needs a folder of Grid clips (sN/*.mpg and alignments/sN/*.align): make demo GRID=DIR)
-endif
-endif
+test-beam:
+	@$(MAKE) venv VENV=.venv-beam CONSTRAINTS=constraints/beam.txt WANTED="'.[prepare,beam,synth,test]'"
+	.venv-beam/bin/python -m pytest tests/test_beam.py --durations=5 $(ARGS)
+
 demo: venv
 	@PATH="`cd "$(BIN)" && pwd`:$$PATH" GRID="$(GRID)" OUT="$(OUT)" EPOCHS="$(EPOCHS)" bash launch/demo.sh
 
 clean:
-	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf "$(VENV)" .venv-beam build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
