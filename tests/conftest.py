@@ -5,6 +5,7 @@ A value that is already set wins (JAX_PLATFORMS=cuda runs the tests on a GPU).
 """
 
 import atexit
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -50,8 +51,8 @@ def grid_dir() -> Path:
 @pytest.fixture(scope="session")
 def synthetic_dir(tmp_path_factory) -> Path:
     """A raw folder of the synthetic corpus: s1 and s2 with three clips each, as .mpg, .wav and .align. Not to be changed."""
-    for package in ("espeakng_loader", "skimage"):
-        pytest.importorskip(package, reason="the synthetic corpus needs the extra: pip install '.[synth]'")
+    if not all(map(importlib.util.find_spec, ("espeakng_loader", "skimage"))):
+        pytest.skip("the synthetic corpus needs the extra: pip install '.[synth]'")
     folder = tmp_path_factory.mktemp("synthetic") / "raw"
     command = [sys.executable, "-m", "tfds_grid.synthetic", "--out", str(folder), "--speakers=2", "--clips=3", "--seed=0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)

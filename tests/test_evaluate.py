@@ -245,6 +245,8 @@ def test_a_baseline_of_another_preset_is_refused(runs, untrained_a_si, tmp_path)
     wide = configs.load("a_si", [("preset", "wide"), ("units", str(config["units"])), ("layers", str(config["layers"]))])
     shutil.rmtree(tmp_path / "wide" / "checkpoints")
     (tmp_path / "wide" / "config.json").write_text(wide.to_json())
+    scale = {"mean": [-7.0], "std": [2.2]}
+    (tmp_path / "wide" / "statistics.json").write_text(json.dumps({"level": scale, "motion": None}))
     saved = checkpoints.Checkpoints(tmp_path / "wide")
     saved.save(0, train.init_state(wide, 1), {}, 0.0)
     saved.close()
