@@ -77,16 +77,20 @@ def read_clip(path, *, pictures: bool = True, sound: bool = True, max_bytes: int
     return clip
 
 
-def read_pictures(paths, fps: float = spec.GRID_FPS, *, max_bytes: int = MAX_PICTURE_BYTES) -> Pictures:
-    """Single pictures (.png .jpg ...), in this order, as a film of `fps`; MediaError as read_clip."""
+def read_pictures(paths, numbers=None, fps: float = spec.GRID_FPS, *, max_bytes: int = MAX_PICTURE_BYTES) -> Pictures:
+    """Single pictures (.png .jpg ...), in this order, as a film of `fps`; MediaError as read_clip.
+
+    numbers: of each picture, ascending, where some are missing: a missing one leaves its time free.
+    """
     import av
 
     reader = _PictureReader(paths[0], max_bytes)
-    for path in paths:
+    numbers = range(len(paths)) if numbers is None else numbers
+    for path, number in zip(paths, numbers, strict=True):
         try:
             with av.open(str(path)) as container:
                 reader.check_size(container.streams.video[0])
-                reader.add(next(container.decode(video=0)), seconds=len(reader.rgb) / fps)
+                reader.add(next(container.decode(video=0)), seconds=(number - numbers[0]) / fps)
         except (av.FFmpegError, IndexError, StopIteration) as e:
             raise MediaError(f"{path}: cannot be decoded as a picture ({one_line(e)}); fetch it again") from e
     seconds = np.array(reader.seconds)

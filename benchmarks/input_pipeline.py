@@ -109,13 +109,15 @@ def main(argv=None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each reader (default: %(default)s)")
     parser.add_argument("--no_step", action="store_true", help="readers only")
     args = parser.parse_args(argv)
-    config = configs.load(args.config, [("data_dir", args.data_dir), ("batch_size", str(args.batch_size))], like="base")
+    if min(args.batch_size, args.seconds, args.rounds) <= 0:
+        parser.error("expected --batch_size, --seconds and --rounds above 0")
     try:
+        config = configs.load(args.config, [("data_dir", args.data_dir), ("batch_size", str(args.batch_size))], like="base")
         folder = input_pipeline.find_dataset(args.data_dir, args.builder_config)
         began = time.perf_counter()
         records = input_pipeline.Records(folder, config.train_split)
         opened = time.perf_counter() - began
-    except input_pipeline.RecordError as e:
+    except ValueError as e:
         print(f"benchmarks/input_pipeline.py: {e}", file=sys.stderr)
         return 2
     print(f"{folder}: {len(records)} clips of {config.train_split}, opened and checked in {opened:.2f} s")

@@ -211,6 +211,11 @@ def test_a_folder_of_pictures(tmp_path, original, reference):
     assert measured["audio"].shape == (48_000,) and measured["offset_s"] == 0
     with pytest.raises(clips.UnusableClipError, match="no sound in it and no wav"):
         clips.measure(raw_clip(pictures=paths), mouth=False)
+    kept = [*paths[:30], *paths[36:]]  # numbers 30 to 35 are not there: the others keep their time
+    gone = clips.measure(raw_clip(pictures=kept, sound=tmp_path / "x.wav"), mouth=False)
+    assert len(gone["landmarks"]) == 75
+    np.testing.assert_array_equal(np.flatnonzero(~gone["landmarks_valid"]), np.arange(30, 36))
+    assert np.abs(gone["landmarks"][40:] - reference["landmarks"][40:]).max() < 3
     paths[7].write_bytes(b"no picture")
     with pytest.raises(clips.UnusableClipError, match="cannot be decoded as a picture"):
         clips.measure(raw_clip(pictures=paths, sound=tmp_path / "x.wav"), mouth=False)
@@ -270,6 +275,36 @@ def test_a_wav_that_can_not_be_used_is_not(tmp_path, original, synthetic_dir, co
     np.testing.assert_array_equal(measured["audio"], without["audio"])
 
 
+@pytest.mark.parametrize("where", ["own", "wav"])
+def test_sound_that_is_no_number_is_not_used(tmp_path, original, where):
+    broken = (original[1] / 32_768).astype(np.float32)
+    broken[500] = np.nan
+    wav = tmp_path / "x.wav"
+    soundfile.write(wav, broken if where == "wav" else original[1], 25_000, subtype="FLOAT" if where == "wav" else "PCM_16")
+    if where == "wav":
+        measured = clips.measure(raw_clip(original[2], sound=wav), mouth=False)
+        assert notes(measured)["wav"].endswith("not used") and np.isfinite(measured["offset_s"])
+        return
+    shown = media.Clip("x", None, media.Sound(broken[:, None], 25_000, 0.0, "FLOAT", "pcm_f32le"))
+    said = []
+    audio, offset_s = clips._sound(raw_clip(original[2], sound=wav), shown, said)
+    assert offset_s == 0 and audio.shape == (48_000,) and "NaN" in said[0]
+    with pytest.raises(media.MediaError, match="NaN"):
+        clips._sound(raw_clip(original[2]), shown, [])
+
+
+def test_a_silent_track_gives_way_to_the_wav(tmp_path, original):
+    video, wav = encode(tmp_path / "x.mkv", original[0], np.zeros(75_000, np.int16)), tmp_path / "x.wav"
+    soundfile.write(wav, original[1], 25_000)
+    assert np.abs(clips.measure(raw_clip(video, sound=wav), mouth=False)["audio"]).max() > 1000
+
+
+def test_a_wav_cut_short_gives_way_to_the_clips_own(tmp_path, original):
+    soundfile.write(tmp_path / "x.wav", original[1][:52_000], 25_000)
+    measured = clips.measure(raw_clip(original[2], sound=tmp_path / "x.wav"), mouth=False)
+    assert notes(measured) == {"wav": "is cut short, 2.08 s; not used"} and len(measured["audio"]) > 47_000
+
+
 def test_sound_and_picture_are_in_step(synthetic_dir):
     """The wav is in step with the pictures; the .mpg's sound lags as its times say, by the MP2 encoder's 481 samples."""
     for video in sorted(synthetic_dir.glob("s*/*.mpg"))[::2]:
@@ -309,6 +344,8 @@ def test_words_of_an_alignment(tmp_path):
         (GOOD.replace("29500 30000 sp", "-1 30000 sp"), "expected lines of"),
         (GOOD.replace("34000 36000", "24000 36000"), "runs backwards"),
         ("", "the .align says ''"),
+        ("9" * 400 + " 5 bin\n", "expected lines of"),
+        ("0 \u0665 bin\n", "expected lines of"),
         (b"\xff\xfe\x00", "decode"),
         (b"0 1 sil\n" * 20_000, "more than 100,000 bytes"),
     ],
@@ -316,6 +353,12 @@ def test_words_of_an_alignment(tmp_path):
 def test_words_that_contradict_the_id_are_dropped(tmp_path, content, reason):
     said, words, wrong = read_words(tmp_path, content)
     assert said == "bin blue at f two now" and words == [] and wrong.startswith("words not used: ") and reason in wrong
+
+
+def test_words_in_another_unit_are_dropped(tmp_path):
+    (tmp_path / "x.align").write_text(GOOD.replace("000 ", "0000 ").replace("500 ", "5000 "))
+    said, words, wrong = clips.read_words(raw_clip(words=tmp_path / "x.align"), 3.0)
+    assert said == "bin blue at f two now" and words == [] and "the last ends at 20.0 s of 3.0" in wrong
 
 
 def test_words_of_own_recordings(tmp_path):
@@ -355,5 +398,8 @@ def test_the_cache_knows_what_went_in(tmp_path, original, monkeypatch):
     others.add(clips.measure_cached(clip, cache, mouth=False))
     monkeypatch.setattr(clips, "CODE_VERSION", 99)
     others.add(clips.measure_cached(clip, cache, mouth=False))
-    assert len(others | {first}) == 5 == len(calls)
+    monkeypatch.undo()
+    monkeypatch.setattr(clips, "measure", lambda clip, mouth: calls.append(clip.id) or {"audio": np.arange(9)})
+    others.add(clips.measure_cached(raw_clip(tmp_path / "a.mpg", clip_id="語" * 80 + "/take"), cache, mouth=False))  # 240 bytes
+    assert len(others | {first}) == 6 == len(calls)
     assert sorted(cache.iterdir()) == sorted(others | {first})  # nothing half

@@ -226,6 +226,7 @@ import numpy as np, tensorflow_datasets as tfds
 from avsi_jax import input_pipeline as pipeline
 builder = tfds.builder_from_directory(sys.argv[1])
 assert "Grid" in builder.info.description and builder.info.metadata["full_train"] is False and len(builder.info.citation) > 99
+assert "CC BY 4.0" in builder.info.redistribution_info.license
 for split in builder.info.splits:
     ours = pipeline.Records(sys.argv[1], split)
     theirs = list(tfds.as_numpy(builder.as_dataset(split=split, read_config=tfds.ReadConfig(interleave_cycle_length=1))))

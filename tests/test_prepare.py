@@ -13,7 +13,7 @@ from building import ROOT, make, run, run_code, splits_of
 from etils import epath
 
 from avsi_jax import input_pipeline as pipeline
-from tfds_grid import measuring, prepare, speakers
+from tfds_grid import clips, measuring, prepare, raw_files, speakers
 
 # ------------------------------------------------------------------------------------------------------------------ command
 
@@ -90,7 +90,7 @@ def test_every_fault_has_a_line_in_the_report(synthetic_dir, tmp_path):
 
 LIMITED = """
 import resource, sys
-from tfds_grid import measuring, prepare, speakers
+from tfds_grid import clips, measuring, prepare, raw_files, speakers
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
 sys.exit(prepare.main(sys.argv[1:]))
 """
@@ -150,6 +150,12 @@ def test_own_recordings_are_taken(synthetic_dir, tmp_path):
         "Ann A/take 0": ("Ann A", "hello there", []),
         "Ann A/take 1": ("Ann A", "", []),
     }
+    (pipeline.find_dataset(tmp_path) / "dataset_info.json").write_text('{"na')  # damaged: reading says to overwrite it
+    (tmp_path / "raw/Ann A/take 1.mpg").unlink()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / ".cache").glob("*.npz")}
+    run(f"--raw={tmp_path / 'raw'}", f"--data_dir={tmp_path}", "--layout=folder", "--full_train", "--overwrite")
+    assert pipeline.Records(pipeline.find_dataset(tmp_path), "train").clip_ids == ["Ann A/take 0"]
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / ".cache").glob("*.npz")}  # nothing measured again
 
 
 def test_a_clip_that_hangs_its_decoder_is_skipped(synthetic_dir, tmp_path, monkeypatch):
@@ -166,10 +172,25 @@ def test_a_clip_that_hangs_its_decoder_is_skipped(synthetic_dir, tmp_path, monke
 def test_an_old_dataset_comes_back_where_the_new_one_fails(tmp_path):
     old = epath.Path(tmp_path) / "2.0.0"
     make(old, "records")
-    with pytest.raises(OSError, match="full"), prepare._old_kept_aside(old):
+    with pytest.raises(OSError, match="full"), prepare.replacing(old):
         assert not old.exists()
         raise OSError("full")
     assert (old / "records").exists() and len(list(tmp_path.iterdir())) == 1
-    with prepare._old_kept_aside(old):
+    with prepare.replacing(old):
         make(old, "new")
     assert [p.name for p in old.iterdir()] == ["new"] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_unforeseen_error_costs_one_clip(synthetic_dir, tmp_path, monkeypatch):
+    corpus = speakers.find_clips(synthetic_dir, cache=tmp_path)
+    monkeypatch.setattr(clips, "measure", lambda clip, mouth: 1 / 0)
+    lost = measuring.measure_one(corpus.clips[0], tmp_path, False)
+    assert lost.path is None and lost.unusable == "ZeroDivisionError: division by zero"
+    monkeypatch.setattr(clips, "measure", lambda clip, mouth: (_ for _ in ()).throw(raw_files.NoRoomError("/tmp/x: full")))
+    with pytest.raises(OSError, match="/tmp/x: full"):  # no fault of the clip: the build stops
+        measuring.measure_one(corpus.clips[0], tmp_path, False)
+
+
+def test_notes_of_one_kind_are_all_kept():
+    found = measuring.Measured("a", None, notes=("face: two", "face: grey", "wav: none"))
+    assert prepare._by_kind([found]) == {"face": {"a": "two; grey"}, "wav": {"a": "none"}}

@@ -65,6 +65,7 @@ def test_every_shared_clip_is_its_speakers(grid_dir):
 
 def test_the_table_is_made_from_alignments(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(grid_ids, "TABLE", tmp_path / "table.txt")
+    monkeypatch.setattr(grid_ids, "MIN_CLIPS", 2)
     archive = make_tar(tmp_path / "a.tar.xz", {"alignments/s3/bbaf2n.align": b"", "alignments/s10/swwp2s.align": b""}, "w:xz")
     try:
         assert grid_ids.main([f"--alignments={archive}"]) == 0
@@ -74,7 +75,11 @@ def test_the_table_is_made_from_alignments(tmp_path, monkeypatch, capsys):
         grid_ids._speakers.cache_clear()
     with pytest.raises(ValueError, match="found under s3 and under s4"):
         grid_ids.make_table(["s3/bbaf2n.align", "s4/bbaf2n.align"])
-    assert grid_ids.main([f"--alignments={tmp_path / 'none.tar'}"]) == 2
+    before = grid_ids.TABLE.read_text()
+    few = make_tar(tmp_path / "few.tar", {"alignments/s3/bbaf2n.align": b""})
+    for path in (tmp_path / "none.tar", few, make_zip(tmp_path / "a.zip", {"a": b""})):
+        assert grid_ids.main([f"--alignments={path}"]) == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    assert grid_ids.TABLE.read_text() == before
 
 
 def test_the_shipped_table_is_what_the_command_makes(grid_dir):
@@ -97,7 +102,7 @@ ARCHIVES = {
 
 @pytest.mark.parametrize("name", ARCHIVES)
 def test_archives_are_read_in_place(tmp_path, name):
-    content = {"a/bbaf2n.mpg": b"one" * 1000, "bbaf3n.mpg": b"two", "__MACOSX/._bbaf3n.mpg": b"x", ".DS_Store": b"x"}
+    content = {"./a/bbaf2n.mpg": b"one" * 1000, "bbaf3n.mpg": b"two", "__MACOSX/._bbaf3n.mpg": b"x", ".DS_Store": b"x"}
     ARCHIVES[name](tmp_path / "raw" / "deep" / name, content)
     found = raw_files.list_files(tmp_path / "raw", tmp_path / "cache")
     assert {f.place: f.read() for f in found} == {"deep/s1/a/bbaf2n.mpg": b"one" * 1000, "deep/s1/bbaf3n.mpg": b"two"}
@@ -136,6 +141,22 @@ def locked_zip(path):
     path.write_bytes(data)
 
 
+def newer_zip(path):
+    """Says that it needs version 9.9 of zip."""
+    data = bytearray(make_zip(path, {"bbaf2n.mpg": b"x"}).read_bytes())
+    data[data.index(b"PK\1\2") + 6] = 99
+    path.write_bytes(data)
+
+
+def torn_header(path, kind):
+    """Six members; the third one's header is damaged, or the file ends in it."""
+    make_tar(path, {f"{n}.mpg": bytes(700) for n in range(6)})
+    data = bytearray(path.read_bytes())
+    third = data.index(b"2.mpg")
+    data[third + 150] ^= 1  # of its checksum
+    path.write_bytes(data if kind == 2 else data[: third + 100])
+
+
 HOSTILE = {
     "absolute.zip": (lambda p: make_zip(p, {"/etc/bbaf2n.mpg": b"x"}), "points outside"),
     "up.zip": (lambda p: make_zip(p, {"s1/../../bbaf2n.mpg": b"x"}), "points outside"),
@@ -147,6 +168,11 @@ HOSTILE = {
     "torn.zip": (lambda p: p.write_bytes(make_zip(p, {"a.mpg": b"x" * 999}).read_bytes()[:-30]), "can't be read as an archive"),
     "text.zip": (lambda p: p.write_text("<html>sign in first</html>"), "can't be read as an archive"),
     "empty.zip": (lambda p: p.touch(), "can't be read as an archive"),
+    "nested.zip": (lambda p: make_zip(p, {"grid/s1.zip": b"x"}), "holds the archive 'grid/s1.zip'; unpack nested.zip once"),
+    "newer.zip": (lambda p: newer_zip(p), "can't be (read as an archive|unpacked)"),
+    "nested.tar": (lambda p: make_tar(p, {"s1.tar.gz": b"x"}), "holds the archive"),
+    "header.tar": (lambda p: torn_header(p, 2), "can't be read as an archive .*damaged"),
+    "cut.tar": (lambda p: torn_header(p, 1), "can't be read as an archive"),
     "absolute.tar": (lambda p: make_tar(p, {"/etc/bbaf2n.mpg": b"x"}), "points outside"),
     "up.tar": (lambda p: make_tar(p, {"../bbaf2n.mpg": b"x"}), "points outside"),
     "link.tar": (link_in_tar, "link, device"),
@@ -189,10 +215,35 @@ def test_a_file_may_not_be_larger_than_asked(tmp_path):
         found.read(999)
 
 
-def test_links_that_go_round_end(tmp_path):
-    make(tmp_path / "raw", "s1/bbaf2n.mpg")
-    (tmp_path / "raw/s1/again").symlink_to(tmp_path / "raw")
-    assert names(tmp_path / "raw", tmp_path) == ["s1/bbaf2n.mpg"]
+def test_links_to_folders(tmp_path):
+    """Followed, also where a name begins like another; each folder once, so that links that go round end."""
+    make(tmp_path / "grid", "bbaf2n.mpg")
+    make(tmp_path / "grid_too", "s1/bbaf3n.mpg")
+    (tmp_path / "grid_too/linked").symlink_to(tmp_path / "grid")
+    (tmp_path / "grid_too/s1/again").symlink_to(tmp_path / "grid_too")
+    assert names(tmp_path / "grid_too", tmp_path) == ["linked/bbaf2n.mpg", "s1/bbaf3n.mpg"]
+    many = [tmp_path / "round" / str(n) for n in range(12)]
+    for folder in many:
+        folder.mkdir(parents=True)
+    for folder in many:
+        for other in many:
+            (folder / f"to{other.name}").symlink_to(other)
+    make(many[0], "bbaf2n.mpg")
+    assert names(tmp_path / "round", tmp_path) == ["0/bbaf2n.mpg"]
+
+
+def test_an_unreadable_folder_is_told(tmp_path, monkeypatch):
+    make(tmp_path, "s1/bbaf2n.mpg")
+    real = raw_files.os.scandir
+
+    def scandir(path):
+        if path.endswith("s1"):
+            raise PermissionError(13, "no", path)
+        return real(path)
+
+    monkeypatch.setattr(raw_files.os, "scandir", scandir)
+    with pytest.raises(PermissionError):
+        raw_files.list_files(str(tmp_path), tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------------------------- layouts
@@ -272,12 +323,17 @@ def test_sound_without_video_is_counted(tmp_path):
 def test_own_recordings(tmp_path):
     raw = tmp_path / "raw"
     make(raw, "Anna B/take 1.mov", "Anna B/take 1.txt", "Jörg/take 1.mp4", "s30/bbaf2n.mpg", "clip.mp4", "Jörg/take 1.wav")
+    make(raw, "Cy/a/take.mp4", "Dee/a/take.mp4", "Dee/a/take.txt", "Eve/take.1/01.png", "Eve/take.1/02.png")
+    make(raw, "Eve/take.1.wav", "x.webm")
     found = find(raw, tmp_path, layout="folder")
     assert {c.id: c.speaker for c in found.clips} == {
-        "Anna B/take 1": "Anna B", "Jörg/take 1": "Jörg", "clip": "unknown", "s30/bbaf2n": "s30"
+        "Anna B/take 1": "Anna B", "Jörg/take 1": "Jörg", "clip": "unknown", "s30/bbaf2n": "s30",
+        "Cy/a/take": "Cy", "Dee/a/take": "Dee", "Eve/take.1": "Eve",
     }  # fmt: skip
+    assert found.ignored == {".webm": 1} and not found.left_out
     by_id = {c.id: c for c in found.clips}
     assert by_id["Anna B/take 1"].words.place == "Anna B/take 1.txt" and by_id["Jörg/take 1"].sound.place == "Jörg/take 1.wav"
+    assert by_id["Cy/a/take"].words is None and by_id["Dee/a/take"].words and by_id["Eve/take.1"].sound.place == "Eve/take.1.wav"
     assert by_id["Anna B/take 1"].sound is None and not any(c.is_grid for c in found.clips)
     # nobody is Grid's there: s30 of this folder is no test speaker, and everybody is hashed
     splits = {speakers.split_of(f"me/{n}", "s30", "speaker_independent", layout="folder") for n in range(200)}

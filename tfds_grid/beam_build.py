@@ -30,15 +30,16 @@ def build(args, beam_options: list[str]) -> None:
     exclude = set().union(*map(speakers.read_ids, args.exclude))
     corpus = speakers.find_clips(raw, exclude, cache=_place_to_unpack(raw, data_dir), layout=args.layout)
     if not corpus.clips:
-        raise ValueError(f"--raw={raw}: found no clip ({len(corpus.left_out)} left out); {speakers.HOW_TO_GET_IT}")
+        raise ValueError(f"--raw={raw}: found no clip{speakers.why_none(corpus)}; {speakers.HOW_TO_GET_IT}")
     names = prepare.CONFIGS if args.builder_config == "all" else (args.builder_config,)
-    builders = [_make_builder(name, args, data_dir, corpus, exclude, beam_options) for name in names]
-    for builder in builders:
-        prepare.refuse_existing(builder, args.overwrite)
-    for builder in builders:
+    for name in names:
+        prepare.refuse_existing(prepare.dataset_folder(data_dir, name), args.overwrite)
+    for name in names:
         start = time.monotonic()
-        prepare.pack(builder, raw, args.max_shard_mb)
-        _report(builder, corpus, exclude | speakers.reserved_ids(raw), time.monotonic() - start)
+        with prepare.replacing(prepare.dataset_folder(data_dir, name)):
+            builder = _make_builder(name, args, data_dir, corpus, exclude, beam_options)
+            prepare.pack(builder, raw, args.max_shard_mb)
+            _report(builder, corpus, exclude | speakers.reserved_ids(raw), time.monotonic() - start)
 
 
 def _need_beam() -> None:

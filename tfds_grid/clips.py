@@ -24,6 +24,7 @@ from tfds_grid.speakers import RawClip
 
 CODE_VERSION = 3  # raise when measure() gives other bytes: what older code left in the cache is then measured again
 ALIGN_RATE = 25_000  # units a second in an .align
+MAX_OVERRUN_S = 0.5  # of the last word over the sound's end; Grid's .align go on to 2.98 s
 MAX_WORDS_BYTES = 100_000  # of an .align or a transcript
 SILENCES = ("sil", "sp")
 MAX_INVALID = 0.2  # share of pictures without a usable face above which a clip is left out (of s1's 1000: pbio7a alone)
@@ -84,7 +85,7 @@ def measure(clip: RawClip, *, mouth: bool) -> dict[str, np.ndarray]:
 
 def record(clip: RawClip, measured: dict[str, np.ndarray]) -> dict:
     """The features of a clip's record (DESIGN.md section 3)."""
-    said, words, _ = read_words(clip)
+    said, words, _ = read_words(clip, len(measured["audio"]) / spec.RECORD_RATE)
     return {"id": clip.id, "speaker": clip.speaker, "text": said, "words": words} | {
         name: value[..., None] if name == "mouth" else value  # TFDS wants a channel
         for name, value in measured.items()
@@ -95,11 +96,11 @@ def record(clip: RawClip, measured: dict[str, np.ndarray]) -> dict:
 # ------------------------------------------------------------------------------------------------------------------ words
 
 
-def read_words(clip: RawClip) -> tuple[str, list[dict], str]:
+def read_words(clip: RawClip, duration_s: float = np.inf) -> tuple[str, list[dict], str]:
     """What is said, when ({word, start_s, end_s}, silences left out), and why the times of its .align are not used, or ''.
 
-    A Grid id names its words; an .align that names others, or can't be read, is not believed. Of other clips the text is the
-    .align's words, or those of a transcript (.txt): lower case, without punctuation.
+    A Grid id names its words; an .align that names others, can't be read, or ends well after the sound is not believed. Of
+    other clips the text is the .align's words, or those of a transcript (.txt): lower case, without punctuation.
     """
     grid_text = " ".join(text.words_of(clip.id)) if clip.is_grid else ""
     if clip.words is None:
@@ -110,8 +111,11 @@ def read_words(clip: RawClip) -> tuple[str, list[dict], str]:
             return grid_text or _plain(content), [], ""
         words = _read_align(content)
     except (OSError, RawDataError, UnicodeDecodeError, UnusableClipError) as e:
-        return grid_text, [], f"words not used: {_line(e)}"
+        return grid_text, [], f"words not used: {one_line(e)}"
     said = " ".join(w["word"] for w in words)
+    if words and words[-1]["end_s"] > duration_s + MAX_OVERRUN_S:
+        late = f"words not used: the last ends at {words[-1]['end_s']:.1f} s of {duration_s:.1f} (times count 1/25000 s)"
+        return grid_text or said, [], late
     if grid_text and said != grid_text:
         return grid_text, [], f"words not used: the .align says {said!r}, the id {grid_text!r}"
     return said, words, ""
@@ -120,7 +124,7 @@ def read_words(clip: RawClip) -> tuple[str, list[dict], str]:
 def _read_align(content: str) -> list[dict]:
     """Lines of start, end and word; UnusableClipError where they are not, or where time runs backwards."""
     rows = [line.split() for line in content.splitlines() if line.strip()]
-    if bad := [row for row in rows if len(row) != 3 or not (row[0].isdecimal() and row[1].isdecimal())]:
+    if bad := [row for row in rows if len(row) != 3 or not all(re.fullmatch(r"[0-9]{1,9}", time) for time in row[:2])]:
         raise UnusableClipError(f"the .align holds {' '.join(bad[0])[:60]!r}: expected lines of start, end and word")
     times = [int(t) for start, end, _ in rows for t in (start, end)]
     if times != sorted(times):
@@ -145,7 +149,8 @@ def measure_cached(clip: RawClip, folder: pathlib.Path, *, mouth: bool) -> pathl
 
     Raises UnusableClipError as measure does, and OSError, with path and bytes, where the cache can't be written.
     """
-    path = folder / f"{clip.id.replace('/', '_')}-{_fingerprint(clip, mouth)}.npz"
+    readable = re.sub(r"[^\w.-]", "_", clip.id, flags=re.ASCII)[:60]  # the fingerprint tells the rest apart
+    path = folder / f"{readable}-{_fingerprint(clip, mouth)}.npz"
     if path.exists():
         return path
     measured = measure(clip, mouth=mouth)
@@ -173,7 +178,7 @@ def _fingerprint(clip: RawClip, mouth: bool) -> str:
     """Changes with the clip's files, the face models and CODE_VERSION."""
     from avsi_jax import landmarks
 
-    digest = hashlib.sha256(f"{CODE_VERSION} {mouth} {landmarks.model_fingerprint()} {clip.is_grid}".encode())
+    digest = hashlib.sha256(f"{CODE_VERSION} {mouth} {landmarks.model_fingerprint()} {clip.id}".encode())
     try:
         for file in (clip.video, clip.sound, *clip.pictures):
             digest.update(hashlib.sha256(file.read()).digest() if file else b"none")
@@ -201,7 +206,9 @@ def _decoded(clip: RawClip, notes: list[str]):
     with contextlib.ExitStack() as stack:
         if clip.video is None:
             paths = [stack.enter_context(picture.on_disk()) for picture in clip.pictures]
-            yield media.Clip(str(paths[0].parent), media.read_pictures(paths, max_bytes=MAX_DECODED_BYTES), None)
+            numbers = [picture.number for picture in clip.pictures]
+            film = media.read_pictures(paths, None if None in numbers else numbers, max_bytes=MAX_DECODED_BYTES)
+            yield media.Clip(str(paths[0].parent), film, None)
             return
         path = stack.enter_context(clip.video.on_disk())
         try:
@@ -216,8 +223,11 @@ def _decoded(clip: RawClip, notes: list[str]):
 
 def _sound(clip: RawClip, video: media.Clip, notes: list[str]) -> tuple[np.ndarray, float]:
     """Sound (N,) int16 and how many seconds it lags the pictures."""
-    own = _at_record_rate(video.sound) if video.sound else None
     wav = _read_wav(clip.sound, notes) if clip.sound else None
+    own = _own_sound(video, notes, needed=wav is None)
+    if wav is not None and own is not None and len(wav) < MIN_COVER * len(own):
+        notes.append(f"wav: is cut short, {len(wav) / spec.RECORD_RATE:.2f} s; not used")
+        wav = None
     if wav is None:
         if own is None:
             raise UnusableClipError("no sound in it and no wav beside it")
@@ -225,10 +235,24 @@ def _sound(clip: RawClip, video: media.Clip, notes: list[str]) -> tuple[np.ndarr
     if own is None:
         return media.to_int16(wav), 0.0
     lag_s, match = lag_after(own, wav)
-    if match < MIN_MATCH:
+    if not match >= MIN_MATCH:
         notes.append(f"wav: is not this clip's sound (correlation {match:.2f}); not used")
         return media.to_int16(own), media.sound_lag_s(video)
     return media.to_int16(wav), media.sound_lag_s(video) - lag_s
+
+
+def _own_sound(video: media.Clip, notes: list[str], *, needed: bool) -> np.ndarray | None:
+    """The video's own sound (N,) at 16 kHz; None where it has none, or none that says anything and a wav stands in."""
+    if video.sound is None:
+        return None
+    try:
+        own = _at_record_rate(video.sound)
+    except media.MediaError as e:
+        if needed:
+            raise
+        notes.append(f"sound: the video's own is not used ({e})")
+        return None
+    return own if needed or np.abs(own).max() >= SILENT_PEAK else None
 
 
 def _read_wav(file: RawFile, notes: list[str]) -> np.ndarray | None:
@@ -237,12 +261,14 @@ def _read_wav(file: RawFile, notes: list[str]) -> np.ndarray | None:
         with file.on_disk() as path:
             return _at_record_rate(media.read_clip(path).sound)
     except (media.MediaError, RawDataError, OSError) as e:
-        notes.append(f"wav: can't be read ({_line(e).rpartition(': ')[2]}); not used")
+        notes.append(f"wav: can't be read ({one_line(e).rpartition(': ')[2]}); not used")
         return None
 
 
 def _at_record_rate(sound: media.Sound) -> np.ndarray:
-    """(N,) float32 at 16 kHz, channels averaged."""
+    """(N,) float32 at 16 kHz, channels averaged; MediaError where samples are no numbers."""
+    if not np.isfinite(sound.samples).all():
+        raise media.MediaError("the sound holds NaN or infinite samples")
     return media.resample(media.mono(sound.samples), sound.rate, spec.RECORD_RATE)
 
 
@@ -316,9 +342,10 @@ def _check_faces(valid: np.ndarray) -> None:
 
 def _without_path(error: Exception, clip: RawClip) -> str:
     """The message without the path in front, which may be that of a copy."""
-    message = _line(error)
+    message = one_line(error)
     return message.partition(": ")[2] if message.startswith(os.sep) and ": " in message else message
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an error says, without line breaks."""
     return " ".join(str(error).split())

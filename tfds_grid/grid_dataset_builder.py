@@ -7,7 +7,7 @@ import functools
 import itertools
 import logging
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -58,7 +58,7 @@ def clip_sums(example: dict) -> dict[str, np.ndarray]:
     return train_statistics.clip_sums(example)
 
 
-def statistics_of(sums: list[dict[str, np.ndarray]]) -> dict:
+def statistics_of(sums: Iterable[dict[str, np.ndarray]]) -> dict:
     """The train statistics of these clips, as the metadata holds them."""
     from avsi_jax import train_statistics
 
@@ -129,6 +129,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         return self.dataset_info_from_configs(
             features=tfds.features.FeaturesDict(features),
             homepage="https://doi.org/10.5281/zenodo.3625687",
+            license="CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/)",
             metadata=tfds.core.MetadataDict(),  # filled while building: other readers need no face models
             disable_shuffling=False,  # order on disk is by hash of the id
         )

@@ -21,6 +21,7 @@ from collections.abc import Iterable
 
 from avsi_jax import text
 
+MIN_CLIPS = 33_000  # that a table is made of
 TABLE = pathlib.Path(__file__).with_name("speakers_of_ids.txt")  # base64 of zlib of a byte an id: n of its speaker sn, 0 for none
 
 
@@ -65,9 +66,15 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     try:
         with tarfile.open(args.alignments) as tar:
-            TABLE.write_text(make_table(name for name in tar.getnames() if name.endswith(".align")))
-    except (OSError, ValueError, tarfile.TarError) as e:
-        print(f"grid_ids: {e}", file=sys.stderr)
+            names = [name for name in tar.getnames() if name.endswith(".align")]
+        table = make_table(names)
+        if len(names) < MIN_CLIPS:
+            raise ValueError(f"{args.alignments}: found {len(names)} alignments, expected those of the whole corpus, 34,000")
+        half = TABLE.with_suffix(".tmp")
+        half.write_text(table)
+        half.replace(TABLE)
+    except (OSError, ValueError, tarfile.TarError, EOFError) as e:
+        print(f"grid_ids: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     _speakers.cache_clear()
     print(f"{TABLE}: {len(_speakers())} ids of {len(set(_speakers().values()))} speakers")

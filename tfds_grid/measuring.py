@@ -11,7 +11,8 @@ import math
 import pathlib
 import sys
 
-from tfds_grid import speakers
+from avsi_jax import spec
+from tfds_grid import raw_files, speakers
 from tfds_grid import workers as pool
 
 CLIP_TIMEOUT_S = 120  # a clip takes 0.4 s
@@ -41,15 +42,22 @@ def measure_one(clip: speakers.RawClip, cache: pathlib.Path, mouth: bool) -> Mea
     """Measures a clip into the folder `cache`, in this process."""
     from tfds_grid import clips
 
-    *_, no_words = clips.read_words(clip)
     wrong_folder = f"folder: found under {clip.found_under}, belongs to {clip.speaker}" if clip.found_under else ""
-    notes = tuple(filter(None, (no_words, wrong_folder)))
+    notes = (wrong_folder,) if wrong_folder else ()
     try:
         path = clips.measure_cached(clip, cache, mouth=mouth)
+        found = clips.load_measured(path)
+        *_, no_words = clips.read_words(clip, len(found["audio"]) / spec.RECORD_RATE)
     except clips.UnusableClipError as e:
         return Measured(clip.id, None, unusable=str(e), notes=notes)
-    found = clips.load_measured(path)
-    return Measured(clip.id, path, "", int((~found["landmarks_valid"]).sum()), (*map(str, found["notes"]), *notes))
+    except raw_files.NoRoomError as e:
+        raise OSError(str(e)) from e
+    except (OSError, MemoryError):  # of the cache, of the worker's limit
+        raise
+    except Exception as e:  # one odd clip among thousands must not end a build of hours
+        return Measured(clip.id, None, unusable=f"{type(e).__name__}: {clips.one_line(e)}", notes=notes)
+    notes = (*map(str, found["notes"]), *notes, *filter(None, (no_words,)))
+    return Measured(clip.id, path, "", int((~found["landmarks_valid"]).sum()), notes)
 
 
 def measure_all(corpus: speakers.RawCorpus, cache: pathlib.Path, *, mouth: bool, workers: int) -> list[Measured]:

@@ -22,6 +22,8 @@ import resource
 import sys
 import time
 
+from etils import epath
+
 from tfds_grid import measuring, speakers
 from tfds_grid.measuring import Measured
 
@@ -70,21 +72,46 @@ def _train_statistics(builder, corpus: speakers.RawCorpus, measured: list[Measur
     import tqdm
 
     seen = tqdm.tqdm(members, "statistics", unit="clip", mininterval=1)
-    found = grid_dataset_builder.statistics_of([grid_dataset_builder.clip_sums(builder.example_of(clip)) for clip in seen])
+    found = grid_dataset_builder.statistics_of(grid_dataset_builder.clip_sums(builder.example_of(clip)) for clip in seen)
     half = path.with_suffix(f".{os.getpid()}.tmp")
     half.write_text(json.dumps(found))
     half.replace(path)
     return found
 
 
-def refuse_existing(builder, overwrite: bool) -> None:
-    """FileExistsError where the builder's dataset is there and may not be replaced."""
-    if builder.data_path.exists() and not overwrite:
-        raise FileExistsError(f"{builder.data_path} holds a dataset already; --overwrite replaces it, another --data_dir keeps it")
+def dataset_folder(data_dir, name: str) -> epath.Path:
+    """Where the builder config's records go."""
+    from tfds_grid import grid_dataset_builder
+
+    return epath.Path(data_dir) / "grid" / name / str(grid_dataset_builder.Builder.VERSION)
+
+
+def refuse_existing(folder: epath.Path, overwrite: bool) -> None:
+    """FileExistsError where a dataset is in the folder and may not be replaced."""
+    if folder.exists() and not overwrite:
+        raise FileExistsError(f"{folder} holds a dataset already; --overwrite replaces it, another --data_dir keeps it")
+
+
+@contextlib.contextmanager
+def replacing(folder: epath.Path):
+    """Moves an older dataset in `folder` aside, before anybody reads its description, and back where the new one fails."""
+    aside = folder.parent / f"replaced.{folder.name}"
+    if folder.exists():
+        if aside.exists():
+            aside.rmtree()  # left by a build that was killed
+        folder.rename(aside)
+    try:
+        yield
+    except BaseException:
+        if aside.exists() and not folder.exists():
+            aside.rename(folder)
+        raise
+    if aside.exists():
+        aside.rmtree()
 
 
 def pack(builder, raw: pathlib.Path, max_shard_mb: float) -> None:
-    """Writes the records of one builder config; what is there is replaced once they are whole."""
+    """Writes the records of one builder config."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow_datasets as tfds
 
@@ -96,8 +123,7 @@ def pack(builder, raw: pathlib.Path, max_shard_mb: float) -> None:
     )
     downloads = builder.data_path.parents[2] / CACHE / "downloads"  # TFDS makes one, it stays empty
     try:
-        with _old_kept_aside(builder.data_path):
-            builder.download_and_prepare(download_config=config, download_dir=downloads)
+        builder.download_and_prepare(download_config=config, download_dir=downloads)
     except Exception as e:  # tensorflow's writer has errors of its own for a disk that is full or read-only
         cause = e.__cause__ or e
         if isinstance(cause, OSError) or type(cause).__module__.startswith("tensorflow."):
@@ -106,24 +132,6 @@ def pack(builder, raw: pathlib.Path, max_shard_mb: float) -> None:
             reason = f"{' '.join(str(cause).split())}; {clips.free_space(builder.data_dir_root)}"
             raise OSError(f"{builder.data_path}: the records can't be written ({reason})") from e
         raise
-
-
-@contextlib.contextmanager
-def _old_kept_aside(folder):
-    """An older dataset in `folder` comes back where the new one fails."""
-    aside = folder.parent / f"replaced.{folder.name}"
-    if folder.exists():
-        if aside.exists():
-            aside.rmtree()  # of a build that was killed after this one's predecessor was whole
-        folder.rename(aside)
-    try:
-        yield
-    except BaseException:
-        if aside.exists() and not folder.exists():
-            aside.rename(folder)
-        raise
-    if aside.exists():
-        aside.rmtree()
 
 
 def _download_config(tfds):
@@ -155,6 +163,7 @@ def build_report(
     return {
         "clips": {"found": corpus.num_found, "written": written, "left_out": len(corpus.left_out), "skipped": len(unusable)},
         "clips_without_video": dict(corpus.without_video),
+        "ignored_files": dict(corpus.ignored),
         "reserved_ids_left_out": len(reserved),
         "full_train": builder.info.metadata["full_train"],
         "layout": builder.info.metadata["layout"],
@@ -184,7 +193,8 @@ def _by_kind(measured: list[Measured]) -> dict[str, dict[str, str]]:
     for m in measured:
         for note in m.notes:
             kind, _, what = note.partition(": ")
-            kinds.setdefault(kind, {})[m.id] = what
+            of_kind = kinds.setdefault(kind, {})
+            of_kind[m.id] = f"{of_kind[m.id]}; {what}" if m.id in of_kind else what
     return dict(sorted(kinds.items()))
 
 
@@ -211,7 +221,8 @@ def summary(name: str, report: dict) -> str:
     empty = ", ".join(report["splits_without_a_clip"])
     notes = ", ".join(f"{len(found)} {kind}" for kind, found in report["notes"].items())
     written = f"{name}: {clips['written']} of {clips['found']} clips written ({splits})"
-    return written + (f"; no clip in {empty}" if empty else "") + (f"; noted: {notes}" if notes else "")
+    left_out = f"; {clips['left_out']} left out, {clips['skipped']} skipped" if clips["left_out"] + clips["skipped"] else ""
+    return written + left_out + (f"; no clip in {empty}" if empty else "") + (f"; noted: {notes}" if notes else "")
 
 
 # ----------------------------------------------------------------------------------------------------------------- command
@@ -225,28 +236,38 @@ def prepare(args) -> None:
     cache, exclude = data_dir / CACHE, set().union(*map(speakers.read_ids, args.exclude))
     corpus = speakers.find_clips(raw, exclude, cache=cache, layout=args.layout)
     if not corpus.clips:
-        reasons = f" ({len(corpus.left_out)} left out, {next(iter(corpus.left_out.values()))})" if corpus.left_out else ""
-        raise ValueError(f"--raw={raw}: found no clip{reasons}; {speakers.HOW_TO_GET_IT}")
+        raise ValueError(f"--raw={raw}: found no clip{speakers.why_none(corpus)}; {speakers.HOW_TO_GET_IT}")
     need_tensorflow()
     names = CONFIGS if args.builder_config == "all" else (args.builder_config,)
     for name in names:
-        refuse_existing(_make_builder(name, args, exclude, []), args.overwrite)
+        refuse_existing(dataset_folder(data_dir, name), args.overwrite)
     mouth = any(name.endswith("_mouth") for name in names)
     measured = measuring.measure_all(corpus, cache, mouth=mouth, workers=args.workers)
     measuring.check_skipped(measured, args.max_skipped)
     if not any(m.path for m in measured):
         raise ValueError(f"--raw={raw}: none of its {len(measured)} clips can be used; the first: {measured[0].unusable}")
     seconds = {"measuring": time.monotonic() - start}
+    banned = exclude | speakers.reserved_ids(raw)
     for name in names:
-        start = time.monotonic()
-        statistics = _train_statistics(_make_builder(name, args, exclude, measured), corpus, measured, cache)
-        counting, start = time.monotonic() - start, time.monotonic()
-        builder = _make_builder(name, args, exclude, measured, statistics)
-        pack(builder, raw, args.max_shard_mb)
-        seconds |= {"statistics": counting, "packing": time.monotonic() - start}
-        report = build_report(builder, corpus, measured, banned=exclude | speakers.reserved_ids(raw), seconds=seconds)
-        (pathlib.Path(builder.data_path) / "build_report.json").write_text(json.dumps(report, indent=1) + "\n")
-        print(summary(name, report), f"\n  {builder.data_path}", flush=True)
+        folder = dataset_folder(data_dir, name)
+        refuse_existing(folder, args.overwrite)  # again: another build may have written it meanwhile
+        with replacing(folder):
+            report = _build(name, args, exclude, corpus, measured, banned=banned, seconds=seconds)
+        print(summary(name, report), f"\n  {folder}", flush=True)
+
+
+def _build(name: str, args, exclude: set[str], corpus: speakers.RawCorpus, measured, *, banned, seconds) -> dict:
+    """Statistics, records and report of one builder config; returns the report."""
+    start = time.monotonic()
+    cache = pathlib.Path(args.data_dir).expanduser() / CACHE
+    statistics = _train_statistics(_make_builder(name, args, exclude, measured), corpus, measured, cache)
+    counting, start = time.monotonic() - start, time.monotonic()
+    builder = _make_builder(name, args, exclude, measured, statistics)
+    pack(builder, pathlib.Path(args.raw).expanduser(), args.max_shard_mb)
+    seconds = seconds | {"statistics": counting, "packing": time.monotonic() - start}
+    report = build_report(builder, corpus, measured, banned=banned, seconds=seconds)
+    (builder.data_path / "build_report.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report
 
 
 def parser() -> argparse.ArgumentParser:

@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import stat
+import struct
 import tarfile
 import tempfile
 import zipfile
@@ -29,10 +30,17 @@ MAX_RATIO = 200  # unpacked over packed, where it is more than
 BOMB_BYTES = 2**26  # this much
 MAX_MEMBERS = 1_000_000
 COPY_BYTES = 2**20
+# What the libraries raise of archives that are damaged, or made by something newer.
+DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error)
+DAMAGE += (EOFError, NotImplementedError, UnicodeDecodeError, OverflowError)
 
 
 class RawDataError(ValueError):
     """An archive that can't be read or must not be; one line."""
+
+
+class NoRoomError(Exception):
+    """Nothing is wrong with the clip: there is no room for a copy of it. Stops a build."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +66,12 @@ class RawFile:
         return "." + self.name.rpartition(".")[2].lower() if "." in self.name else ""
 
     @property
+    def number(self) -> int | None:
+        """That of a numbered picture: what its stem ends with."""
+        found = re.search(r"[0-9]{1,9}$", self.stem)
+        return int(found[0]) if found else None
+
+    @property
     def folders(self) -> list[str]:
         return self.place.split("/")[:-1]
 
@@ -71,8 +85,8 @@ class RawFile:
                 with self.path.open("rb") as f:
                     f.seek(max(self.start, 0))
                     data = f.read(limit + 1 if self.start < 0 else min(self.size, limit + 1))
-        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError) as e:
-            raise RawDataError(f"{self.place}: can't be unpacked ({e}); fetch {self.path.name} again") from e
+        except DAMAGE as e:
+            raise RawDataError(f"{self.place}: can't be unpacked ({e or type(e).__name__}); fetch {self.path.name} again") from e
         if len(data) > limit:
             raise RawDataError(f"{self.place}: more than {limit:,} bytes")
         return data
@@ -83,9 +97,13 @@ class RawFile:
         if not self.member and self.start < 0:
             yield self.path
             return
+        content = self.read()
         with tempfile.TemporaryDirectory(prefix="avsi_") as folder:
             copy = pathlib.Path(folder, f"clip{self.suffix}")
-            copy.write_bytes(self.read())
+            try:
+                copy.write_bytes(content)
+            except OSError as e:
+                raise NoRoomError(f"{copy}: {len(content):,} bytes can't be written ({e.strerror or e}); set TMPDIR") from e
             yield copy
 
 
@@ -100,9 +118,14 @@ def list_files(raw: pathlib.Path, cache: pathlib.Path) -> list[RawFile]:
 
     `cache`: where compressed tars are unpacked to. Raises RawDataError for an archive that is damaged or hostile.
     """
-    found = []
-    for folder, folders, names in os.walk(raw, followlinks=True):
-        folders[:] = [f for f in folders if not _is_hidden(f) and not _is_loop(folder, f)]
+    found, seen = [], set()
+    for folder, folders, names in os.walk(raw, onerror=_stop, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # by a link, that may go round
+            folders[:] = []
+            continue
+        seen.add(real)
+        folders[:] = sorted(f for f in folders if not _is_hidden(f))
         below = os.path.relpath(folder, raw).replace(os.sep, "/")
         for name in names:
             if _is_hidden(name):
@@ -120,10 +143,9 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _is_loop(folder: str, name: str) -> bool:
-    """A link to a folder above itself."""
-    target = os.path.realpath(os.path.join(folder, name))
-    return os.path.islink(os.path.join(folder, name)) and os.path.realpath(folder).startswith(target)
+def _stop(error: OSError) -> None:
+    """A folder that can't be read is told, not passed over."""
+    raise error
 
 
 def _members(path: pathlib.Path, place: str, cache: pathlib.Path) -> list[RawFile]:
@@ -135,8 +157,10 @@ def _members(path: pathlib.Path, place: str, cache: pathlib.Path) -> list[RawFil
         if name.endswith(ZIP):
             return _members_of_zip(path, place, home)
         return _members_of_tar(path if name.endswith(TAR) else _unpacked(path, place, cache), place, home)
-    except (zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, EOFError, zlib.error) as e:
+    except DAMAGE as e:
         raise RawDataError(f"{place}: can't be read as an archive ({e or type(e).__name__}); fetch it again") from e
+    except OSError as e:
+        raise OSError(f"{path}: {e.strerror or e} ({e.filename or 'while it is read'})") from e
 
 
 def _members_of_zip(path: pathlib.Path, place: str, home: str) -> list[RawFile]:
@@ -152,8 +176,9 @@ def _members_of_zip(path: pathlib.Path, place: str, home: str) -> list[RawFile]:
                 raise RawDataError(f"{place}: its member {info.filename!r} needs a password; expected the corpus' own archive")
             _check_name(info.orig_filename, place)
             _check_size(info.file_size, info.compress_size, info.filename, place)
-            if not info.is_dir() and not any(map(_is_hidden, info.filename.split("/"))):
-                found.append(RawFile(path, f"{home}/{info.filename}", member=info.filename, size=info.file_size))
+            name = _clean(info.filename)
+            if not info.is_dir() and _is_wanted(name, place):
+                found.append(RawFile(path, f"{home}/{name}", member=info.filename, size=info.file_size))
     return found
 
 
@@ -166,12 +191,28 @@ def _members_of_tar(path: pathlib.Path, place: str, home: str) -> list[RawFile]:
             if not (info.isreg() or info.isdir()) or info.issparse():
                 raise RawDataError(f"{place}: its member {info.name!r} is a link, device or sparse file; refused")
             _check_size(info.size, info.size, info.name, place)
-            name = info.name.removeprefix("./")
-            if info.isreg() and not any(map(_is_hidden, name.split("/"))):
+            name = _clean(info.name)
+            if info.isreg() and _is_wanted(name, place):
                 found.append(RawFile(path, f"{home}/{name}", start=info.offset_data, size=info.size))
-        if found and found[-1].start + found[-1].size > path.stat().st_size:
-            raise tarfile.ReadError("it is cut short")
+        with path.open("rb") as f:  # tarfile takes a damaged header for the end
+            f.seek(archive.offset)
+            end = f.read(tarfile.BLOCKSIZE)
+        if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):
+            raise tarfile.ReadError("it is cut short or damaged")
     return found
+
+
+def _clean(name: str) -> str:
+    return "/".join(part for part in re.split(r"[/\\]", name) if part not in ("", "."))
+
+
+def _is_wanted(name: str, place: str) -> bool:
+    """Not hidden. RawDataError for an archive in an archive: what is in it would be missing without a word."""
+    if any(map(_is_hidden, name.split("/"))):
+        return False
+    if is_archive(name):
+        raise RawDataError(f"{place}: holds the archive {name!r}; unpack {place} once, into --raw")
+    return True
 
 
 def _check_count(count: int, place: str) -> None:

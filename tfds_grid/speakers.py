@@ -2,7 +2,7 @@
 
 A clip is named by its id, the name of its files without suffix, whatever folder or archive they lie in. Layout `grid`: an id is
 one of Grid's sentences, and belongs to the speaker who says it in the corpus (grid_ids): folders may be wrong or swapped. Layout
-`folder`, own recordings: any name will do, and the speaker is the folder that the clip lies in.
+`folder`, own recordings: any name will do, and the speaker is the topmost folder on the way to the clip.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class RawCorpus:
     clips: tuple[RawClip, ...]
     left_out: Mapping[str, str]  # place below the raw folder -> reason
     without_video: Mapping[str, int]  # speaker -> clips of which there is sound, but no video
+    ignored: Mapping[str, int]  # suffix -> files of a kind that is not read
 
     @property
     def num_found(self) -> int:
@@ -123,7 +124,18 @@ def find_clips(raw, exclude: Iterable[str] = (), *, cache, layout: str = "grid")
     sounds, words = _by_id(files, SOUND_SUFFIXES, layout), _by_id(files, WORDS_SUFFIXES[: 1 if layout == "grid" else 2], layout)
     clips = (dataclasses.replace(videos[i], sound=sounds.get(i), words=words.get(i)) for i in sorted(videos))
     lonely = (_speaker_of(i, f.folders, layout) for i, f in sounds.items() if i not in videos and i not in banned)
-    return RawCorpus(tuple(clips), dict(sorted(left_out.items())), in_order(collections.Counter(lonely)))
+    known = {*VIDEO_SUFFIXES, *PICTURE_SUFFIXES, *SOUND_SUFFIXES, *WORDS_SUFFIXES}
+    ignored = collections.Counter(f.suffix for f in files if f.suffix not in known)
+    without_video = in_order(collections.Counter(lonely))
+    return RawCorpus(tuple(clips), dict(sorted(left_out.items())), without_video, dict(sorted(ignored.items())))
+
+
+def why_none(corpus: RawCorpus) -> str:
+    """In words, what there is instead of clips."""
+    parts = [f"{len(corpus.left_out)} left out, {next(iter(corpus.left_out.values()))}"] if corpus.left_out else []
+    if corpus.ignored:
+        parts.append(f"{sum(corpus.ignored.values())} files of kinds that are not read: {' '.join(corpus.ignored)}")
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def in_order(counts: Mapping[str, int]) -> dict[str, int]:
@@ -152,13 +164,14 @@ def _candidates(files: list[RawFile], layout: str) -> list[RawClip]:
     found = [_clip(f, (), f.folders, _id_of(f, layout), layout) for f in files if f.suffix in VIDEO_SUFFIXES]
     folders = collections.defaultdict(list)
     for f in files:
-        if f.suffix in PICTURE_SUFFIXES and re.search(r"\d+$", f.stem):
+        if f.suffix in PICTURE_SUFFIXES and f.number is not None:
             folders[f.place.rpartition("/")[0]].append(f)
     for place, pictures in folders.items():
         named = RawFile(pathlib.Path(), place)  # the folder as if it were a file
         if len(pictures) > 1 and (layout == "folder" or text.is_grid_id(named.name)):
-            ordered = sorted(pictures, key=lambda f: (int(re.search(r"\d+$", f.stem)[0]), f.place))
-            found.append(_clip(None, tuple(ordered), named.folders, _id_of(named, layout), layout))
+            ordered = sorted(pictures, key=lambda f: (f.number, f.place))
+            clip_id = named.name if layout == "grid" else place
+            found.append(_clip(None, tuple(ordered), named.folders, clip_id, layout))
     return sorted(found, key=lambda c: (bool(c.found_under), c.video is None, _kind(c.video), _place(c)))
 
 
@@ -178,10 +191,8 @@ def _place(clip: RawClip) -> str:
 
 
 def _id_of(file: RawFile, layout: str) -> str:
-    """Grid: the name. Own recordings: with the folder, since their names need not differ."""
-    if layout == "grid":
-        return file.stem
-    return "/".join([*file.folders[-1:], file.stem])
+    """Grid: the name. Own recordings: the whole way to it, since their names need not differ."""
+    return file.stem if layout == "grid" else "/".join([*file.folders, file.stem])
 
 
 def _by_id(files: list[RawFile], suffixes: tuple[str, ...], layout: str) -> dict[str, RawFile]:
@@ -198,7 +209,7 @@ def _by_id(files: list[RawFile], suffixes: tuple[str, ...], layout: str) -> dict
 
 def _speaker_of(clip_id: str, folders: list[str], layout: str) -> str:
     if layout == "folder":
-        return folders[-1] if folders else "unknown"
+        return folders[0] if folders else "unknown"
     return grid_ids.speaker_of(clip_id) or _speaker_by_folder(folders)
 
 
@@ -210,8 +221,10 @@ def _speaker_by_folder(folders: list[str]) -> str:
 
 def _why_not(clip: RawClip, banned: set[str], taken: Mapping[str, RawClip], layout: str) -> str:
     """Why a video is left out; '' where it is not."""
-    if clip.id in banned:
+    if {clip.id, clip.id.rpartition("/")[2]} & banned:
         return "reserved id"
+    if not (clip.id + clip.speaker).isprintable():
+        return f"its name {(clip.speaker, clip.id)!r} is no readable text; rename it"
     if clip.id in taken:
         return f"second file of this id, taken: {_place(taken[clip.id])}"
     if layout == "grid" and not clip.is_grid:

@@ -211,9 +211,12 @@ def _open_folder(raw: pathlib.Path, note: str, overwrite: bool) -> None:
             raise FileExistsError(f"--out={raw} holds {state}; --overwrite replaces it, another --out keeps it")
         begun.parent.mkdir(exist_ok=True)
         mine[0].replace(begun)  # ours still, but no longer complete
-        for path in (raw / name for name in ("audio_25k", "alignments", *VOICES)):
-            if path.is_dir():
-                shutil.rmtree(path)
+        for folder in (*(raw / home / name for home in ("audio_25k", "alignments", "") for name in VOICES),):
+            for path in folder.glob("*"):
+                if text.is_grid_id(path.stem) and path.suffix in (".mpg", ".wav", ".align"):
+                    path.unlink()
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
     begun.parent.mkdir(parents=True, exist_ok=True)
     half = begun.with_suffix(".tmp")
     half.write_text(note)
