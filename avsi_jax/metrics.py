@@ -11,14 +11,11 @@ Workers of `score_many` import this file, so jax is imported only inside the fun
 from __future__ import annotations
 
 import collections
-import contextlib
 import functools
 import itertools
 import math
 import multiprocessing
 import os
-import sys
-import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
@@ -28,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from avsi_jax import media, spec
+from avsi_jax.workers import light_start
 
 GAP_PRESET = "paper"  # the front end of gap_l1_db, whatever the system's own preset
 RATES = (8_000, 16_000)  # Hz, what PESQ is defined for
@@ -287,7 +285,7 @@ def _until_crash(work, calls: Iterator[tuple[int, tuple]], workers: int, keep) -
             while True:
                 for i, call in itertools.islice(calls, (4 * workers if workers > 1 else 1) - len(running)):
                     arguments[i] = call
-                    with _light_start():
+                    with light_start():
                         running[pool.submit(work, *call)] = i
                 if not running:
                     return {}
@@ -297,21 +295,6 @@ def _until_crash(work, calls: Iterator[tuple[int, tuple]], workers: int, keep) -
                     keep(i, result)
         except BrokenProcessPool:
             return arguments
-
-
-@contextlib.contextmanager
-def _light_start() -> Iterator[None]:
-    """Processes started inside neither import the caller's script (jax, a missing main guard) nor start BLAS threads."""
-    main, before = sys.modules["__main__"], {name: os.environ.get(name) for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")}
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    os.environ.update(dict.fromkeys(before, "1"))
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-        for name in before:
-            del os.environ[name]
-        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 # ---- means and intervals -----------------------------------------------------------------------------------------------------

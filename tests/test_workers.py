@@ -1,4 +1,4 @@
-"""tfds_grid.workers: children that crash, hang, eat memory or can't start lose their own job and nothing else."""
+"""avsi_jax.workers: children that crash, hang, eat memory or can't start lose their own job and nothing else."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tfds_grid import workers
+from avsi_jax import workers
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -93,7 +93,7 @@ def test_a_killed_parent_leaves_no_child():
     code = """
 import sys; sys.path.insert(0, "tests")
 import test_workers
-from tfds_grid import workers
+from avsi_jax import workers
 for outcome in workers.run(test_workers.work, [("pid", "x"), ("hang", 0)], workers=1, timeout_s=600, memory_mb=2048):
     print(outcome.result[1], flush=True)
 """

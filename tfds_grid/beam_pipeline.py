@@ -25,8 +25,8 @@ from tensorflow_datasets.core import example_serializer, hashing, naming, splits
 from tensorflow_datasets.core.utils import py_utils, shard_utils
 
 import avsi_jax
+from avsi_jax import workers as pool
 from tfds_grid import clips, grid_dataset_builder, measuring, prepare, speakers
-from tfds_grid import workers as pool
 
 CLIPS_A_BATCH = 64  # half a minute of work: starting a child, about a second, is paid once a batch
 OUTCOME = "outcome.json"  # in the folder of the records while they are made

@@ -1,7 +1,7 @@
 """Every clip of a corpus, measured on all cores: each becomes a file in the cache, or the reason why it can't.
 
 Clips come from the network and are decoded by C libraries, so that a clip may hang or crash; it is then skipped like any other that
-can't be used (workers.py).
+can't be used (avsi_jax/workers.py).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import pathlib
 import sys
 
 from avsi_jax import spec
+from avsi_jax import workers as pool
 from tfds_grid import raw_files, speakers
-from tfds_grid import workers as pool
 
 CLIP_TIMEOUT_S = 120  # a clip takes 0.4 s
 CLIP_MEMORY_MB = 6144  # address space, beyond what a worker starts with

@@ -103,7 +103,9 @@ def replacing(folder: epath.Path):
     try:
         yield
     except BaseException:
-        if aside.exists() and not folder.exists():
+        if aside.exists():
+            if folder.exists():  # it lacks its report
+                folder.rmtree()
             aside.rename(folder)
         raise
     if aside.exists():

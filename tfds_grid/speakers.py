@@ -103,9 +103,9 @@ def _tenth(clip_id: str) -> int:
 def find_clips(raw, exclude: Iterable[str] = (), *, cache, layout: str = "grid") -> RawCorpus:
     """The clips below the folder `raw`, without the ids of `exclude` and of RESERVED.txt there.
 
-    Left out too, each with its reason: a second file of an id, and in layout `grid` what is none of Grid's sentences or whose
-    speaker nobody knows. cache: a folder for what must be unpacked. Raises FileNotFoundError where there is no such folder and
-    RawDataError for a hostile or damaged archive.
+    Left out too, each with its reason: a second file of an id, and in layout `grid` what is none of Grid's sentences. cache: a
+    folder for what must be unpacked. Raises FileNotFoundError where there is no such folder and RawDataError for a hostile or
+    damaged archive.
     """
     raw = pathlib.Path(raw).expanduser()
     if not raw.is_dir():

@@ -26,8 +26,8 @@ from collections.abc import Sequence
 import numpy as np
 
 import avsi_jax
-from avsi_jax import media, mpeg, text
-from tfds_grid import espeak, grid_ids, visemes, workers
+from avsi_jax import media, mpeg, text, workers
+from tfds_grid import espeak, grid_ids, visemes
 
 NUM_FRAMES, RATE = 75, 25_000  # pictures, Hz: as Grid's videos and its audio_25k
 NUM_SAMPLES = NUM_FRAMES * RATE // visemes.FPS

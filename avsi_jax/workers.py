@@ -94,7 +94,7 @@ class _Child:
         self.given: dict[int, tuple] = {}
         self.since, self.is_ready = time.monotonic(), False
         self.process = context.Process(target=_serve, args=(its_end, work, *limits), daemon=True)
-        with _light_start():
+        with light_start():
             self.process.start()
         its_end.close()
 
@@ -167,7 +167,7 @@ def _limit_memory(more: int) -> None:
 
 
 @contextlib.contextmanager
-def _light_start() -> Iterator[None]:
+def light_start() -> Iterator[None]:
     """A child started in it neither imports the caller's script nor starts BLAS threads: the children are the parallelism."""
     with _starting:
         main, before = sys.modules["__main__"], {name: os.environ.get(name) for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")}
