@@ -18,13 +18,33 @@ def spectrogram_error(level: jax.Array, target: jax.Array, weight: jax.Array, ki
     return (error.sum(-1) * weight).sum(), weight.sum() * level.shape[-1]
 
 
+def near(mask: jax.Array, frames: int, valid: jax.Array) -> jax.Array:
+    """mask (B, F) bool widened by so many frames on either side, inside valid (B, F): the frames of a loss in and near the gap."""
+    if frames < 0:
+        raise ValueError(f"near: found {frames} frames, expected 0 or more")
+    size, pad = (1, 2 * frames + 1), ((0, 0), (frames, frames))
+    return jax.lax.reduce_window(mask & valid, False, jax.lax.bitwise_or, size, (1, 1), pad) & valid
+
+
 def ctc(logits: jax.Array, num_frames: jax.Array, labels: jax.Array, label_length: jax.Array, weight: jax.Array):
     """Connectionist temporal classification (Graves et al. 2006), blank 0: negative log likelihood in nats a clip.
 
-    logits (B, F, C), num_frames (B,), labels (B, S) zero-padded, label_length (B,), weight (B,). Clips without text do not count.
+    logits (B, F, C), num_frames (B,), labels (B, S) zero-padded, label_length (B,), weight (B,). Clips without text do not count,
+    nor do those whose text no alignment fits (`infeasible`): their likelihood is 0, and optax's stand-in for its logarithm, -1e5,
+    would drown the others.
     """
     frame = jnp.arange(logits.shape[1])[None] >= num_frames[:, None]
     symbol = jnp.arange(labels.shape[1])[None] >= label_length[:, None]
     nll = optax.ctc_loss(logits, frame.astype(logits.dtype), labels, symbol.astype(logits.dtype), blank_id=text.BLANK)
-    weight = weight * (label_length > 0)
+    weight = weight * (label_length > 0) * ~infeasible(num_frames, labels, label_length)
     return jnp.where(weight > 0, nll, 0.0) @ weight, weight.sum()
+
+
+def infeasible(num_frames: jax.Array, labels: jax.Array, label_length: jax.Array) -> jax.Array:
+    """(B,) bool: clips with fewer frames than labels and the blanks that part equal neighbours, so that no alignment exists.
+
+    num_frames (B,), labels (B, S) zero-padded, label_length (B,). A clip without text is feasible.
+    """
+    inside = jnp.arange(1, labels.shape[1])[None] < label_length[:, None]
+    repeats = ((labels[:, 1:] == labels[:, :-1]) & inside).sum(-1)
+    return num_frames < label_length + repeats

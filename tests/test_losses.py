@@ -1,13 +1,13 @@
-"""Losses against NumPy and a sum over every alignment; greedy decoding by hand."""
+"""Losses against NumPy, scipy and a sum over every alignment."""
 
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.ndimage
 
-from avsi_jax import decode, losses, text
+from avsi_jax import losses
 
 LABELS = 4  # blank and three more
 ctc = jax.jit(losses.ctc)
@@ -111,40 +111,53 @@ def test_clips_without_text_and_filling_do_not_count(sentences):
     assert float(total) == 0 and float(count) == 0
 
 
-def test_a_text_too_long_for_its_frames_stays_finite(sentences):
+def fewest_frames(labels):
+    """Of any path that collapses to `labels`, by trying."""
+    return next(t for t in itertools.count() if any(collapse(p) == labels for p in itertools.product(range(LABELS), repeat=t)))
+
+
+def test_infeasible_is_what_no_path_collapses_to():
+    said = [(), (1,), (2, 2), (1, 2), (1, 2, 1), (3, 3, 1), (1, 3, 3), (2, 2, 2)]
+    labels = np.full((len(said), 5), 2, np.int32)  # what follows is as the last label of some, and must not be counted
+    for row, x in zip(labels, said):
+        row[: len(x)] = x
+    lengths = np.int32([len(x) for x in said])
+    needed = np.int32([fewest_frames(x) for x in said])
+    assert needed.tolist() == [0, 1, 3, 2, 3, 4, 4, 5]
+    assert not losses.infeasible(needed, labels, lengths).any()
+    assert losses.infeasible(needed - 1, labels, lengths).all()
+    assert not losses.infeasible(np.int32([7]), labels[:1, :1], np.int32([1])).any()  # one label has no neighbour
+
+
+def test_an_infeasible_text_leaves_the_others_alone(sentences):
     logits, frames, labels, lengths = sentences
-    total, slope = ctc_slope(logits, np.full_like(frames, 2), labels, np.full_like(lengths, 3), np.ones(len(CASES), np.float32))
-    assert total > 1e3 and np.isfinite(total) and np.isfinite(slope).all()
+    each = np.float64([brute_force(np.float64(logits[row, :t]), said) for row, (t, said) in enumerate(CASES)])
+    frames = frames.copy()
+    frames[1], frames[3], frames[4] = 2, 0, 0  # "2 2" takes three frames, and nothing fits into none
+    weight = np.ones(len(CASES), np.float32)
+    total, slope = ctc_slope(logits, frames, labels, lengths, weight)
+    assert float(total) == pytest.approx(each[[0, 2, 5]].sum(), rel=1e-5)
+    assert float(ctc(logits, frames, labels, lengths, weight)[1]) == 3
+    slope = np.asarray(slope)
+    assert np.isfinite(slope).all() and slope[[0, 2, 5]].any((1, 2)).all() and not slope[[1, 3, 4]].any()
+    total, count = ctc(logits, np.ones_like(frames), labels, np.full_like(lengths, 3), weight)
+    assert float(total) == 0 and float(count) == 0
 
 
-# ---- greedy decoding -----------------------------------------------------------------------------------------------------------
+# ---- in and near the gap -------------------------------------------------------------------------------------------------------
 
 
-def logits_of(rows, frames, size=text.NUM_LABELS):
-    """One-hot logits (B, frames, size) whose best labels are `rows`; the rest are blanks."""
-    best = np.zeros((len(rows), frames), int)
-    for row, labels in zip(best, rows):
-        row[: len(labels)] = labels
-    return np.eye(size, dtype=np.float32)[best]
+@pytest.mark.parametrize("frames", [0, 1, 4, 30])
+def test_near_is_scipys_dilation(frames):
+    rng = np.random.default_rng(3)
+    mask = rng.random((6, 25)) < 0.1
+    valid = np.arange(25) < np.array([25, 25, 20, 8, 1, 0])[:, None]
+    mask[0] = False
+    mask[:, 22] = True  # beyond the end of most clips: nothing is lost there, and nothing near it
+    expected = scipy.ndimage.binary_dilation(mask & valid, np.ones((1, 2 * frames + 1))) & valid
+    np.testing.assert_array_equal(jax.jit(losses.near, static_argnums=1)(mask, frames, valid), expected)
 
 
-def test_greedy_by_hand():
-    a, b, i, n = (int(text.encode(c)[0]) for c in "abin")
-    rows = [
-        [b, b, 0, i, n, n],  # repeats merge: bin
-        [0, a, a, 0, a, b],  # a blank between keeps both: aab
-        [n, 1, 1, n, 0, 0],  # a space is a character: "n n"
-        [0, 0, 0, 0, 0, 0],
-        [a, a, a, a, a, a],
-    ]
-    full = np.full(len(rows), 6)
-    assert decode.greedy(logits_of(rows, 6), full) == ["bin", "aab", "n n", "", "a"]
-    assert decode.greedy(logits_of(rows, 6), np.int32([2, 5, 3, 6, 0])) == ["b", "aa", "n ", "", ""]
-
-
-def test_greedy_never_says_an_unused_label():
-    """Outputs 28 to 41 of the paper's head name no character: the best of the others is said."""
-    logits = logits_of([[2, 3, 4]], 3)
-    logits[0, 1, 35] = 5
-    assert decode.greedy(logits, np.int32([3])) == ["abc"]
-    assert decode.greedy(jnp.asarray(logits), jnp.int32([3])) == ["abc"]  # arrays of the device do as well
+def test_near_takes_no_negative_width():
+    with pytest.raises(ValueError, match="-1 frames, expected 0 or more"):
+        losses.near(np.zeros((1, 3), bool), -1, np.ones((1, 3), bool))
