@@ -12,6 +12,7 @@ import csv
 import datetime
 import itertools
 import json
+import math
 import resource
 import sys
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import configs
 
-SYSTEM_METRICS = ("gap_l1_mel_db", "gap_l1_db", "pesq_nb", "pesq_wb", "stoi", "estoi", "cer")
+SYSTEM_METRICS = ("gap_l1_mel_db", "gap_l1_db", "pesq_nb", "pesq_wb", "stoi", "estoi", "cer", "per")
 COLUMNS = (
     "clip_id", "speaker", "gap_ms", "start_s", "end_s", "in_words", "system", "kind",
     *SYSTEM_METRICS, "said", "text", "reason",
@@ -230,7 +231,7 @@ def restore_batch(batch: dict, gap_ms: int, restorer, others, systems) -> list[d
 
 
 def restore_levels(batch: dict, gap, restorer, others) -> tuple[dict, dict, dict]:
-    """By kind of system: levels (B, F, K), texts said (lip readers only), and the level's mean error in the gap (B,) in dB."""
+    """By kind of system: levels (B, F, K), of lip readers texts and their units, the level's mean error in the gap (B,) in dB."""
     import numpy as np
 
     from avsi_jax import gaps, stft
@@ -250,16 +251,23 @@ def restore_levels(batch: dict, gap, restorer, others) -> tuple[dict, dict, dict
     count = np.maximum(inside.sum(-1), 1)
     off = {kind: np.abs(np.asarray(level - features.target)).mean(-1) for kind, level in levels.items()}
     error = {kind: stft.db_per_level(spec) * (e * inside).sum(-1) / count for kind, e in off.items()}
-    return levels, {k: r.said for k, r in results.items() if reads[k].system.reads_lips}, error
+    said = {k: (r.said, reads[k].config.ctc_units) for k, r in results.items() if reads[k].system.reads}
+    return levels, said, error
 
 
-def heard(said: list[str] | None, text: str, b: int) -> dict:
-    """Cells for what the lips said: empty where a system doesn't read them, no error where the truth isn't known."""
+def heard(said: tuple[list[str], str] | None, text: str, b: int) -> dict:
+    """Cells for what the lips said, (B texts, their units): empty where a system doesn't read them, no error where the truth isn't
+    known, else the error in characters or in phones.
+    """
     from avsi_jax import metrics
 
+    cells = {"cer": None, "per": None, "said": "", "text": text}
     if said is None:
-        return {"cer": None, "said": "", "text": text}
-    return {"cer": metrics.character_error(text, said[b]) if text else None, "said": said[b], "text": text}
+        return cells
+    texts, units = said
+    name, measure = ("per", metrics.phone_error) if units == "phones" else ("cer", metrics.character_error)
+    error = measure(text, texts[b])
+    return cells | {name: None if math.isnan(error) else error, "said": texts[b]}
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------------------

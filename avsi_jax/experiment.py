@@ -5,18 +5,37 @@ Training, restoring and evaluating make them here, so that a checkpoint means th
 
 from __future__ import annotations
 
+CTC_UNITS = ("characters", "phones")
+
 
 def make_model(config):
-    """The network of a config."""
-    from avsi_jax import models, spec
+    """The network of a config; ValueError names a field that does not fit."""
+    from avsi_jax import models, spec, text
 
     system = models.get(config.system)
-    sizes = {"layers": config.layers, "units": config.units, "lstm": config.lstm}
-    if system.reads_lips:
-        if config.output not in ("linear", "relu"):
-            raise ValueError(f"config.output: found {config.output!r}, expected 'linear' or 'relu'")
-        sizes |= {"bottleneck": config.bottleneck, "output": config.output}
-    return system.module(bands=spec.get(config.preset).bands, **sizes)
+    choices = {
+        "output": ("linear", "relu"),
+        "ctc_units": CTC_UNITS,
+        "video_rate": ("audio", "video") if config.system in ("av_s2s", "av_mtl_s2s", "v_s2s") else ("audio",),
+        "stack": (1,) if not system.folds else (1, 2, 3, 4),
+        "lip_layers": (0, 1, 2, 3, 4) if config.system == "av_unified" else (0,),
+        "feedback": range(config.layers) if config.system == "av_unified" else (0,),  # a layer at least comes after
+    }
+    for field, known in choices.items():
+        if config[field] not in known:
+            raise ValueError(
+                f"config.{field}: found {config[field]!r}, expected {' or '.join(map(repr, known))} of {config.system}"
+            )
+    same = ("layers", "units", "bottleneck", "bottleneck_relu", "skip", "mask_input", "stack", "lip_layers", "feedback", "dropout",
+            "video_rate", "lstm", "dtype")  # fmt: skip
+    return system.build(
+        models.Sizes(
+            bands=spec.get(config.preset).bands,
+            labels=text.NUM_PHONES if config.ctc_units == "phones" else text.NUM_LABELS,
+            output=config.output if system.uses_video else "linear",
+            **{name: config[name] for name in same},
+        )
+    )
 
 
 def standardised(config) -> tuple[str, ...]:
@@ -25,11 +44,14 @@ def standardised(config) -> tuple[str, ...]:
     """
     from avsi_jax import models, spec
 
-    if config.motion not in ("pixels", "standardised"):
-        raise ValueError(f"config.motion: found {config.motion!r}, expected 'pixels' or 'standardised'")
+    if config.motion not in ("pixels", "standardised", "pose"):
+        raise ValueError(f"config.motion: found {config.motion!r}, expected 'pixels', 'standardised' or 'pose'")
+    if config.motion == "standardised" and config.video_rate == "video":
+        raise ValueError("config.motion: found 'standardised' at video_rate='video', but its statistics are of the audio rate; "
+                         "expected 'pixels' or 'pose'")  # fmt: skip
     wanted = {
         "level": spec.get(config.preset).level == "log",
-        "motion": config.motion == "standardised" and models.get(config.system).uses_video,
+        "motion": config.motion != "pixels" and models.get(config.system).uses_video,
     }
     return tuple(k for k, v in wanted.items() if v)
 
@@ -41,20 +63,37 @@ def read_normalisation(config, dataset):
     if not (wanted := standardised(config)):
         return features.Normalisation()
     statistics = train_statistics.read(dataset, config.preset)
-    scales = {"level": statistics.level_scale(spec.get(config.preset)), "motion": statistics.motion_scale(config.landmarks)}
-    return features.Normalisation(**{k: scales[k] for k in wanted})
+    make = {
+        "level": lambda: statistics.level_scale(spec.get(config.preset)),
+        "motion": lambda: statistics.pose_scale(config.landmarks) if config.motion == "pose" else
+        statistics.motion_scale(config.landmarks),
+    }  # fmt: skip
+    return features.Normalisation(**{k: make[k]() for k in wanted})
 
 
 def make_feature_config(config, normalisation=None):
     """ValueError where the normalisation is not of what the config standardises; None: of nothing."""
-    from avsi_jax import features, spec
+    from avsi_jax import features
 
     normalisation = normalisation or features.Normalisation()
     given = tuple(k for k, scale in normalisation._asdict().items() if scale)
     if given != (wanted := standardised(config)):
         found, expected = (" and ".join(names) or "nothing" for names in (given, wanted))
         raise ValueError(f"normalisation: found that of {found}, expected that of {expected}, by config.preset and config.motion")
-    return features.FeatureConfig(spec.get(config.preset), config.gaps.protocol, config.landmarks, normalisation)
+    return _feature_config(config, normalisation)
+
+
+def _feature_config(config, normalisation):
+    from avsi_jax import features, spec
+
+    return features.FeatureConfig(
+        spec.get(config.preset),
+        config.gaps.protocol,
+        config.landmarks,
+        normalisation,
+        motion="pose" if config.motion == "pose" else "pixels",
+        video_rate=config.video_rate,
+    )
 
 
 def make_optimiser(config, steps_per_epoch: int):
@@ -79,13 +118,15 @@ def example_features(config, batch_size: int = 1):
 
     from avsi_jax import features, spec
 
-    fc = features.FeatureConfig(spec.get(config.preset), config.gaps.protocol, config.landmarks)
+    fc = _feature_config(config, features.Normalisation())
     frames, bands = fc.spec.num_frames, fc.spec.bands
-    flat = jnp.zeros((batch_size, frames), bool)
+    steps = spec.GRID_FRAMES if fc.video_rate == "video" else frames
+    flags = lambda n: jnp.zeros((batch_size, n), bool)
     bank = jnp.zeros((batch_size, frames, bands))
     return features.Features(
-        spectrogram=bank, mask=flat, video=jnp.zeros((batch_size, frames, fc.video_size)), target=bank, valid=~flat,
-        num_frames=jnp.full((batch_size,), frames, jnp.int32),
+        spectrogram=bank, mask=flags(frames), video=jnp.zeros((batch_size, steps, fc.video_size)), seen=~flags(steps), target=bank,
+        valid=~flags(frames), num_frames=jnp.full((batch_size,), frames, jnp.int32), positions=jnp.zeros((batch_size, frames)),
+        num_pictures=jnp.full((batch_size,), spec.GRID_FRAMES, jnp.int32), id_hash=jnp.zeros((batch_size,), jnp.uint32),
     )  # fmt: skip
 
 
@@ -105,35 +146,66 @@ def count_of(config) -> int:
     return models.count_parameters(jax.eval_shape(lambda: make_model(config).init(jax.random.key(0), example_features(config))))
 
 
-def make_loss(config, normalisation=None):
-    """loss(params, batch, key) -> (scalar of the whole batch's share on this device, sums for the metrics)."""
+def make_loss(config, normalisation=None, train: bool = True):
+    """loss(params, batch, key, step=0) -> (scalar of the whole batch's share on this device, sums for the metrics).
+
+    `train`: whether clips are augmented, streams and values dropped, and gaps short at first (gaps.curriculum_steps).
+    """
+    import jax
     import jax.numpy as jnp
 
+    from avsi_jax import augment, gaps, losses, models, parallel
     from avsi_jax import features as features_lib
-    from avsi_jax import gaps, losses, models, parallel
 
     model, feature_config = make_model(config), make_feature_config(config, normalisation)
-    reads_lips = models.get(config.system).reads_lips
-    draw = {k: v for k, v in config.gaps.items() if k != "protocol"}
+    system = models.get(config.system)
+    changes = {k: v for k, v in config.augment.items() if k != "lose_sound"}
+    if any(config.augment.values()) and not system.drops and (config.augment.lose_video or config.augment.lose_sound):
+        raise ValueError(f"config.augment: {config.system} needs sound and lips; expected lose_video and lose_sound 0")
+    labels = ("phones", "phone_length") if config.ctc_units == "phones" else ("labels", "label_length")
 
-    def loss(params, batch, key):
-        drawn = gaps.draw_batch(key, batch["id_hash"], batch["audio_length"], **draw)
+    def loss(params, batch, key, step=0):
+        changing, dropping = jax.random.split(key)  # gaps are drawn by the key itself: the same ones whatever else is done
+        if train and any(changes.values()):
+            batch = augment.augment(changing, batch, **changes)
+        drawn = draw(key, batch, step)
         features = features_lib.make_features(batch, drawn, feature_config)
-        output = model.apply({"params": params}, features)
-        whole = features.valid * batch["weight"][:, None]
+        output = model.apply({"params": params}, features, train, rngs={"dropout": dropping} if train else None)
+        weight = batch["weight"]
+        whole = features.valid * weight[:, None]
         hole = features.mask * whole
-        terms = {
-            "whole": losses.spectrogram_error(output.level, features.target, whole, config.loss.kind),
-            "gap": losses.spectrogram_error(output.level, features.target, hole, config.loss.kind),
-        }
-        if reads_lips:
-            terms["ctc"] = losses.ctc(output.logits, features.num_frames, batch["labels"], batch["label_length"], batch["weight"])
+        near = losses.near(features.mask, config.loss.near_frames, features.valid) * whole
+        terms = {}
+        if system.restores:
+            terms["whole"] = losses.spectrogram_error(output.level, features.target, whole, config.loss.kind)
+            terms["gap"] = losses.spectrogram_error(output.level, features.target, near, config.loss.kind)
+        if system.reads:
+            said, length = (batch[k] for k in labels)
+            terms["ctc"] = losses.ctc(output.logits, output.num_steps, said, length, weight)
         # A mean of means is wrong as soon as gaps differ between devices: every sum is divided by the count of the whole batch.
         means = {k: s / jnp.maximum(parallel.sum_over_devices(n), 1.0) for k, (s, n) in terms.items()}
         total = sum(config.loss[k] * m for k, m in means.items())
-        restored = models.composite(output.level, features)
-        levels = (features_lib.to_level(x, feature_config) for x in (restored, features.target))
-        error = losses.spectrogram_error(*levels, hole, "l1")  # Means.result turns levels into dB
-        return total, terms | {"gap_l1": error}
+        if system.reads:  # shown, not learned from
+            terms["ctc_infeasible"] = (losses.infeasible(output.num_steps, said, length) @ weight, (length > 0) @ weight)
+        if system.restores:
+            restored = models.composite(output.level, features)
+            levels = (features_lib.to_level(x, feature_config) for x in (restored, features.target))
+            terms["gap_l1"] = losses.spectrogram_error(*levels, hole, "l1")  # Means.result turns levels into dB
+        return total, terms
+
+    def draw(key, batch, step):
+        """Gaps of training; of a recogniser none."""
+        how = {k: v for k, v in config.gaps.items() if k not in ("protocol", "curriculum_steps")}
+        if not system.restores:
+            return jnp.zeros((len(batch["audio"]), 1, 2), jnp.int32)
+        if train and config.gaps.curriculum_steps:
+            grown = jnp.minimum((step + 1) / config.gaps.curriculum_steps, 1.0)
+            how |= {k: how[k] * grown for k in ("low_ms", "high_ms")}
+        drawn = gaps.draw_batch(key, batch["id_hash"], batch["audio_length"], **how)
+        if not (train and config.augment.lose_sound):
+            return drawn
+        lost = jax.vmap(lambda h: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, 1), h)))(batch["id_hash"])
+        everything = jnp.zeros_like(drawn).at[:, 0, 1].set(batch["audio_length"])
+        return jnp.where((lost < config.augment.lose_sound)[:, None, None], everything, drawn)
 
     return loss

@@ -15,10 +15,11 @@ import numpy as np
 
 from avsi_jax import gaps as gaps_lib
 from avsi_jax import stft
-from avsi_jax.spec import NUM_LANDMARKS, Spec
+from avsi_jax.spec import GRID_FPS, NUM_LANDMARKS, Spec
 
 GRID_WIDTH = 360.0  # pixels; landmarks of other picture sizes are scaled to this width, so that a pixel means the same everywhere
 MOUTH = slice(48, 68)  # iBUG points of the lips
+EYES, NOSE_BRIDGE = (slice(36, 42), slice(42, 48)), 27  # image left and right; the bridge's uppermost point
 
 
 class Scale(NamedTuple):
@@ -40,18 +41,27 @@ class Normalisation(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FeatureConfig:
-    """What `make_features` needs to know. `landmarks`: 'face' (all 68 points, the paper's code) or 'mouth' (the paper's text)."""
+    """What `make_features` needs to know.
+
+    landmarks: 'face' (all 68 points, the paper's code) or 'mouth' (the paper's text). motion: 'pixels' (first difference, the
+    paper's code) or 'pose' (`pose`). video_rate: 'audio' (video features brought to the spectrogram's frames, the paper's code) or
+    'video' (a step a picture: a network upsamples by `Features.positions`).
+    """
 
     spec: Spec
     protocol: str = "waveform"
     landmarks: str = "face"
     normalisation: Normalisation = Normalisation()
+    motion: str = "pixels"
+    video_rate: str = "audio"
 
     def __post_init__(self):
         if self.protocol not in gaps_lib.PROTOCOLS:
             raise ValueError(f"protocol: found {self.protocol!r}, expected one of {', '.join(gaps_lib.PROTOCOLS)}")
-        if self.landmarks not in ("face", "mouth"):
-            raise ValueError(f"landmarks: found {self.landmarks!r}, expected 'face' or 'mouth'")
+        choices = {"landmarks": ("face", "mouth"), "motion": ("pixels", "pose"), "video_rate": ("audio", "video")}
+        for field, known in choices.items():
+            if getattr(self, field) not in known:
+                raise ValueError(f"{field}: found {getattr(self, field)!r}, expected {' or '.join(map(repr, known))}")
         sizes = {"level": self.spec.bands, "motion": self.video_size}
         for (name, wanted), scale in zip(sizes.items(), self.normalisation, strict=True):
             if scale and not {len(scale.mean), len(scale.std)} <= {1, wanted}:
@@ -60,7 +70,8 @@ class FeatureConfig:
     @property
     def video_size(self) -> int:
         """V, numbers a step that describe the lips."""
-        return 2 * (NUM_LANDMARKS if self.landmarks == "face" else MOUTH.stop - MOUTH.start)
+        points = NUM_LANDMARKS if self.landmarks == "face" else MOUTH.stop - MOUTH.start
+        return (4 if self.motion == "pose" else 2) * points
 
 
 class Features(NamedTuple):
@@ -68,10 +79,14 @@ class Features(NamedTuple):
 
     spectrogram: jax.Array  # (B, F, K) level of the damaged sound
     mask: jax.Array  # (B, F) bool, frames that a lost sample touches
-    video: jax.Array  # (B, F, V) motion of the landmarks at audio rate
+    video: jax.Array  # (B, S, V) what describes the lips; S is F at audio rate, T at video rate
+    seen: jax.Array  # (B, S) bool, steps whose pictures all show a face
     target: jax.Array  # (B, F, K) level of the clean sound
     valid: jax.Array  # (B, F) bool, frames of the clip (false: padding)
     num_frames: jax.Array  # (B,) int32, valid frames of each clip
+    positions: jax.Array  # (B, F) the picture, with fraction, that belongs to each frame
+    num_pictures: jax.Array  # (B,) int32, valid pictures of each clip
+    id_hash: jax.Array  # (B,) uint32, what a clip's random numbers are drawn by
 
 
 def make_features(batch: dict, gaps: jax.Array, config: FeatureConfig) -> Features:
@@ -93,8 +108,11 @@ def hear(batch: dict, gaps: jax.Array, config: FeatureConfig) -> Features:
     else:
         mask = gaps_lib.touched_frames(lost, spec) & valid
         seen = stft.log_mel_of_record(gaps_lib.damage(sound, lost), spec)
+    video, visible = lips(batch, config)
     return Features(
-        spectrogram=seen, mask=mask, video=motion(batch, config), target=target, valid=valid, num_frames=num_frames
+        spectrogram=seen, mask=mask, video=video, seen=visible, target=target, valid=valid, num_frames=num_frames,
+        positions=picture_positions(batch, spec), num_pictures=batch["num_frames"],
+        id_hash=batch["id_hash"],
     )  # fmt: skip
 
 
@@ -145,21 +163,65 @@ def frames_of_length(record_samples: jax.Array, spec: Spec) -> jax.Array:
     return jnp.minimum(spec.frames_of(at_preset), spec.num_frames).astype(jnp.int32)
 
 
+def lips(batch: dict, config: FeatureConfig) -> tuple[jax.Array, jax.Array]:
+    """What describes the lips (B, S, V), and the steps (B, S) whose pictures all show a face; S by `config.video_rate`."""
+    make = pose if config.motion == "pose" else motion
+    video, known = make(batch, config), jnp.asarray(batch["landmarks_valid"])
+    if config.motion == "pixels":  # a difference needs both
+        known = known.at[:, 1:].set(known[:, 1:] & known[:, :-1])
+    if config.video_rate == "video":
+        return video, known
+    missing = interpolate((~known)[..., None].astype(jnp.float32), picture_positions(batch, config.spec))[..., 0]
+    return video, missing == 0
+
+
 def motion(batch: dict, config: FeatureConfig) -> jax.Array:
-    """Landmark motion at audio rate, (B, F, V): linear interpolation to the frames' times, then the first difference (frame 0: 0).
+    """Landmark motion, (B, S, V): linear interpolation to the frames' times, then the first difference (step 0: 0).
 
     In pixels of a 360-wide picture, as the paper's code; that one spreads the pictures evenly over its frames by a spline that also
     runs across the landmark index, here a picture keeps its own time. The sound is never shifted: what is seen at t seconds is
-    heard at t + offset_s.
+    heard at t + offset_s. At video rate the difference is that of successive pictures.
     """
-    spec = config.spec
     points = batch["landmarks"] * (GRID_WIDTH / batch["frame_size"][:, :1].astype(jnp.float32))[:, :, None, None]
-    if config.landmarks == "mouth":
-        points = points[:, :, MOUTH]
-    flat = points.reshape(*points.shape[:2], -1)
-    at_audio_rate = interpolate(flat, picture_positions(batch, spec))
-    step = at_audio_rate[:, 1:] - at_audio_rate[:, :-1]
-    return jnp.pad(step, ((0, 0), (1, 0), (0, 0)))
+    return _first_difference(_at_rate(_flat(points, config), batch, config))
+
+
+def pose(batch: dict, config: FeatureConfig) -> jax.Array:
+    """Where the face's points are and how fast they move, whoever turned or shifted the head: (B, S, V), no unit.
+
+    In every picture the face is turned until the eyes are level, measured in distances of the eye centres and put with the top of
+    the nose bridge at 0; then each clip's mean over the pictures that show a face is taken off. Positions first, then their first
+    differences, scaled to those at 25 pictures a second. A picture without a face has zeros for its position.
+    """
+    points, known = batch["landmarks"], batch["landmarks_valid"][..., None, None]
+    left, right = (points[:, :, eye].mean(2) for eye in EYES)
+    across = right - left
+    size = jnp.maximum(jnp.linalg.norm(across, axis=-1, keepdims=True), 1.0)  # px; a face without eyes is seen nowhere
+    cos, sin = (across / size)[..., :1], (across / size)[..., 1:]
+    x, y = jnp.moveaxis((points - points[:, :, NOSE_BRIDGE : NOSE_BRIDGE + 1]) / size[:, :, None], -1, 0)
+    level = jnp.stack([cos * x + sin * y, cos * y - sin * x], -1)
+    count = jnp.maximum(known.sum(1, keepdims=True), 1)
+    place = jnp.where(known, level - jnp.where(known, level, 0.0).sum(1, keepdims=True) / count, 0.0)
+    place = _flat(place, config)
+    both_known = (known[:, 1:] & known[:, :-1])[..., 0]
+    speed = jnp.where(both_known, (place[:, 1:] - place[:, :-1]) * (batch["fps"][:, None, None] / GRID_FPS), 0.0)
+    return _at_rate(jnp.concatenate([place, jnp.pad(speed, ((0, 0), (1, 0), (0, 0)))], -1), batch, config)
+
+
+def _flat(points: jax.Array, config: FeatureConfig) -> jax.Array:
+    """(B, T, L, 2) -> (B, T, V or its half) of the points that the config looks at."""
+    points = points[:, :, MOUTH] if config.landmarks == "mouth" else points
+    return points.reshape(*points.shape[:2], -1)
+
+
+def _at_rate(values: jax.Array, batch: dict, config: FeatureConfig) -> jax.Array:
+    """(B, T, V) of the pictures -> (B, S, V)."""
+    return values if config.video_rate == "video" else interpolate(values, picture_positions(batch, config.spec))
+
+
+def _first_difference(values: jax.Array) -> jax.Array:
+    """(B, S, V), step 0: 0."""
+    return jnp.pad(values[:, 1:] - values[:, :-1], ((0, 0), (1, 0), (0, 0)))
 
 
 def picture_positions(batch: dict, spec: Spec) -> jax.Array:

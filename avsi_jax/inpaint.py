@@ -83,18 +83,30 @@ class Inpainter:
 
         from avsi_jax import landmarks, media
 
-        if not self.restorer.system.uses_video:
-            still = np.zeros((1, 68, 2), np.float32)
-            return {"points": still, "fps": 25.0, "lag_s": 0.0, "size": (360, 288)}, ()
-        if clip.pictures is None:
+        system = self.restorer.system
+        still, never = np.zeros((1, 68, 2), np.float32), np.zeros(1, bool)
+        unseen = {"points": still, "valid": never, "fps": 25.0, "lag_s": 0.0, "size": (360, 288)}
+        if not system.uses_video:
+            return unseen, ()
+        if clip.pictures is None and not system.drops:
             raise media.MediaError(
                 f"{clip.path} has no pictures; {self.restorer.name} needs them, or take an audio-only system (a_si)"
             )
+        if clip.pictures is None:
+            return unseen, ("no pictures: repaired by the sound alone",)
         self._tracker = self._tracker or landmarks.FaceTracker()
-        track = self._tracker(clip.pictures.rgb)
+        try:
+            track = self._tracker(clip.pictures.rgb)
+        except landmarks.NoFaceError:
+            if not system.drops:
+                raise
+            return unseen, ("no face in the pictures: repaired by the sound alone",)
         height, width = clip.pictures.rgb.shape[1:3]
-        points, fps = at_even_rate(track.points, clip.pictures.times, clip.pictures.fps)
-        return {"points": points, "fps": fps, "lag_s": media.sound_lag_s(clip), "size": (width, height)}, tuple(track.warnings)
+        times, rate = clip.pictures.times, clip.pictures.fps
+        points, fps = at_even_rate(track.points, times, rate)
+        valid = at_even_rate(track.valid.astype(np.float32), times, rate)[0] == 1
+        lips = {"points": points, "valid": valid, "fps": fps, "lag_s": media.sound_lag_s(clip), "size": (width, height)}
+        return lips, tuple(track.warnings)
 
     def _repaired(self, samples, rate: int, spans, pictures: dict):
         """The whole clip's sound (N,) at its own rate with every gap filled in; and what was said in each gap's window."""
@@ -135,11 +147,12 @@ class Inpainter:
         picture = int((start_s - pictures["lag_s"]) * fps) - 1
         picture = min(max(0, picture), len(pictures["points"]) - 1)  # before the first and after the last, that one
         count = int(np.ceil(size / RECORD_RATE * fps)) + SPARE_FRAMES
-        points = pictures["points"][picture : picture + count]
+        points, valid = (pictures[k][picture : picture + count] for k in ("points", "valid"))
         batch = {
             "audio": media.to_int16(fit(part, size))[None],
             "audio_length": np.asarray([len(part)], np.int32),
             "landmarks": np.pad(points, ((0, count - len(points)), (0, 0), (0, 0)), mode="edge")[None].astype(np.float32),
+            "landmarks_valid": np.pad(valid, (0, count - len(valid)))[None],
             "num_frames": np.asarray([len(points)], np.int32),
             "offset_s": np.asarray([pictures["lag_s"] - start_s + picture / fps], np.float32),
             "fps": np.asarray([fps], np.float32),
@@ -187,15 +200,16 @@ def channel_gains(samples, start: int, end: int, rate: int):
     return (power(beside) / max(power(beside.mean(1, keepdims=True))[0], 1e-9)).clip(0, 4).astype(np.float32)
 
 
-def at_even_rate(points, times, fps: float):
-    """Points (T, 68, 2) seen at `times` (T,) s -> points at k / rate s and the rate: unchanged where they are even already."""
+def at_even_rate(values, times, fps: float):
+    """Values (T, ...) seen at `times` (T,) s -> those at k / rate s and the rate: unchanged where they are even already."""
     import numpy as np
 
     if len(times) < 2 or np.abs(times - np.arange(len(times)) / fps).max() < 0.25 / fps:
-        return points, fps
+        return values, fps
     even = np.arange(int(times[-1] * 25.0) + 1) / 25.0
-    flat = points.reshape(len(points), -1)
-    return np.stack([np.interp(even, times, c) for c in flat.T], -1).reshape(-1, 68, 2).astype(np.float32), 25.0
+    flat = values.reshape(len(values), -1)
+    at_even = np.stack([np.interp(even, times, c) for c in flat.T], -1)
+    return at_even.reshape(-1, *values.shape[1:]).astype(np.float32), 25.0
 
 
 # ---- command -------------------------------------------------------------------------------------------------------------------

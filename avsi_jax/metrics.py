@@ -2,8 +2,8 @@
 
 Whole clip, against the recording: PESQ as MOS-LQO of the `pesq` package (0.0.4, the ITU-T P.862 C code), narrow band at 8 kHz
 and wide band at 16 kHz, two scales that never share a column; STOI and ESTOI of `pystoi` (0.4.1; Taal et al. 2011, Jensen and
-Taal 2016). In the gap: log-mel L1 in dB by one front end for every system, the paper's mel at 8 kHz. Text: `jiwer` (4.0.0).
-The versions are those the tests run with. What cannot be computed is None and says why; no clip is left out.
+Taal 2016). In the gap: log-mel L1 in dB by one front end for every system, the paper's mel at 8 kHz. Text: `jiwer` (4.0.0),
+through decode.py. The versions are those the tests run with. What cannot be computed is None and says why; no clip is left out.
 
 Workers of `score_many` import this file, so jax is imported only inside the functions that need it.
 """
@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from avsi_jax import media, spec
+from avsi_jax import decode, media, spec, text
 from avsi_jax.workers import light_start
 
 GAP_PRESET = "paper"  # the front end of gap_l1_db, whatever the system's own preset
@@ -148,19 +148,22 @@ def _line(error: Exception) -> str:
 
 
 def character_error(reference_text: str, said: str) -> float:
-    """Character edits, spaces count, over the reference's characters: 0 to 1 or more (jiwer.cer); NaN without a reference."""
-    return _edits("cer", reference_text, said)
+    """Character edits, spaces count, over the reference's characters: 0 to 1 or more; NaN without a reference."""
+    return float(decode.character_error_rate([(said, reference_text)]).rates[0])
 
 
 def word_error(reference_text: str, said: str) -> float:
-    """Word edits over the reference's words: 0 to 1 or more (jiwer.wer); NaN without a reference."""
-    return _edits("wer", reference_text, said)
+    """Word edits over the reference's words: 0 to 1 or more; NaN without a reference."""
+    return float(decode.word_error_rate([(said, reference_text)]).rates[0])
 
 
-def _edits(measure, reference_text, said) -> float:
-    import jiwer
-
-    return float(getattr(jiwer, measure)(reference_text, said)) if reference_text.strip() else math.nan
+def phone_error(reference_text: str, said: str) -> float:
+    """Phone edits of what was said ("B IH N ...") over the phones of the reference's words; NaN where those aren't Grid's."""
+    try:
+        reference = " ".join(text.phones_of(reference_text))
+    except ValueError:
+        return math.nan
+    return float(decode.phone_error_rate([(said, reference)]).rates[0])
 
 
 # ---- in the gap --------------------------------------------------------------------------------------------------------------

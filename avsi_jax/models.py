@@ -1,12 +1,13 @@
 """Every system as a small Flax module, and one registry.
 
-A network maps the damaged spectrogram (B, F, K), the lips' motion (B, F, V) and the valid frames (B,) to a restored level
-(B, F, K) and, where it reads the lips, CTC logits (B, F, NUM_LABELS). "Sequence-to-sequence" in the paper's sense: an encoder and
-a decoder of the same length, no attention, no feedback.
+A network maps Features (the damaged spectrogram (B, F, K), what describes the lips (B, S, V), valid lengths) to a restored level
+(B, F, K) and, where it reads, CTC logits. "Sequence-to-sequence" in the paper's sense: an encoder and a decoder of the same length,
+no attention, no feedback. docs/systems.md has a drawing of each, and where it departs from its source.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,81 +15,224 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avsi_jax.features import Features
+from avsi_jax.features import Features, interpolate
 from avsi_jax.lstm import BidirectionalLSTM
-from avsi_jax.text import NUM_LABELS
 
 
 class Output(NamedTuple):
-    """level (B, F, K): the restored spectrogram; logits (B, F, NUM_LABELS) of the CTC head, or None."""
+    """level (B, F, K): the restored spectrogram, or None of a recogniser; logits (B, S, L) of the CTC head, or None, and the steps
+    (B,) of them that are the clip's.
+    """
 
-    level: jax.Array
-    logits: jax.Array | None
+    level: jax.Array | None
+    logits: jax.Array | None = None
+    num_steps: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What a config says of a network; not every system has a use for every field."""
+
+    bands: int  # K
+    labels: int = 42  # outputs of the CTC head, blank included
+    layers: int = 3  # of each stack of bidirectional LSTMs
+    units: int = 256  # a direction
+    bottleneck: int = 136  # width of the encoder's last layer; 0: none, the LSTMs' outputs are joined as they are
+    bottleneck_relu: bool = True
+    skip: bool = False  # the lips' features go round the encoder too
+    output: str = "linear"  # or 'relu'
+    mask_input: bool = False
+    stack: int = 1  # frames a step of the LSTMs
+    lip_layers: int = 0  # av_unified: layers that look at the lips alone, beside the direct way
+    feedback: int = 0  # av_unified: after so many layers what was read so far is told to the layers after; 0: never
+    dropout: float = 0.0
+    video_rate: str = "audio"
+    lstm: str = "auto"
+    dtype: str = "float32"  # of the LSTMs' products
+
+
+# ---- blocks --------------------------------------------------------------------------------------------------------------------
 
 
 class Stack(nn.Module):
-    """`layers` bidirectional LSTM layers of `units` a direction: (B, F, I) -> (B, F, 2 units)."""
+    """`layers` bidirectional LSTM layers of `units` a direction: (B, S, I) -> (B, S, 2 units).
+
+    `drop` (B,), in training: `dropout` of the values after each layer are 0, the same ones in every step of a clip (Gal &
+    Ghahramani 2016), drawn by the clip's number: the same whatever the batch or the devices.
+    """
 
     layers: int
     units: int
     lstm: str
+    dropout: float = 0.0
+    dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x: jax.Array, lengths: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, lengths: jax.Array, drop: jax.Array | None = None) -> jax.Array:
         for i in range(self.layers):
-            x = BidirectionalLSTM(self.units, self.lstm, name=f"blstm_{i + 1}")(x, lengths)
+            x = BidirectionalLSTM(self.units, self.lstm, self.dtype, name=f"blstm_{i + 1}")(x, lengths)
+            if self.dropout and drop is not None:
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("dropout"), drop)
+                kept = jax.vmap(lambda key, size=x.shape[-1]: jax.random.bernoulli(key, 1 - self.dropout, (size,)))(keys)
+                x = jnp.where(kept[:, None], x / (1 - self.dropout), 0.0)
         return x
 
 
-class AudioOnly(nn.Module):
-    """a_si of the paper: spectrogram -> BLSTMs -> linear bands."""
-
-    bands: int
-    layers: int = 3
-    units: int = 256
-    lstm: str = "auto"
-
-    @nn.compact
-    def __call__(self, features: Features) -> Output:
-        x = Stack(self.layers, self.units, self.lstm, name="decoder")(features.spectrogram, features.num_frames)
-        return Output(nn.Dense(self.bands, name="output")(x), None)
+def stack_of(sizes: Sizes, name: str, layers: int | None = None) -> Stack:
+    layers = sizes.layers if layers is None else layers
+    return Stack(layers, sizes.units, sizes.lstm, sizes.dropout, sizes.dtype, name=name)
 
 
-class AudioVisualSeq2Seq(nn.Module):
-    """av_mtl_s2s of the paper: motion -> BLSTMs -> FC ReLU (CTC reads it) -> joined with the spectrogram -> BLSTMs -> bands.
+def heard(features: Features, sizes: Sizes) -> list[jax.Array]:
+    """What a network hears: the spectrogram and, where it is told so, which frames are touched by a gap."""
+    mask = [features.mask[..., None].astype(features.spectrogram.dtype)] if sizes.mask_input else []
+    return [features.spectrogram, *mask]
 
-    `bottleneck` is the width of that layer: the paper's 136. `output`: 'linear', or 'relu' as the paper's code has it here alone.
+
+def bands_of(x: jax.Array, sizes: Sizes) -> jax.Array:
+    """The last layer, in the module that calls it."""
+    bands = nn.Dense(sizes.bands, name="output")(x)
+    return nn.relu(bands) if sizes.output == "relu" else bands
+
+
+def fold(x: jax.Array, count: int) -> jax.Array:
+    """(B, F, I) -> (B, ceil(F / count), count * I): so many frames become one step, the last one filled up with zeros."""
+    if count == 1:
+        return x
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % count), (0, 0)))
+    return x.reshape(x.shape[0], -1, count * x.shape[2])
+
+
+def unfold(x: jax.Array, num_frames: int, count: int) -> jax.Array:
+    """(B, S, count * K) -> (B, num_frames, K): the inverse of `fold`."""
+    return x if count == 1 else x.reshape(x.shape[0], -1, x.shape[2] // count)[:, :num_frames]
+
+
+# ---- the paper's systems, and Morrone's ----------------------------------------------------------------------------------------
+
+
+class SingleStage(nn.Module):
+    """Sound, or sound and lips joined -> BLSTMs -> bands: a_si, av_si; with a CTC head behind the LSTMs a_mtl_si, av_mtl_si
+    ('hidden': behind a ReLU layer of `bottleneck`, the paper's code) and morrone_av_mtl ('linear').
     """
 
-    bands: int
-    layers: int = 3
-    units: int = 256
-    bottleneck: int = 136
-    output: str = "linear"
-    lstm: str = "auto"
+    sizes: Sizes
+    sees: bool = True
+    ctc: str = ""
 
     @nn.compact
-    def __call__(self, features: Features) -> Output:
-        lips = Stack(self.layers, self.units, self.lstm, name="encoder")(features.video, features.num_frames)
-        lips = nn.relu(nn.Dense(self.bottleneck, name="bottleneck")(lips))
-        logits = nn.Dense(NUM_LABELS, kernel_init=nn.initializers.he_normal(), name="ctc")(lips)
-        x = jnp.concatenate([features.spectrogram, lips], -1)
-        x = Stack(self.layers, self.units, self.lstm, name="decoder")(x, features.num_frames)
-        bands = nn.Dense(self.bands, name="output")(x)
-        return Output(nn.relu(bands) if self.output == "relu" else bands, logits)
+    def __call__(self, features: Features, train: bool = False) -> Output:
+        drop = features.id_hash if train else None
+        x = jnp.concatenate(heard(features, self.sizes) + [features.video] * self.sees, -1)
+        x = stack_of(self.sizes, "decoder")(x, features.num_frames, drop)
+        level = bands_of(x, self.sizes)
+        if not self.ctc:
+            return Output(level)
+        narrow = self.ctc == "hidden" and self.sizes.bottleneck
+        read = nn.relu(nn.Dense(self.sizes.bottleneck, name="bottleneck")(x)) if narrow else x
+        return Output(level, nn.Dense(self.sizes.labels, name="ctc")(read), features.num_frames)
+
+
+class Seq2Seq(nn.Module):
+    """Lips -> BLSTMs (the encoder) [-> FC ReLU of `bottleneck`], joined with the sound -> BLSTMs (the decoder) -> bands: av_s2s,
+    v_s2s (hears nothing) and, with a CTC head on what the encoder says, av_mtl_s2s. At video rate the encoder
+    takes a step a picture.
+    """
+
+    sizes: Sizes
+    hears: bool = True
+    ctc: bool = False
+
+    @nn.compact
+    def __call__(self, features: Features, train: bool = False) -> Output:
+        drop = features.id_hash if train else None
+        sizes, at_video_rate = self.sizes, self.sizes.video_rate == "video"
+        steps = features.num_pictures if at_video_rate else features.num_frames
+        lips = stack_of(sizes, "encoder")(features.video, steps, drop)
+        if sizes.bottleneck:
+            lips = nn.Dense(sizes.bottleneck, name="bottleneck")(lips)
+            lips = nn.relu(lips) if sizes.bottleneck_relu else lips
+        up = (lambda a: interpolate(a, features.positions)) if at_video_rate else lambda a: a
+        lips = up(lips)
+        he = nn.initializers.he_normal()
+        logits = nn.Dense(sizes.labels, kernel_init=he, name="ctc")(lips) if self.ctc else None
+        x = jnp.concatenate(heard(features, sizes) * self.hears + [lips] + [up(features.video)] * sizes.skip, -1)
+        x = stack_of(sizes, "decoder")(x, features.num_frames, drop)
+        return Output(bands_of(x, sizes), logits, features.num_frames if self.ctc else None)
+
+
+# ---- ours ----------------------------------------------------------------------------------------------------------------------
+
+
+class Unified(nn.Module):
+    """av_unified: one network for sound and lips, sound alone (a clip without a face) and lips alone (no sound left).
+
+    Every `stack` frames become a step; sound, which of it is lost, lips and whether they are seen go straight to one stack of
+    BLSTMs, whose last layer says the bands and the text. `lip_layers` BLSTMs may look at the lips first, beside the direct way;
+    `feedback` tells the layers after so many what was read by then (self-conditioned CTC, Nozaki & Komatsu 2021).
+    """
+
+    sizes: Sizes
+
+    @nn.compact
+    def __call__(self, features: Features, train: bool = False) -> Output:
+        drop = features.id_hash if train else None
+        sizes, count = self.sizes, self.sizes.stack
+        steps = -(-features.num_frames // count)
+        valid, seen = features.valid[..., None], (features.seen & features.valid)[..., None]
+        lips = jnp.concatenate([jnp.where(seen, features.video, 0.0), seen.astype(features.video.dtype)], -1)
+        lips = fold(lips, count).reshape(lips.shape[0], -1, count, lips.shape[2]).mean(2)  # lips move slower than sound
+        parts = [fold(jnp.where(valid, jnp.concatenate(heard(features, sizes), -1), 0.0), count), lips]
+        if sizes.lip_layers:
+            parts.append(stack_of(sizes, "encoder", sizes.lip_layers)(lips, steps, drop))
+        x, read = jnp.concatenate(parts, -1), nn.Dense(sizes.labels, name="ctc")
+        if sizes.feedback:
+            x = stack_of(sizes, "reader", sizes.feedback)(x, steps, drop)
+            x = x + nn.Dense(x.shape[-1], name="feedback")(nn.softmax(read(x)))
+        x = stack_of(sizes, "decoder", sizes.layers - sizes.feedback)(x, steps, drop)
+        bands = nn.Dense(count * sizes.bands, name="output")(x)
+        return Output(unfold(bands, features.mask.shape[1], count), read(x), steps)
+
+
+class Recogniser(nn.Module):
+    """asr: sound alone -> BLSTMs -> CTC. The judge of restored words; it restores nothing."""
+
+    sizes: Sizes
+
+    @nn.compact
+    def __call__(self, features: Features, train: bool = False) -> Output:
+        drop = features.id_hash if train else None
+        steps = -(-features.num_frames // self.sizes.stack)
+        sound = jnp.where(features.valid[..., None], features.spectrogram, 0.0)
+        x = stack_of(self.sizes, "decoder")(fold(sound, self.sizes.stack), steps, drop)
+        return Output(None, nn.Dense(self.sizes.labels, name="ctc")(x), steps)
+
+
+# ---- registry ------------------------------------------------------------------------------------------------------------------
 
 
 class System(NamedTuple):
     """What the rest of the program must know of a system."""
 
-    module: Callable[..., nn.Module]
-    reads_lips: bool  # has a CTC head
+    build: Callable[[Sizes], nn.Module]
     uses_video: bool
+    reads: bool  # has a CTC head
+    restores: bool = True
+    drops: bool = False  # takes clips whose lips or whose sound are all gone
+    folds: bool = False  # can take several frames as one step
 
 
 SYSTEMS: dict[str, System] = {
-    "a_si": System(AudioOnly, reads_lips=False, uses_video=False),
-    "av_mtl_s2s": System(AudioVisualSeq2Seq, reads_lips=True, uses_video=True),
+    "a_si": System(lambda sizes: SingleStage(sizes, sees=False), uses_video=False, reads=False),
+    "a_mtl_si": System(lambda sizes: SingleStage(sizes, sees=False, ctc="hidden"), uses_video=False, reads=True),
+    "av_si": System(SingleStage, uses_video=True, reads=False),
+    "av_mtl_si": System(lambda sizes: SingleStage(sizes, ctc="hidden"), uses_video=True, reads=True),
+    "av_s2s": System(Seq2Seq, uses_video=True, reads=False),
+    "av_mtl_s2s": System(lambda sizes: Seq2Seq(sizes, ctc=True), uses_video=True, reads=True),
+    "v_s2s": System(lambda sizes: Seq2Seq(sizes, hears=False), uses_video=True, reads=False),
+    "morrone_av_mtl": System(lambda sizes: SingleStage(sizes, ctc="linear"), uses_video=True, reads=True),
+    "av_unified": System(Unified, uses_video=True, reads=True, drops=True, folds=True),
+    "asr": System(Recogniser, uses_video=False, reads=True, restores=False, folds=True),
 }
 
 

@@ -56,9 +56,12 @@ def split(batch: dict) -> dict:
     return {k: v.reshape(devices, -1, *v.shape[1:]) for k, v in batch.items() if isinstance(v, np.ndarray)}
 
 
-def map_train_step(step: Callable) -> Callable:
-    """step(state, batch) -> (state, metrics), both whole, over a batch that was `split`; the state's memory is used again."""
-    return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0)
+def map_train_step(step: Callable, devices=None) -> Callable:
+    """step(state, batch) -> (state, metrics), both whole, over a batch that was `split`; the state's memory is used again.
+
+    `devices`: those of a machine that is not here, to compile for; None: all of this process.
+    """
+    return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=devices)
 
 
 def map_evaluation_step(step: Callable) -> Callable:

@@ -58,7 +58,7 @@ def find_dataset(data_dir, builder_config: str = "speaker_independent") -> epath
     versions = [p for p in home.iterdir() if _version(p.name)] if home.exists() else []
     if not versions:
         raise RecordError(
-            f"no records in {home}: expected a folder such as {home / '2.0.0'}; "
+            f"no records in {home}: expected a folder such as {home / '2.1.0'}; "
             f"build it with: avsi-prepare --raw=DIR --data_dir={data_dir} --builder_config={builder_config}"
         )
     return max(versions, key=lambda p: _version(p.name))

@@ -34,6 +34,39 @@ class Restored(NamedTuple):
     features: Features
 
 
+class Run(NamedTuple):
+    """What a training left: its config, the parameters of one step, and what levels and motion were standardised by."""
+
+    config: ml_collections.ConfigDict
+    params: dict
+    step: int
+    normalisation: Normalisation
+
+
+def read_run(workdir: str | Path, which: str = "best") -> Run:
+    """The checkpoint of a training: 'best' by validation, 'last', or a step; CheckpointError says what is missing."""
+    path = Path(workdir) / workdir_files.CONFIG
+    if not path.is_file():
+        raise CheckpointError(
+            f"no {workdir_files.CONFIG} in {workdir}; expected the workdir of a training (avsi-train --workdir=DIR)"
+        )
+    config = ml_collections.ConfigDict(workdir_files.read_config(path.parent)).lock()
+    if missing := sorted(set(configs.fields(configs.load("base"))) - set(configs.fields(config))):
+        raise CheckpointError(f"{path} has no {missing[0]}: a run of an older version; expected one trained with this version")
+    normalisation = workdir_files.read_normalisation(path.parent)
+    if experiment.standardised(config) and not any(normalisation):
+        needed = " and ".join(experiment.standardised(config))
+        raise CheckpointError(f"no {workdir_files.STATISTICS} in {workdir}; expected what its {needed} was standardised by")
+    checkpoints = Checkpoints(workdir, read_only=True)
+    steps = {"best": checkpoints.best_step(), "last": checkpoints.latest_step()}
+    step = steps[which] if which in steps else _number(which)
+    if step is None:
+        raise CheckpointError(f"no checkpoint in {workdir} yet; train for at least one epoch")
+    params = checkpoints.restore_params(step, jax.eval_shape(lambda: experiment.init_params(config)))
+    checkpoints.close()
+    return Run(config, params, step, normalisation)
+
+
 class Restorer:
     """A trained system, ready to restore. `which`: 'best' by validation, 'last', or a step."""
 
@@ -47,27 +80,14 @@ class Restorer:
 
     @classmethod
     def from_workdir(cls, workdir: str | Path, which: str = "best") -> Restorer:
-        """The checkpoint of a training; CheckpointError says what is missing."""
-        path = Path(workdir) / workdir_files.CONFIG
-        if not path.is_file():
+        """The checkpoint of a training; CheckpointError says what is missing, or that the system restores nothing."""
+        run = read_run(workdir, which)
+        if not models.get(run.config.system).restores:
             raise CheckpointError(
-                f"no {workdir_files.CONFIG} in {workdir}; expected the workdir of a training (avsi-train --workdir=DIR)"
+                f"{workdir} holds a run of {run.config.system}, which restores nothing; expected one of a system that does, "
+                "such as av_unified (avsi_jax.recognise hears words with this one)"
             )
-        config = ml_collections.ConfigDict(workdir_files.read_config(path.parent)).lock()
-        if missing := sorted(set(configs.fields(configs.load("base"))) - set(configs.fields(config))):
-            raise CheckpointError(f"{path} has no {missing[0]}: a run of an older version; expected one trained with this version")
-        normalisation = workdir_files.read_normalisation(path.parent)
-        if experiment.standardised(config) and not any(normalisation):
-            needed = " and ".join(experiment.standardised(config))
-            raise CheckpointError(f"no {workdir_files.STATISTICS} in {workdir}; expected what its {needed} was standardised by")
-        checkpoints = Checkpoints(workdir, read_only=True)
-        steps = {"best": checkpoints.best_step(), "last": checkpoints.latest_step()}
-        step = steps[which] if which in steps else _number(which)
-        if step is None:
-            raise CheckpointError(f"no checkpoint in {workdir} yet; train for at least one epoch")
-        params = checkpoints.restore_params(step, jax.eval_shape(lambda: experiment.init_params(config)))
-        checkpoints.close()
-        return cls(config, params, step, normalisation)
+        return cls(*run)
 
     @property
     def name(self) -> str:
@@ -76,8 +96,8 @@ class Restorer:
     def restore(self, batch: dict, gap: np.ndarray) -> Restored:
         """Raw batch (arrays of `input_pipeline`, clean or emptied) and gaps (B, G, 2) in record samples -> Restored."""
         arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
-        features, level, logits = self._predict(self.params, arrays, jnp.asarray(gap))
-        said = [""] * len(level) if logits is None else decode.greedy(logits, features.num_frames)
+        features, level, logits, num_steps = self._predict(self.params, arrays, jnp.asarray(gap))
+        said = [""] * len(level) if logits is None else decode.greedy(logits, num_steps, self.config.ctc_units)
         return Restored(level, said, features)
 
     def to_sound(self, level: jax.Array, batch: dict, gap: np.ndarray) -> np.ndarray:
@@ -94,7 +114,7 @@ def _number(which: str) -> int:
 def _predict(model, feature_config, params, batch, gap):
     heard = hear(batch, gap, feature_config)
     output = model.apply({"params": params}, standardise(heard, feature_config))
-    return heard, models.composite(to_level(output.level, feature_config), heard), output.logits
+    return heard, models.composite(to_level(output.level, feature_config), heard), output.logits, output.num_steps
 
 
 def fill(level: jax.Array, batch: dict, gap: np.ndarray, preset: str) -> np.ndarray:

@@ -62,7 +62,7 @@ def make_train_step(config, optimiser, normalisation=None):
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
+        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key, state.step)
         grads, sums = parallel.sum_over_devices((grads, sums))
         updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
         updates = jax.tree.map(lambda u: u * state.lr_scale, updates)
@@ -79,7 +79,7 @@ def make_validation_step(config, normalisation=None):
 
     from avsi_jax import parallel
 
-    loss = make_loss(config, normalisation)
+    loss = make_loss(config, normalisation, train=False)
 
     def step(params, batch: dict) -> dict:
         return parallel.sum_over_devices(loss(params, batch, jax.random.key(config.seed + 1))[1])
@@ -114,7 +114,8 @@ class Means:
         while self.pending:
             self._fetch(self.pending.pop(0))
         means = {k: s / max(n, 1.0) for k, (s, n) in self.sums.items()}
-        means["gap_l1_db"] = means.pop("gap_l1") * stft.db_per_level(spec.get(config.preset))
+        if "gap_l1" in means:
+            means["gap_l1_db"] = means.pop("gap_l1") * stft.db_per_level(spec.get(config.preset))
         loss = sum(config.loss[k] * means[k] for k in ("whole", "gap", "ctc") if k in means)
         return {f"{prefix}_{k}": v for k, v in ({"loss": loss} | means).items()}
 
@@ -171,6 +172,8 @@ def train(config, workdir: str | Path) -> dict[str, float]:
     parallel.check_batch(config.batch_size)
     if config.monitor not in ("val_loss", "val_gap_l1_db"):
         raise ValueError(f"config.monitor: found {config.monitor!r}, expected val_loss or val_gap_l1_db")
+    if config.monitor != "val_loss" and not models.get(config.system).restores:
+        raise ValueError(f"config.monitor: found {config.monitor!r}, expected val_loss: {config.system} restores no gap")
     if not config.data_dir:
         raise ValueError("no --config.data_dir given; expected the folder that avsi-prepare --data_dir=DIR wrote")
     dataset = input_pipeline.find_dataset(config.data_dir, config.builder_config)
@@ -300,6 +303,8 @@ def report(row: dict, epochs: int, speed: float, epoch_s: float) -> None:
         if k in row
     )
     say(f"epoch {row['epoch']:.0f}/{epochs}  {shown}  {speed:.2f} steps/s  {datetime.timedelta(seconds=round(left))} left")
+    if row.get("train_ctc_infeasible"):
+        say(f"  {row['train_ctc_infeasible']:.1%} of the clips with a text have too few steps for it: the CTC left them out")
 
 
 def show(config) -> None:

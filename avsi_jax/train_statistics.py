@@ -55,7 +55,21 @@ def clip_sums(record: dict) -> dict[str, np.ndarray]:
                 exact = counted.astype(np.float64)
                 sums[f"{preset.name}.{name}"] = _whole(exact.sum(0), record)
                 sums[f"{preset.name}.{name}_squares"] = _whole((exact**2).sum(0), record)
+        sums |= _pose_sums(batch, record)
     return sums
+
+
+def _pose_sums(batch: dict, record: dict) -> dict[str, np.ndarray]:
+    """Of `features.pose` at video rate, over the pictures that show a face as the one before does: no preset has a part in it."""
+    values, known = (np.asarray(a)[0] for a in _pose(batch))
+    counted = values[1:][known[1:] & known[:-1]].astype(np.float64)
+    sums = {"pose.pictures": np.int64(len(counted)), "pose.pose": _whole(counted.sum(0), record)}
+    return sums | {"pose.pose_squares": _whole((counted**2).sum(0), record)}
+
+
+@jax.jit
+def _pose(batch: dict) -> tuple[jax.Array, jax.Array]:
+    return features.lips(batch, FeatureConfig(spec.get("paper"), motion="pose", video_rate="video"))
 
 
 _sound = jax.jit(features.record_sound, static_argnums=1)
@@ -114,7 +128,8 @@ def finish(sums: dict[str, np.ndarray]) -> dict[str, dict]:
         level_frames, motion_frames = (int(sums[f"{name}.{count}"]) for count in ("frames", "motion_frames"))
         kept[name] = {"frames": level_frames, **_moments(sums, f"{name}.level", level_frames)}
         kept[name] |= {"motion_frames": motion_frames, **_moments(sums, f"{name}.motion", motion_frames)}
-    return kept
+    pictures = int(sums["pose.pictures"])
+    return kept | {"pose": {"pictures": pictures, **_moments(sums, "pose.pose", pictures)}}
 
 
 def _moments(sums: dict[str, np.ndarray], key: str, count: int) -> dict[str, list[float]]:
@@ -132,12 +147,16 @@ def _rounded(values: np.ndarray) -> list[float]:
 
 
 class Statistics(NamedTuple):
-    """Of the train split at one preset: float64 level_mean, level_std (K,), motion_mean, motion_std (136,)."""
+    """Of the train split at one preset: float64 level_mean, level_std (K,), motion_mean, motion_std (136,); and at every preset
+    pose_mean, pose_std (272,), empty in a dataset older than 2.1.0.
+    """
 
     level_mean: np.ndarray
     level_std: np.ndarray
     motion_mean: np.ndarray
     motion_std: np.ndarray
+    pose_mean: np.ndarray
+    pose_std: np.ndarray
 
     def level_scale(self, preset: Spec) -> Scale:
         """A linear scale is standardised bin by bin (Morrone et al. 2021), a mel by one mean and one std over all its bands."""
@@ -149,8 +168,20 @@ class Statistics(NamedTuple):
 
     def motion_scale(self, landmarks: str) -> Scale:
         """For each coordinate of the face's points, or of the mouth's."""
-        points = features.MOUTH if landmarks == "mouth" else slice(None)
-        return _scale(*(v.reshape(spec.NUM_LANDMARKS, 2)[points].ravel() for v in (self.motion_mean, self.motion_std)))
+        return _scale(*(_points_of(v, landmarks) for v in (self.motion_mean, self.motion_std)))
+
+    def pose_scale(self, landmarks: str) -> Scale:
+        """For each position and speed of the face's points, or of the mouth's."""
+        if not self.pose_mean.size:
+            raise StatisticsError("the dataset's metadata.json holds no statistics of poses; rebuild with avsi-prepare --overwrite")
+        both = lambda v: np.concatenate([_points_of(half, landmarks) for half in np.split(v, 2)])
+        return _scale(both(self.pose_mean), both(self.pose_std))
+
+
+def _points_of(values: np.ndarray, landmarks: str) -> np.ndarray:
+    """(136,) -> those of the face's points, or of the mouth's."""
+    points = features.MOUTH if landmarks == "mouth" else slice(None)
+    return values.reshape(spec.NUM_LANDMARKS, 2)[points].ravel()
 
 
 def _scale(mean, std) -> Scale:
@@ -167,8 +198,9 @@ def read(dataset_folder, preset: str) -> Statistics:
         raise StatisticsError(f"{path} can't be read ({e}); {expected}") from e
     if KEY not in metadata:
         raise StatisticsError(f"{path}: found only {', '.join(metadata) or 'nothing'}; {expected}")
-    kept = metadata[KEY].get(preset) or {}
-    sizes = (spec.get(preset).bands,) * 2 + (2 * spec.NUM_LANDMARKS,) * 2
+    of_pose = metadata[KEY].get("pose", {})
+    kept = (metadata[KEY].get(preset) or {}) | of_pose
+    sizes = (spec.get(preset).bands,) * 2 + (2 * spec.NUM_LANDMARKS,) * 2 + (4 * spec.NUM_LANDMARKS if of_pose else 0,) * 2
     found = [np.asarray(kept.get(name, []), np.float64) for name in Statistics._fields]
     if [v.shape for v in found] != [(n,) for n in sizes] or not all(np.isfinite(v).all() for v in found):
         shapes = ", ".join(f"{name} {v.size}" for name, v in zip(Statistics._fields, found, strict=True))

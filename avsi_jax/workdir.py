@@ -22,7 +22,12 @@ METRICS = "metrics.csv"
 TIMING = "timing.csv"
 PACKAGES = ("avsi_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 MAY_CHANGE = {"epochs", "data_dir", "validate_every", "checkpoint_every", "keep", "early_stop_patience", "lstm"}  # on a resume
-LATER_FIELDS = {"motion": "pixels"}  # of the config: what runs did that are older than the field
+LATER_FIELDS = {  # of the config: what runs did that are older than the field
+    "motion": "pixels", "fidelity": "ours", "video_rate": "audio", "ctc_units": "characters", "mask_input": False,
+    "bottleneck_relu": True, "skip": False, "stack": 1, "lip_layers": 0, "feedback": 0, "dropout": 0.0, "dtype": "float32",
+    "gaps": {"curriculum_steps": 0}, "loss": {"near_frames": 0},
+    "augment": dict.fromkeys(("speed", "gain_db", "mirror", "stretch", "noise_px", "jitter_ms", "lose_video", "lose_sound"), 0.0),
+}  # fmt: skip
 
 
 def check_config(config, workdir: Path, normalisation: Normalisation | None = None) -> None:
@@ -46,7 +51,13 @@ def check_config(config, workdir: Path, normalisation: Normalisation | None = No
 
 def read_config(workdir: Path) -> dict:
     """config.json, with fields that came later as the run did it."""
-    return LATER_FIELDS | json.loads((workdir / CONFIG).read_text())
+    return _filled_up(json.loads((workdir / CONFIG).read_text()), LATER_FIELDS)
+
+
+def _filled_up(fields: dict, later: dict) -> dict:
+    """`fields` and, in groups too, what of `later` it lacks."""
+    groups = {k: _filled_up(fields.get(k, {}), v) for k, v in later.items() if isinstance(v, dict)}
+    return later | fields | groups
 
 
 def check_normalisation(normalisation: Normalisation | None, workdir: Path) -> None:
@@ -118,10 +129,11 @@ def git_revision() -> str:
 
 
 def add_row(path: Path, row: dict) -> None:
-    """Appends one row to a CSV file, with a header where the file is new."""
+    """Appends one row to a CSV file, with a header where the file is new; by the header that is there, what it lacks left out."""
     new = not path.exists() or path.stat().st_size == 0
+    names = list(row) if new else path.open().readline().strip().split(",")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        writer = csv.DictWriter(file, names, restval="nan", extrasaction="ignore", lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow(row)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import importlib.util
 import pathlib
 from collections.abc import Iterable
@@ -35,9 +36,53 @@ def load(name_or_path: str, overrides: Iterable[tuple[str, str]] = (), *, like: 
     config = _module(name_or_path).get_config()
     if like and (missing := sorted(set(fields(_module(like).get_config())) - set(fields(config)))):
         raise ConfigError(f"config {name_or_path!r} has no {missing[0]}; expected {like!r}, or one that starts from it")
+    overrides = list(overrides)
     for field, text in overrides:
         override(config, field, text)
+    if config.get("fidelity", "ours") != "ours":
+        said = {field for field, _ in overrides} | set(_changed(config, _module("base").get_config()))
+        be_faithful(config, said)
     return config.lock()
+
+
+# What the paper's code decides (its networks' own sizes stand in the systems' files); its faults are not among them.
+PAPER_SYSTEMS = ("a_si", "av_si", "av_mtl_si", "av_s2s", "av_mtl_s2s")
+PAPER = {
+    "preset": "paper", "landmarks": "face", "motion": "pixels", "video_rate": "audio", "ctc_units": "characters",
+    "mask_input": False, "layers": 3, "units": 256, "bottleneck_relu": True, "skip": False, "dropout": 0.0, "output": "relu",
+    "gaps.protocol": "paper", "gaps.max_count": 8, "gaps.total": "normal", "gaps.low_ms": 900.0, "gaps.high_ms": 300.0,
+    "gaps.min_ms": 60.0, "gaps.curriculum_steps": 0,
+    "augment.speed": 0.0, "augment.gain_db": 0.0, "augment.mirror": 0.0, "augment.stretch": 0.0, "augment.noise_px": 0.0,
+    "augment.jitter_ms": 0.0, "augment.lose_video": 0.0, "augment.lose_sound": 0.0,
+    "loss.kind": "mse", "loss.whole": 1.0, "loss.gap": 0.0, "loss.near_frames": 0, "loss.ctc": 1e-3,
+    "batch_size": 32, "learning_rate": 1e-3, "clip_norm": 0.0, "schedule": "plateau", "monitor": "val_loss",
+    "plateau_factor": 0.1, "plateau_patience": 5, "early_stop_patience": 10, "min_delta": 1e-4,
+}  # fmt: skip
+
+
+def be_faithful(config: ml_collections.ConfigDict, said: Iterable[str] = ()) -> None:
+    """Every field of PAPER as the paper's code has it; ConfigError where one that was `said`, by file or override, is otherwise."""
+    if config.fidelity != "paper":
+        raise ConfigError(f"config.fidelity: found {config.fidelity!r}, expected 'ours' or 'paper'")
+    if config.system not in PAPER_SYSTEMS:
+        raise ConfigError(f"config.fidelity=paper: {config.system} is not in the paper; expected {', '.join(PAPER_SYSTEMS)}")
+    for field, value in PAPER.items():
+        if field == "loss.ctc" and "mtl" not in config.system:
+            continue  # no head to train
+        *groups, last = field.split(".")
+        group = config
+        for name in groups:
+            group = group[name]
+        if field in said and group[last] != value:
+            raise ConfigError(f"config.fidelity=paper: found {field}={group[last]!r}, the paper's code has {value!r}; drop one")
+        group[last] = value
+
+
+def _changed(config: ml_collections.ConfigDict, usual: ml_collections.ConfigDict) -> list[str]:
+    """Dotted names of the values in which a config differs from the usual one."""
+    flat = lambda c: {field: functools.reduce(lambda group, name: group[name], field.split("."), c) for field in fields(c)}
+    here, there = flat(config), flat(usual)
+    return [field for field, value in here.items() if value != there.get(field)]
 
 
 def split_overrides(arguments: Iterable[str]) -> list[tuple[str, str]]:

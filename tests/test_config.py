@@ -1,5 +1,6 @@
 """Configs: what ships loads, what is overridden keeps its type, and what is wrong is said in one line."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -44,8 +45,15 @@ def test_a_config_names_its_own_system(name):
     from avsi_jax import models, spec
 
     config = configs.load(name)
-    assert config.system == (name if name in models.SYSTEMS else "av_mtl_s2s")
+    own = [system for system in models.SYSTEMS if name == system or name.startswith(f"{system}_")]  # av_s2s_136: of av_s2s
+    assert config.system == max(own, key=len, default="av_mtl_s2s")
     assert config.preset in spec.PRESETS
+
+
+def test_every_system_has_a_config():
+    from avsi_jax import models
+
+    assert set(models.SYSTEMS) <= set(configs.names())
 
 
 def test_every_field_of_the_training_config_is_documented():
@@ -136,6 +144,123 @@ def test_arguments_become_overrides():
 def test_other_arguments_are_refused(arguments, says):
     with pytest.raises(configs.ConfigError, match=says.replace("(", r"\(")):
         configs.split_overrides(arguments)
+
+
+# ------------------------------------------------------------------------------------------------------------------ fidelity
+
+FAITHFUL = [("fidelity", "paper")]
+
+
+def test_the_papers_fields_are_fields_of_base():
+    whole = base.get_config()
+    assert set(configs.PAPER) <= set(configs.fields(whole))
+    for field, value in configs.PAPER.items():
+        assert type(value) is type(leaf(whole, field)), field
+    ours = {field for field, value in configs.PAPER.items() if leaf(whole, field) != value}
+    assert ours == {"output", "clip_norm", "gaps.protocol"}, "as base.py says"
+
+
+@pytest.mark.parametrize("name", configs.PAPER_SYSTEMS)
+def test_fidelity_sets_every_field_that_the_papers_code_decides(name):
+    """And leaves the others, a system's own sizes among them, as they were."""
+    faithful, ours = configs.load(name, FAITHFUL), configs.load(name)
+    decided = configs.PAPER if "mtl" in name else {k: v for k, v in configs.PAPER.items() if k != "loss.ctc"}  # no head to train
+    for field in configs.fields(ours):
+        expected = decided.get(field, "paper" if field == "fidelity" else leaf(ours, field))
+        assert leaf(faithful, field) == expected, field
+
+
+def test_what_the_papers_code_does():
+    """MISSION.md 1c to 1e, by hand: whole frames lost in 1 to 8 gaps of N(900, 300) ms in all, MSE of everything, 0.001 CTC."""
+    c = configs.load("av_mtl_s2s", FAITHFUL)
+    assert (c.preset, c.landmarks, c.motion, c.ctc_units, c.mask_input) == ("paper", "face", "pixels", "characters", False)
+    assert (c.layers, c.units, c.bottleneck, c.output, c.dropout) == (3, 256, 136, "relu", 0.0)
+    assert (c.gaps.protocol, c.gaps.max_count, c.gaps.total, c.gaps.low_ms, c.gaps.high_ms) == ("paper", 8, "normal", 900.0, 300.0)
+    assert (c.loss.kind, c.loss.whole, c.loss.gap, c.loss.ctc) == ("mse", 1.0, 0.0, 1e-3)
+    assert (c.batch_size, c.learning_rate, c.clip_norm, c.plateau_factor, c.plateau_patience) == (32, 1e-3, 0.0, 0.1, 5)
+    assert configs.load("av_s2s", FAITHFUL).bottleneck == 0
+    assert not any(c.augment.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "says"),
+    [
+        ("av_mtl_s2s", {"preset": "wide"}, "config.fidelity=paper: found preset='wide', the paper's code has 'paper'; "),
+        ("av_mtl_s2s", {"output": "linear"}, "found output='linear', the paper's code has 'relu'"),  # base's own value, but said
+        ("a_si", {"gaps.max_count": "4"}, "found gaps.max_count=4, the paper's code has 8"),
+        ("av_si", {"augment.lose_video": "0.1"}, "found augment.lose_video=0.1, the paper's code has 0.0"),
+        ("av_mtl_s2s_mouth", {}, "found landmarks='mouth', the paper's code has 'face'"),  # said by the file
+        ("av_mtl_s2s_phones", {}, "found ctc_units='phones'"),
+        ("tiny", {}, "found layers=1, the paper's code has 3"),
+        ("av_unified", {}, "av_unified is not in the paper; expected a_si, av_si"),
+        ("morrone_av_mtl", {}, "morrone_av_mtl is not in the paper"),
+        ("base", {"system": "v_s2s"}, "v_s2s is not in the paper"),
+        ("base", {"fidelity": "papers"}, "config.fidelity: found 'papers', expected 'ours' or 'paper'"),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_what_contradicts_fidelity_is_refused(name, overrides, says, first):
+    pairs = list(overrides.items())
+    wanted = pairs if "fidelity" in overrides else FAITHFUL + pairs if first else pairs + FAITHFUL
+    with pytest.raises(configs.ConfigError) as error:
+        configs.load(name, wanted)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_agrees_with_fidelity_or_is_not_its_business_stays():
+    wanted = {"gaps.low_ms": "900", "min_delta": "1e-4", "epochs": "3", "seed": "7", "data_dir": "there", "bottleneck": "136"}
+    c = configs.load("av_s2s", [*wanted.items(), *FAITHFUL])
+    assert (c.gaps.low_ms, c.min_delta, c.epochs, c.seed, c.data_dir, c.bottleneck) == (900.0, 1e-4, 3, 7, "there", 136)
+    assert configs.load("av_s2s_136", FAITHFUL).bottleneck == 136, "the ablation's own size"
+
+
+# --------------------------------------------------------------------------------------------------------------- older runs
+
+# Fields of the config as the first runs wrote them, kept by hand: a field that comes later needs its place in
+# workdir.LATER_FIELDS, or those runs can't be read.
+FIRST = """
+system preset landmarks layers units bottleneck output lstm data_dir builder_config train_split validation_split gaps.protocol
+gaps.max_count gaps.total gaps.low_ms gaps.high_ms gaps.min_ms loss.kind loss.whole loss.gap loss.ctc seed batch_size epochs
+learning_rate clip_norm schedule warmup_epochs monitor plateau_factor plateau_patience early_stop_patience min_delta validate_every
+checkpoint_every keep""".split()
+
+
+def test_every_field_that_came_later_is_known_to_older_runs(tmp_path):
+    """Their config.json lacks the fields, whole groups of them, and single ones of a group: they did what base says."""
+    from avsi_jax import workdir
+
+    whole = json.loads(base.get_config().to_json())
+    old = {}
+    for field in FIRST:
+        *groups, last = field.split(".")
+        functools.reduce(lambda group, name: group.setdefault(name, {}), groups, old)[last] = leaf(whole, field)
+    assert "augment" not in old and "curriculum_steps" not in old["gaps"]
+    old["gaps"]["max_count"], old["units"] = 3, 7
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    expected = whole | {"units": 7, "gaps": whole["gaps"] | {"max_count": 3}}
+    assert workdir.read_config(tmp_path) == expected
+    assert configs.fields(ml_collections.ConfigDict(expected)) and set(FIRST) < set(configs.fields(base.get_config()))
+
+
+def test_an_older_run_goes_on_where_the_new_fields_say_what_it_did(tmp_path):
+    from avsi_jax import workdir
+
+    old = json.loads(base.get_config().to_json())
+    del old["augment"], old["fidelity"], old["gaps"]["curriculum_steps"], old["loss"]["near_frames"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    (tmp_path / "metrics.csv").write_text("step\n")
+    workdir.check_config(configs.load("base"), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    with pytest.raises(ValueError, match="another config .augment: .*'lose_video': 0.0.* there, .*'lose_video': 0.1.* here"):
+        workdir.check_config(configs.load("base", [("augment.lose_video", "0.1")]), tmp_path)
+
+
+def test_a_field_that_a_run_has_is_never_written_over(tmp_path):
+    from avsi_jax import workdir
+
+    config = configs.load("av_unified", [("augment.speed", "0.1"), ("gaps.curriculum_steps", "5")])
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert workdir.read_config(tmp_path) == json.loads(config.to_json())
 
 
 # --------------------------------------------------------------------------------------------------------------------- files

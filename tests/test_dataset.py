@@ -180,7 +180,7 @@ def test_the_report_tells_what_became_of_every_clip(folder):
     assert report["invalid_landmark_frames"] == {"total": 12, "clips": {"bbizzn": 12}}
     assert report["clips_without_words_file"] == [NO_WORDS] and report["clips_with_wav"] == ["swwp2s"]
     assert report["clips_per_s"] > 0 and report["peak_memory_mb"]["main"] > 100 and len(report["face_models_sha256"]) == 64
-    assert report["versions"]["dataset"] == "2.0.0" and "numpy" in report["versions"]
+    assert report["versions"]["dataset"] == "2.1.0" and "numpy" in report["versions"]
 
 
 def test_an_existing_dataset_is_kept(raw, data_dir, folder):

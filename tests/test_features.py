@@ -1,5 +1,6 @@
-"""Motion against np.interp, levels of short clips against librosa's chain for the clip alone, masks that keep to the clip."""
+"""Motion and poses against NumPy, levels of short clips against librosa's chain for the clip alone, masks that keep to the clip."""
 
+import dataclasses
 import functools
 
 import jax
@@ -31,6 +32,7 @@ def batch():
         "audio": np.where(np.arange(48_000) < LENGTHS[:, None], audio, 0).astype(np.int16),
         "audio_length": LENGTHS,
         "landmarks": points,
+        "landmarks_valid": np.arange(75) < PICTURES[:, None],
         "num_frames": PICTURES,
         "frame_size": np.int32([[360, 288], [720, 576], [360, 288], [1920, 1080], [360, 288]]),
         "fps": np.float32([25, 25, 30, 25, 29.97]),
@@ -102,10 +104,159 @@ def test_padding_points_do_not_matter(batch):
     )
 
 
+@pytest.mark.parametrize("landmarks", ["face", "mouth"])
+def test_motion_at_video_rate_is_from_picture_to_picture(batch, landmarks):
+    config = features.FeatureConfig(WIDE, landmarks=landmarks, video_rate="video")
+    found = make(batch, NO_GAP, config)
+    assert found.video.shape == (B, 75, config.video_size)
+    points = batch["landmarks"][:, :, {"face": slice(68), "mouth": slice(48, 68)}[landmarks]].reshape(B, 75, -1)
+    pixels = points.astype(np.float64) * (360 / batch["frame_size"][:, :1, None])
+    np.testing.assert_allclose(found.video[:, 1:], np.diff(pixels, axis=1), atol=1e-4)
+    assert not np.asarray(found.video[:, 0]).any()
+    np.testing.assert_array_equal(found.num_pictures, PICTURES)
+
+
+@by_name
+def test_positions_are_the_frames_times_on_the_pictures_clock(batch, preset):
+    found = np.asarray(make(batch, NO_GAP, features.FeatureConfig(preset)).positions)
+    middle_s = (np.arange(preset.num_frames) * preset.hop + (0 if preset.centred else preset.window / 2)) / preset.rate
+    for b in range(B):
+        expected = np.clip((middle_s - float(batch["offset_s"][b])) * float(batch["fps"][b]), 0, PICTURES[b] - 1)
+        np.testing.assert_allclose(found[b], expected, atol=1e-4)
+
+
 def test_interpolation_holds_both_ends():
     values = np.float32([[[0.0], [10.0], [30.0]]])
     found = features.interpolate(jnp.asarray(values), jnp.float32([[0, 0.25, 1, 1.5, 2]]))
     np.testing.assert_allclose(found[0, :, 0], [0, 2.5, 10, 20, 30])
+
+
+# ---- poses and faces that are not seen -----------------------------------------------------------------------------------------
+
+UNSEEN = {0: [10, 11, 40], 1: [0, 73], 2: []}  # pictures of a clip; clip 3 has one picture, clip 4 shows no face at all
+
+
+@pytest.fixture(scope="module")
+def faces(batch):
+    """The same clips with faces that have eyes 60 px apart, turn, walk and speak."""
+    rng = np.random.default_rng(4)
+    face = np.r_[rng.uniform([-60, -20], [60, 90], (68, 2))]
+    face[36:42, 0], face[42:48, 0] = face[36:42, 0] * 0.1 - 30, face[42:48, 0] * 0.1 + 30
+    face[36:48, 1] *= 0.1
+    talk = face + rng.normal(0, 0.3, (B, 75, 68, 2)).cumsum(1)
+    return batch | {"landmarks": np.float32(moved(talk, *wander(rng))), "landmarks_valid": known()}
+
+
+def wander(rng):
+    """(B, 75) radians, factors, and (B, 75, 2) px of heads that turn, come nearer and walk about."""
+    walk = lambda size, shape: rng.normal(0, size, (B, 75, *shape)).cumsum(1)
+    return 0.3 + walk(0.02, ()), 1.5 * np.exp(walk(0.01, ())), 180 + walk(3, (2,))
+
+
+def moved(points, angle, size, shift):
+    """(B, T, L, 2) turned about (0, 0) by radians, then times size, then shifted."""
+    turn = np.stack([np.stack([np.cos(angle), -np.sin(angle)], -1), np.stack([np.sin(angle), np.cos(angle)], -1)], -2)
+    return np.einsum("btxy,btly->btlx", turn, points) * size[..., None, None] + shift[:, :, None]
+
+
+def known():
+    valid = np.arange(75) < PICTURES[:, None]
+    for clip, pictures in UNSEEN.items():
+        valid[clip, pictures] = False
+    valid[4] = False
+    return valid
+
+
+def pose_by_hand(batch, b):
+    """(T, 272) float64 of one clip, picture by picture: where the 68 points are, then how fast they go."""
+    n, seen = batch["num_frames"][b], batch["landmarks_valid"][b]
+    place, speed = np.zeros((75, 68, 2)), np.zeros((75, 68, 2))
+    for t in np.flatnonzero(seen[:n]):
+        points = batch["landmarks"][b, t].astype(np.float64)
+        left, right = points[36:42].mean(0), points[42:48].mean(0)  # iBUG: the eyes are points 37 to 48, the bridge begins with 28
+        angle = -np.arctan2(*(right - left)[::-1])
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        place[t] = [turn @ (p - points[27]) / np.hypot(*(right - left)) for p in points]
+    if seen[:n].any():
+        place[seen] -= place[seen].mean(0)
+    for t in range(1, n):
+        if seen[t] and seen[t - 1]:
+            speed[t] = (place[t] - place[t - 1]) * float(batch["fps"][b]) / 25
+    return np.concatenate([place.reshape(75, -1), speed.reshape(75, -1)], -1)
+
+
+POSE = features.FeatureConfig(WIDE, motion="pose", video_rate="video")
+describe = jax.jit(features.lips, static_argnums=1)
+
+
+@pytest.mark.parametrize("landmarks", ["face", "mouth"])
+def test_pose_is_numpys_picture_by_picture(faces, landmarks):
+    config = dataclasses.replace(POSE, landmarks=landmarks)
+    found, seen = describe(faces, config)
+    assert found.shape == (B, 75, config.video_size) and config.video_size == {"face": 272, "mouth": 80}[landmarks]
+    np.testing.assert_array_equal(seen, faces["landmarks_valid"])
+    kept = slice({"face": 0, "mouth": 48}[landmarks], 68)
+    for b in range(B):
+        place, speed = np.split(pose_by_hand(faces, b).reshape(75, -1, 2), 2, axis=1)
+        expected = np.concatenate([place[:, kept].reshape(75, -1), speed[:, kept].reshape(75, -1)], -1)
+        np.testing.assert_allclose(found[b], expected, atol=2e-5)
+    assert np.abs(np.asarray(found[:3])).max() > 0.1 and not np.asarray(found[4]).any()
+
+
+@by_name
+def test_pose_and_what_is_seen_at_audio_rate(faces, preset):
+    """np.interp of what the pictures give, and a step is seen where every picture with a part in it is."""
+    found = make(faces, NO_GAP, features.FeatureConfig(preset, motion="pose"))
+    positions = np.asarray(found.positions, np.float64)
+    for b in range(B):
+        pictures = pose_by_hand(faces, b)
+        expected = np.stack([np.interp(positions[b], np.arange(75), column) for column in pictures.T], -1)
+        np.testing.assert_allclose(found.video[b], expected, atol=2e-5)
+        low, valid = np.floor(positions[b]).astype(int), faces["landmarks_valid"][b]
+        high = np.where(positions[b] > low, low + 1, low)
+        np.testing.assert_array_equal(found.seen[b], valid[low] & valid[high])
+    assert np.asarray(found.seen[2:4]).all() and not np.asarray(found.seen[4]).any()
+
+
+@pytest.mark.parametrize("change", ["shifted", "turned", "nearer", "all of it"])
+def test_pose_does_not_know_where_the_head_is(faces, change):
+    """Another shift, turn and size in every picture."""
+    angle, size, shift = wander(np.random.default_rng(8))
+    still = {"angle": np.zeros((B, 75)), "size": np.ones((B, 75)), "shift": np.zeros((B, 75, 2))}
+    wanted = {"shifted": {"shift": shift}, "turned": {"angle": angle}, "nearer": {"size": size}}
+    points = moved(faces["landmarks"], **still | wanted.get(change, {"angle": angle, "size": size, "shift": shift}))
+    assert np.abs(points - faces["landmarks"]).max() > 10  # px
+    before, after = (np.asarray(describe(f, POSE)[0]) for f in (faces, faces | {"landmarks": np.float32(points)}))
+    np.testing.assert_allclose(after, before, atol=1e-5 * np.abs(before).max() + 2e-5)
+
+
+def test_pose_of_pictures_with_a_face_has_mean_zero(faces):
+    place = np.asarray(describe(faces, POSE)[0])[..., :136]
+    for b in range(4):
+        np.testing.assert_allclose(place[b][faces["landmarks_valid"][b]].mean(0), 0, atol=1e-5)
+
+
+def test_speed_is_that_at_25_pictures_a_second(faces):
+    place, speed = np.split(np.asarray(describe(faces, POSE)[0]), 2, axis=-1)
+    twice = faces | {"fps": faces["fps"] * 2}
+    place_of_twice, speed_of_twice = np.split(np.asarray(describe(twice, POSE)[0]), 2, axis=-1)
+    np.testing.assert_array_equal(place_of_twice, place)
+    np.testing.assert_allclose(speed_of_twice, 2 * speed, rtol=1e-6)
+
+
+@pytest.mark.parametrize("what", [1e4, np.nan])
+def test_pictures_without_a_face_change_nothing_else(faces, what):
+    """Whatever stands for their points, and for those behind the last picture."""
+    points = np.where(faces["landmarks_valid"][..., None, None], faces["landmarks"], np.float32(what))
+    one, two = (make(f, NO_GAP, dataclasses.replace(POSE, video_rate="audio")) for f in (faces, faces | {"landmarks": points}))
+    for a, b in zip(one, two):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_faces_without_eyes_are_no_numbers_to_fear(faces):
+    """All points in one place, as a damaged track might have them."""
+    found = describe(faces | {"landmarks": np.full((B, 75, 68, 2), 100, np.float32)}, POSE)[0]
+    assert not np.asarray(found).any()
 
 
 # ---- sound ---------------------------------------------------------------------------------------------------------------------
@@ -237,7 +388,16 @@ def test_statistics_of_another_preset_are_refused(name, size):
         features.FeatureConfig(WIDE, normalisation=features.Normalisation(**{name: scale}))
 
 
-@pytest.mark.parametrize(("field", "value"), [("protocol", "spectrogram"), ("landmarks", "nose")])
+def test_statistics_of_poses_have_their_own_size():
+    scale = lambda n: features.Normalisation(motion=features.Scale((0.0,) * n, (1.0,) * n))
+    features.FeatureConfig(WIDE, motion="pose", normalisation=scale(272))
+    with pytest.raises(ValueError, match="normalisation of motion: found 136 values, expected 272 or one for all"):
+        features.FeatureConfig(WIDE, motion="pose", normalisation=scale(136))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("protocol", "spectrogram"), ("landmarks", "nose"), ("motion", "standardised"), ("video_rate", "both")]
+)
 def test_unknown_choices_are_refused(field, value):
     with pytest.raises(ValueError, match=f"{field}: found '{value}', expected"):
         features.FeatureConfig(PAPER, **{field: value})

@@ -1,6 +1,8 @@
-"""The paper's parameter counts, what each network reads, and that padding and other clips are nothing to it."""
+"""Parameter counts, what each network reads, and that padding and other clips are nothing to it."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,103 +10,264 @@ import numpy as np
 import pytest
 
 import configs
-from avsi_jax import experiment, features, models, text
+from avsi_jax import experiment, features, models
 
-B, F, K, V = 3, 12, 8, 6
-FRAMES = np.int32([12, 7, 3])
-SIZES = {"bands": K, "layers": 2, "units": 4, "lstm": "joined"}
+B, F, K, V, T, LABELS = 3, 13, 8, 6, 7, 9
+FRAMES, PICTURES = np.int32([13, 8, 3]), np.int32([7, 5, 2])
+POSITIONS = np.float32(np.linspace(0, 1, F)[None] * (PICTURES - 1)[:, None])
+SIZES = models.Sizes(bands=K, labels=LABELS, layers=1, units=4, bottleneck=5, lstm="joined")
+
+# Every system, and every field that changes what flows where.
+NETWORKS = {name: (name, {}) for name in models.SYSTEMS} | {
+    "a_si told": ("a_si", {"mask_input": True}),
+    "av_mtl_si told": ("av_mtl_si", {"mask_input": True}),
+    "av_s2s joined whole": ("av_s2s", {"bottleneck": 0}),
+    "av_mtl_s2s told, linear, skip": ("av_mtl_s2s", {"mask_input": True, "bottleneck_relu": False, "skip": True}),
+    "av_mtl_s2s at video rate": ("av_mtl_s2s", {"video_rate": "video", "skip": True}),
+    "v_s2s at video rate": ("v_s2s", {"video_rate": "video"}),
+    "av_unified told, 2": ("av_unified", {"stack": 2, "mask_input": True}),
+    "av_unified feedback, 3": ("av_unified", {"stack": 3, "layers": 2, "feedback": 1}),
+    "av_unified lips first, 2": ("av_unified", {"stack": 2, "lip_layers": 1}),
+    "asr, 4": ("asr", {"stack": 4}),
+}
+FROM_THE_LIPS = ("av_mtl_s2s",)  # systems whose text comes from the lips alone
+DEAF = ("v_s2s",)
+each = pytest.mark.parametrize("name", NETWORKS)
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("a_si", 3_840_064), ("av_mtl_s2s", 8_148_802)])
-def test_parameter_counts_are_the_papers(name, parameters):
-    """Counted in the paper's Keras model; by hand for a BLSTM of 256 on n inputs: 2 x 4 x 256 x (n + 256 + 1)."""
-    assert experiment.count_of(configs.load(name)) == parameters
-    blstm = lambda n: 2 * 4 * 256 * (n + 256 + 1)
-    stack = lambda n: blstm(n) + 2 * blstm(512)
-    by_hand = {
-        "a_si": stack(64) + 513 * 64,
-        "av_mtl_s2s": stack(136) + 513 * 136 + 137 * 42 + stack(64 + 136) + 513 * 64,
-    }
-    assert by_hand[name] == parameters
+def sizes_of(name):
+    return dataclasses.replace(SIZES, **NETWORKS[name][1])
 
 
-def made_up(seed=0):
+def system_of(name):
+    return models.get(NETWORKS[name][0])
+
+
+def made_up(seed=0, video_rate="audio", frames=F):
+    """Clips of 13, 8 and 3 frames, or 7, 5 and 2 pictures; what lies behind them is noise too."""
     rng = np.random.default_rng(seed)
+    steps, lengths = (T, PICTURES) if video_rate == "video" else (frames, FRAMES)
+    seen = rng.uniform(size=(B, steps)) < 0.7
+    seen[:, 0] = True
     return features.Features(
-        spectrogram=rng.uniform(size=(B, F, K)).astype(np.float32),
-        mask=rng.uniform(size=(B, F)) < 0.4,
-        video=rng.normal(size=(B, F, V)).astype(np.float32),
-        target=rng.uniform(size=(B, F, K)).astype(np.float32),
-        valid=np.arange(F) < FRAMES[:, None],
+        spectrogram=rng.uniform(size=(B, frames, K)).astype(np.float32),
+        mask=rng.uniform(size=(B, frames)) < 0.4,
+        video=rng.normal(size=(B, steps, V)).astype(np.float32),
+        seen=seen & (np.arange(steps) < lengths[:, None]),
+        target=rng.uniform(size=(B, frames, K)).astype(np.float32),
+        valid=np.arange(frames) < FRAMES[:, None],
         num_frames=FRAMES,
+        positions=np.pad(POSITIONS, ((0, 0), (0, frames - F)), mode="edge"),
+        num_pictures=PICTURES,
+        id_hash=np.uint32([11, 22, 33]),
     )
+
+
+def given_to(name, seed=0, **more):
+    return made_up(seed, sizes_of(name).video_rate, **more)
 
 
 @functools.cache
-def network(name, **more):
-    """A small one with made-up parameters: jitted (features) -> Output."""
-    system = models.get(name)
-    module = system.module(**SIZES, **({"bottleneck": 5} if system.reads_lips else {}), **more)
-    tree = jax.eval_shape(lambda: module.init(jax.random.key(0), made_up()))
+def parameters(name):
+    module = system_of(name).build(sizes_of(name))
+    tree = jax.eval_shape(lambda: module.init(jax.random.key(0), given_to(name)))["params"]
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(np.float32), tree)
-    return jax.jit(lambda features: module.apply(params, features))
+    return jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(np.float32), tree)
 
 
-@pytest.mark.parametrize("name", models.SYSTEMS)
+@functools.cache
+def applied(name):
+    """jitted (parameters, features) -> Output."""
+    module = system_of(name).build(sizes_of(name))
+    return jax.jit(lambda params, given: module.apply({"params": params}, given))
+
+
+def network(name):
+    return functools.partial(applied(name), parameters(name))
+
+
+def answer(output):
+    """What a system is for: the level, or a recogniser's logits."""
+    return np.asarray(output.logits if output.level is None else output.level)
+
+
+def differs(one, two):
+    return bool((np.asarray(one) != np.asarray(two)).any())
+
+
+def assert_same(one, two):
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+# ---- parameters ----------------------------------------------------------------------------------------------------------------
+
+
+def dense(inputs, outputs):
+    return (inputs + 1) * outputs
+
+
+def stack(inputs, units=256, layers=3):
+    """Bidirectional LSTM layers: four gates, each of inputs, what was said before and one bias."""
+    blstm = lambda n: 2 * 4 * units * (n + units + 1)
+    return blstm(inputs) + (layers - 1) * blstm(2 * units) if layers else 0
+
+
+def unified(c):
+    """av_unified as its config has it: 80 bands, 68 positions and speeds, and whether they are seen."""
+    lips, u = 4 * 68 + 1, c.units
+    joined = c.stack * (80 + c.mask_input) + lips + 2 * u * (c.lip_layers > 0)
+    layers = stack(lips, u, c.lip_layers) + stack(joined, u, c.feedback) + dense(33, 2 * u) * (c.feedback > 0)
+    layers += stack(2 * u if c.feedback else joined, u, c.layers - c.feedback)
+    return layers + dense(2 * u, c.stack * 80) + dense(2 * u, 33)
+
+
+A, AV = stack(64) + dense(512, 64), stack(64 + 136) + dense(512, 64)
+HIDDEN = dense(512, 136) + dense(136, 42)
+BY_HAND = {
+    "a_si": A,
+    "a_mtl_si": A + HIDDEN,
+    "av_si": AV,
+    "av_mtl_si": AV + HIDDEN,
+    "av_s2s": stack(136) + stack(64 + 512) + dense(512, 64),
+    "av_s2s_136": stack(136) + dense(512, 136) + AV,
+    "av_mtl_s2s": stack(136) + HIDDEN + AV,
+    "av_mtl_s2s_512": stack(136) + dense(512, 42) + stack(64 + 512) + dense(512, 64),
+    "av_mtl_s2s_phones": stack(136) + dense(512, 136) + dense(136, 33) + AV,
+    "av_mtl_s2s_mouth": stack(40) + HIDDEN + AV,
+    "v_s2s": stack(136) + stack(512) + dense(512, 64),
+    "morrone_av_mtl": stack(257 + 136, 250) + dense(500, 257) + dense(500, 33),
+    "av_unified": unified(configs.load("av_unified")),
+    "asr": (lambda c: stack(c.stack * 80, c.units, c.layers) + dense(2 * c.units, 33))(configs.load("asr")),
+}
+PUBLISHED = {"a_si": 3_840_064, "av_si": 4_118_592, "av_s2s": 8_843_328, "av_mtl_s2s": 8_148_802}  # of their Keras models
+PUBLISHED_M = {"av_mtl_si": 4.19, "morrone_av_mtl": 4.44}  # the same, rounded
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_parameters_counted_by_hand(name):
+    count = experiment.count_of(configs.load(name))
+    assert count == BY_HAND[name] == PUBLISHED.get(name, count)
+    assert round(count / 1e6, 2) == PUBLISHED_M.get(name, round(count / 1e6, 2))
+
+
+def test_every_config_of_a_system_is_counted():
+    assert set(BY_HAND) == set(configs.names()) - {"base", "eval", "tiny", "demo"}
+    assert {configs.load(name).system for name in BY_HAND} == set(models.SYSTEMS)
+
+
+def test_the_page_says_how_many():
+    page = (configs.HOME.parent / "docs" / "systems.md").read_text()
+    rows = {cells[1].strip(" `"): cells[-3].strip() for line in page.splitlines() if len(cells := line.split("|")) == 8}
+    variants = dict(re.findall(r"`(\w+)` \(([\d,]+)\)", page))
+    said = {name: int(number.replace(",", "")) for name, number in (rows | variants).items() if name in BY_HAND}
+    assert said == BY_HAND
+
+
+@pytest.mark.parametrize(("system", "millions", "inputs"), [("a_si", 4.15, 257), ("av_si", 4.42, 257 + 136)])
+def test_morrones_smaller_networks_are_the_same_systems(system, millions, inputs):
+    """A and AV of Morrone et al. 2021, by fields."""
+    config = configs.load("morrone_av_mtl", [("system", system)])
+    assert experiment.count_of(config) == stack(inputs, 250) + dense(500, 257)
+    assert round(experiment.count_of(config) / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize(("name", "parts"), [("a_si", ""), ("av_mtl_s2s", "encoder bottleneck ctc")])
+def test_checkpoints_of_older_versions_still_fit(name, parts):
+    """Names of what 2026's first runs saved."""
+    tree = jax.eval_shape(lambda: experiment.init_params(configs.load(name)))
+    assert sorted(tree) == sorted(["decoder", "output", *parts.split()])
+    assert sorted(tree["decoder"]) == ["blstm_1", "blstm_2", "blstm_3"]
+    assert sorted(tree["decoder"]["blstm_1"]) == ["backward", "forward"]
+
+
+# ---- what goes in and what comes out -------------------------------------------------------------------------------------------
+
+
+@each
 def test_shapes(name):
-    output = network(name)(made_up())
-    assert output.level.shape == (B, F, K)
-    if models.get(name).reads_lips:
-        assert output.logits.shape == (B, F, text.NUM_LABELS) == (B, F, 42)
+    output, system, count = network(name)(given_to(name)), system_of(name), sizes_of(name).stack
+    assert (output.level is None) == (not system.restores) and (output.logits is None) == (not system.reads)
+    if system.restores:
+        assert output.level.shape == (B, F, K)
+    if system.reads:
+        assert output.logits.shape == (B, int(np.ceil(F / count)), LABELS)
+        np.testing.assert_array_equal(output.num_steps, np.ceil(FRAMES / count))
     else:
-        assert output.logits is None
+        assert output.num_steps is None
 
 
-@pytest.mark.parametrize("name", models.SYSTEMS)
+@each
 def test_reads_what_the_registry_says(name):
-    given = made_up()
+    given, other = given_to(name), given_to(name, 1)
+    before, system = network(name)(given), system_of(name)
+    other_video = network(name)(given._replace(video=other.video))
+    assert differs(answer(other_video), answer(before)) == system.uses_video
+    other_sound = network(name)(given._replace(spectrogram=other.spectrogram))
+    assert differs(answer(other_sound), answer(before)) == (NETWORKS[name][0] not in DEAF)
+    if system.reads:
+        assert differs(other_video.logits, before.logits) == system.uses_video
+        assert differs(other_sound.logits, before.logits) == (NETWORKS[name][0] not in FROM_THE_LIPS)
+
+
+@each
+def test_truth_is_no_input_and_the_mask_only_where_it_is_told(name):
+    given, other = given_to(name), given_to(name, 2)
     before = network(name)(given)
-    other_video = network(name)(given._replace(video=made_up(1).video))
-    assert (np.asarray(other_video.level) != before.level).any() == models.get(name).uses_video
-    other_sound = network(name)(given._replace(spectrogram=made_up(1).spectrogram))
-    assert (np.asarray(other_sound.level) != before.level).any()
-    if models.get(name).reads_lips:  # the lips' text comes from the lips alone
-        np.testing.assert_array_equal(other_sound.logits, before.logits)
-        assert (np.asarray(other_video.logits) != before.logits).any()
+    assert_same(network(name)(given._replace(target=other.target)), before)
+    told = network(name)(given._replace(mask=other.mask))
+    assert differs(answer(told), answer(before)) == sizes_of(name).mask_input
+    if not sizes_of(name).mask_input:
+        assert_same(told, before)
+    blind = network(name)(given._replace(seen=~given.seen))
+    assert differs(answer(blind), answer(before)) == system_of(name).drops
 
 
-@pytest.mark.parametrize("name", models.SYSTEMS)
-def test_neither_truth_nor_mask_is_an_input(name):
-    given, other = made_up(), made_up(2)
-    before, after = (network(name)(f) for f in (given, given._replace(target=other.target, mask=other.mask)))
-    for one, two in zip(jax.tree.leaves(before), jax.tree.leaves(after)):
-        np.testing.assert_array_equal(one, two)
-
-
-@pytest.mark.parametrize("name", models.SYSTEMS)
+@each
 def test_padding_and_other_clips_change_nothing(name):
-    given, other = made_up(), made_up(3)
-    keep = given.valid[..., None].copy()
-    keep[1] = False  # all of clip 1 is another one, and every clip's padding
+    given, other = given_to(name), given_to(name, 3)
+    at_video_rate = sizes_of(name).video_rate == "video"
+    inside = given.valid.copy()
+    pictures = np.arange(given.seen.shape[1]) < (PICTURES if at_video_rate else FRAMES)[:, None]
+    inside[1] = pictures[1] = False  # all of clip 1 is another one, and every clip's padding
+    pick = lambda kept, field: np.where(kept, getattr(given, field), getattr(other, field))
     dirty = given._replace(
-        spectrogram=np.where(keep, given.spectrogram, other.spectrogram), video=np.where(keep, given.video, other.video)
-    )
+        spectrogram=pick(inside[..., None], "spectrogram"), mask=pick(inside, "mask"), video=pick(pictures[..., None], "video"),
+        seen=np.where(pictures, given.seen, True), target=other.target,
+    )  # fmt: skip
     before, after = network(name)(given), network(name)(dirty)
-    for one, two in zip(jax.tree.leaves(before), jax.tree.leaves(after)):
-        for b in (0, 2):
-            np.testing.assert_allclose(one[b, : FRAMES[b]], two[b, : FRAMES[b]], atol=1e-6)
-        assert (np.asarray(one)[1] != np.asarray(two)[1]).any()
+    for field, lengths in (("level", FRAMES), ("logits", before.num_steps)):
+        one, two = getattr(before, field), getattr(after, field)
+        if one is not None:
+            for b in (0, 2):
+                np.testing.assert_allclose(one[b, : lengths[b]], two[b, : lengths[b]], atol=1e-6)
+    assert differs(answer(before)[1], answer(after)[1])
+
+
+@pytest.mark.parametrize("name", ["av_unified told, 2", "av_unified lips first, 2", "asr, 4"])
+def test_a_longer_batch_changes_nothing(name):
+    """Five frames more behind the longest clip: its last step of 13 frames is not whole either way."""
+    given = given_to(name)
+    behind = lambda a: np.pad(a, ((0, 0), (0, 5), *[(0, 0)] * (a.ndim - 2)), constant_values=1)
+    wide = ("spectrogram", "mask", "video", "target", "positions")
+    longer = given._replace(**{f: behind(getattr(given, f)) for f in wide})
+    longer = longer._replace(valid=np.arange(F + 5) < FRAMES[:, None], seen=behind(given.seen))
+    before, after = network(name)(given), network(name)(longer)
+    np.testing.assert_array_equal(before.num_steps, after.num_steps)
+    for b in range(B):
+        steps = before.num_steps[b]
+        np.testing.assert_allclose(before.logits[b, :steps], after.logits[b, :steps], atol=1e-6)
+        if before.level is not None:
+            np.testing.assert_allclose(before.level[b, : FRAMES[b]], after.level[b, : FRAMES[b]], atol=1e-6)
 
 
 def test_bands_are_linear_or_end_in_a_relu():
     """The paper's code has a ReLU in the audio-visual networks alone (CNN_RNN.py); it kills bands, so linear is the default."""
     given = made_up()
-    assert (np.asarray(network("a_si")(given).level) < 0).any()
     linear = np.asarray(network("av_mtl_s2s")(given).level)
     assert (linear < 0).any()
-    relu = network("av_mtl_s2s", output="relu")(given)
-    np.testing.assert_allclose(relu.level, np.maximum(linear, 0), atol=1e-6)
+    relu = models.get("av_mtl_s2s").build(dataclasses.replace(SIZES, output="relu"))
+    found = jax.jit(relu.apply)({"params": parameters("av_mtl_s2s")}, given)
+    np.testing.assert_allclose(found.level, np.maximum(linear, 0), atol=1e-6)
 
 
 def test_composite_keeps_what_was_heard():
@@ -116,5 +279,144 @@ def test_composite_keeps_what_was_heard():
 
 
 def test_an_unknown_system_names_the_known_ones():
-    with pytest.raises(ValueError, match="'av_s3s'.*a_si, av_mtl_s2s"):
+    with pytest.raises(ValueError, match="'av_s3s'.*a_si, a_mtl_si"):
         models.get("av_s3s")
+
+
+# ---- the encoder-decoder -------------------------------------------------------------------------------------------------------
+
+
+def test_video_rate_is_brought_to_the_frames_before_text_and_decoder():
+    """np.interp of what the encoder says of the pictures, then the rest of the network from there."""
+    name = "av_mtl_s2s at video rate"
+    given, params = given_to(name), parameters(name)
+    output = network(name)(given)
+    layers = jax.jit(models.Stack(1, 4, "joined").apply)
+    encoded = layers({"params": params["encoder"]}, given.video, PICTURES)
+    weights = lambda part: (params[part]["kernel"], params[part]["bias"])
+    through = lambda x, part: np.asarray(x, np.float64) @ weights(part)[0] + weights(part)[1]
+    lips = np.maximum(through(encoded, "bottleneck"), 0)
+    bring = lambda a: np.stack(
+        [np.stack([np.interp(POSITIONS[b], np.arange(T), a[b, :, v]) for v in range(a.shape[-1])], -1) for b in range(B)]
+    )
+    np.testing.assert_allclose(output.logits, through(bring(lips), "ctc"), atol=1e-5)
+    x = np.float32(np.concatenate([given.spectrogram, bring(lips), bring(given.video)], -1))
+    decoded = layers({"params": params["decoder"]}, x, FRAMES)
+    np.testing.assert_allclose(output.level, through(decoded, "output"), atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "skips"), [("av_mtl_s2s", False), ("av_mtl_s2s told, linear, skip", True)])
+def test_skip_goes_round_the_encoder(name, skips):
+    """Where the encoder says nothing."""
+    params = parameters(name) | {"bottleneck": jax.tree.map(np.zeros_like, parameters(name)["bottleneck"])}
+    one, two = (applied(name)(params, made_up()._replace(video=made_up(seed).video)) for seed in (0, 1))
+    assert differs(one.level, two.level) == skips
+    assert not differs(one.logits, two.logits)
+
+
+@pytest.mark.parametrize(("relu", "lowest"), [(True, 0.0), (False, -0.01)])
+def test_the_bottleneck_ends_in_a_relu_or_not(relu, lowest):
+    sizes = dataclasses.replace(SIZES, bottleneck_relu=relu, labels=SIZES.bottleneck)
+    module, params = models.get("av_mtl_s2s").build(sizes), dict(parameters("av_mtl_s2s"))
+    params["ctc"] = {"kernel": np.eye(5, dtype=np.float32), "bias": np.zeros(5, np.float32)}  # the head shows what it reads
+    said = np.asarray(jax.jit(module.apply)({"params": params}, made_up()).logits)
+    assert (said.min() < lowest) == (not relu) and said.max() > 0
+
+
+def test_without_a_bottleneck_the_head_reads_the_layers_themselves():
+    for system in ("a_mtl_si", "av_mtl_si", "av_mtl_s2s"):
+        module = models.get(system).build(dataclasses.replace(SIZES, bottleneck=0))
+        tree = jax.eval_shape(lambda module=module: module.init(jax.random.key(0), made_up()))["params"]
+        assert "bottleneck" not in tree and tree["ctc"]["kernel"].shape == (2 * SIZES.units, LABELS), system
+
+
+# ---- av_unified ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["av_unified told, 2", "av_unified feedback, 3", "av_unified lips first, 2"])
+def test_lips_that_are_not_seen_say_nothing(name):
+    """A clip without a face: neither where its points lie nor that they are no numbers; other clips keep theirs."""
+    given = given_to(name)
+    seen = given.seen.copy()
+    seen[1] = False
+    hidden = np.where(seen[..., None], given.video, np.float32(np.nan))
+    before, after = (network(name)(given._replace(seen=seen, video=v)) for v in (given.video, hidden))
+    assert_same(after, before)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+    others = network(name)(given._replace(seen=seen, video=made_up(1).video))
+    assert differs(others.level[0], before.level[0]) and not differs(others.level[1], before.level[1])
+
+
+@pytest.mark.parametrize("name", ["av_unified told, 2", "av_unified feedback, 3"])
+def test_lips_alone_will_do(name):
+    """No sound left: the same silence for every clip, and still each says something of its own."""
+    silent = given_to(name)._replace(spectrogram=np.zeros((B, F, K), np.float32), mask=np.ones((B, F), bool))
+    output = network(name)(silent)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(output))
+    assert differs(output.level, network(name)(silent._replace(video=made_up(1).video)).level)
+
+
+def test_lips_are_averaged_over_a_step_and_sound_is_not():
+    """The two frames of a step change places."""
+    given = made_up()._replace(seen=np.ones((B, F), bool), valid=np.ones((B, F), bool), num_frames=np.full(B, F, np.int32))
+    turned = np.r_[np.arange(12).reshape(6, 2)[:, ::-1].ravel(), 12]
+    before = network("av_unified told, 2")(given)
+    lips = network("av_unified told, 2")(given._replace(video=given.video[:, turned]))
+    np.testing.assert_allclose(lips.level, before.level, atol=1e-6)
+    sound = network("av_unified told, 2")(given._replace(spectrogram=given.spectrogram[:, turned]))
+    assert np.abs(np.asarray(sound.level) - before.level).max() > 1e-2
+
+
+@pytest.mark.parametrize(("name", "told"), [("av_unified told, 2", False), ("av_unified feedback, 3", True)])
+def test_feedback_tells_the_layers_after_what_was_read(name, told):
+    """What the head says depends on its own weights; the level only where it is told."""
+    params, given = parameters(name), made_up()
+    other = params | {"ctc": jax.tree.map(lambda p: -p, params["ctc"])}
+    before, after = (applied(name)(p, given) for p in (params, other))
+    assert differs(before.logits, after.logits) and differs(before.level, after.level) == told
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("frames", [1, 12, 13])
+def test_unfold_is_the_inverse_of_fold(count, frames):
+    x = np.random.default_rng(0).normal(size=(2, frames, 3)).astype(np.float32)
+    folded = np.asarray(models.fold(jnp.asarray(x), count))
+    assert folded.shape == (2, -(-frames // count), 3 * count)
+    for step in range(folded.shape[1]):  # frame by frame, zeros behind the last
+        parts = [x[:, f] if f < frames else np.zeros((2, 3)) for f in range(step * count, (step + 1) * count)]
+        np.testing.assert_array_equal(folded[:, step], np.concatenate(parts, -1))
+    np.testing.assert_array_equal(models.unfold(folded, frames, count), x)
+
+
+# ---- drop-out ------------------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_takes_the_same_values_in_every_step():
+    """Gal & Ghahramani 2016: one mask a clip and value, over all of its time; what stays is larger by as much as is lost."""
+    stack_, x = models.Stack(1, 4, "joined", dropout=0.25), np.random.default_rng(0).normal(size=(8, 6, K)).astype(np.float32)
+    params, lengths = {"params": parameters("a_si")["decoder"]}, np.full(8, 6, np.int32)
+    clips = np.arange(8, dtype=np.uint32)
+    run = jax.jit(jax.vmap(lambda key: stack_.apply(params, x, lengths, clips, rngs={"dropout": key})))
+    off = np.asarray(jax.jit(models.Stack(1, 4, "joined").apply)(params, x, lengths))
+    on = np.asarray(run(jax.random.split(jax.random.key(0), 200)))  # draws, clips, steps, values
+    lost = on == 0
+    np.testing.assert_allclose(on, np.where(lost, 0, off / 0.75), atol=1e-6)
+    np.testing.assert_array_equal(lost, np.broadcast_to(lost[:, :, :1], lost.shape))
+    masks = lost[:, :, 0]
+    assert masks.mean() == pytest.approx(0.25, abs=4 * np.sqrt(0.25 * 0.75 / masks.size))
+    assert len({m.tobytes() for m in masks}) == 200 and differs(masks[:, 0], masks[:, 1])
+    one = lambda order: stack_.apply(params, x, lengths, clips[order], rngs={"dropout": jax.random.key(3)}) == 0
+    np.testing.assert_array_equal(one(slice(None, None, -1)), one(slice(None))[::-1])  # by the clip, wherever it stands
+
+
+@pytest.mark.parametrize("system", ["av_mtl_si", "av_mtl_s2s", "av_unified", "asr"])
+def test_dropout_is_for_training_alone(system):
+    """One system of each kind of network."""
+    module = models.get(system).build(dataclasses.replace(SIZES, dropout=0.5))
+    params, given = {"params": parameters(system)}, made_up()
+    draw = lambda key: (module.apply(params, given, True, rngs={"dropout": key}), module.apply(params, given))
+    both = jax.jit(draw)
+    (one, off), (again, _), (other, _) = (both(jax.random.key(i)) for i in (1, 1, 2))
+    assert_same(one, again)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), off, network(system)(given))
+    assert differs(answer(one), answer(other)) and np.abs(answer(one) - answer(off)).max() > 1e-2

@@ -170,7 +170,7 @@ def test_a_clip_that_hangs_its_decoder_is_skipped(synthetic_dir, tmp_path, monke
 
 
 def test_an_old_dataset_comes_back_where_the_new_one_fails(tmp_path):
-    old = epath.Path(tmp_path) / "2.0.0"
+    old = epath.Path(tmp_path) / "2.1.0"
     make(old, "records")
     with pytest.raises(OSError, match="full"), prepare.replacing(old):
         assert not old.exists()

@@ -41,7 +41,7 @@ def assert_same_tree(a, b):
 def test_metrics_of_every_epoch(trained):
     rows = metrics_of(trained)
     assert [(row["step"], row["epoch"]) for row in rows] == [("2", "1"), ("4", "2")]  # 9 clips in batches of 4: 2 steps an epoch
-    terms = {"loss", "whole", "gap", "ctc", "gap_l1_db"}
+    terms = {"loss", "whole", "gap", "ctc", "ctc_infeasible", "gap_l1_db"}
     assert set(rows[0]) == {"step", "epoch", "lr_scale", "train_grad_norm"} | {f"{s}_{t}" for s in ("train", "val") for t in terms}
     for row in rows:
         values = {k: float(v) for k, v in row.items()}
@@ -168,7 +168,7 @@ def test_a_run_from_before_a_field_of_the_config_goes_on(halfway, tiny_config):
         ({"system": "av_mtl"}, ValueError, r"unknown system 'av_mtl'; expected one of"),
         ({"preset": "papre"}, ValueError, r"unknown preset 'papre'; expected one of paper"),
         ({"lstm": "fused"}, ValueError, r"lstm: found 'fused', expected one of"),
-        ({"motion": "pixel"}, ValueError, r"config.motion: found 'pixel', expected 'pixels' or 'standardised'"),
+        ({"motion": "pixel"}, ValueError, r"config.motion: found 'pixel', expected 'pixels', 'standardised' or 'pose'"),
         ({"landmarks": "nose"}, ValueError, r"landmarks: found 'nose', expected"),
         ({"loss__kind": "mae"}, ValueError, r"loss.kind: found 'mae', expected 'mse' or 'l1'"),
         ({"gaps__total": "poisson"}, ValueError, r"gaps.total: found 'poisson', expected"),
@@ -457,3 +457,13 @@ def test_eight_clips_are_learnt_by_heart(grid_dir, tmp_path):
         gap.append(float(metrics["gap"][0] / metrics["gap"][1]))
     print(f"gap MSE: {gap[0]:.4f} at the start, {np.mean(gap[-20:]):.4f} in the last 20 of 300 steps")
     assert np.mean(gap[-20:]) < 0.1 * gap[0]
+
+
+def test_a_run_of_older_columns_goes_on(tmp_path):
+    """Rows keep to the header that is there: what it does not know is left out, what it lacks is not a number."""
+    path = tmp_path / "metrics.csv"
+    workdir.add_row(path, {"step": 1, "train_loss": 0.5, "gone": 2})
+    workdir.add_row(path, {"step": 2, "train_ctc_infeasible": 0.25, "train_loss": 0.4})
+    first, second = workdir.read_rows(path)
+    assert first == {"step": 1, "train_loss": 0.5, "gone": 2}
+    assert (second["step"], second["train_loss"]) == (2, 0.4) and np.isnan(second["gone"]) and len(second) == 3

@@ -1,5 +1,6 @@
 """Sums against librosa, scipy and NumPy clip by clip; then what training and repair make of them, from a dataset to a sound."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -82,6 +83,32 @@ def motion_of(clip, s, frames):
     return motion[~(missing | np.concatenate([[False], missing[:-1]]))]
 
 
+def posed(i):
+    """The same clip with a face: eyes 60 px apart that turn and come nearer, a mouth that moves."""
+    rng = np.random.default_rng(10 + i)
+    clip = record(i)
+    t = len(clip["landmarks"])
+    face = rng.uniform([-60, -20], [60, 90], (68, 2))
+    face[36:42], face[42:48] = face[36:42] * 0.1 - [30, 0], face[42:48] * 0.1 + [30, 0]
+    angle, size = rng.normal(0, 0.02, t).cumsum(), np.exp(rng.normal(0, 0.01, t).cumsum())
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    points = face + rng.normal(0, 0.3, (t, 68, 2)).cumsum(0)
+    return clip | {"landmarks": np.float32(180 + size[:, None, None] * np.einsum("xyt,tly->tlx", turn, points))}
+
+
+def pose_of(clip):
+    """(n, 272) float64, picture by picture: points turned level, in eye distances from the bridge; less their mean; and speeds."""
+    points, valid = clip["landmarks"][:75].astype(np.float64), clip["landmarks_valid"][:75]
+    place = []
+    for shape in points:
+        across = shape[42:48].mean(0) - shape[36:42].mean(0)  # iBUG: eyes 37 to 48, the bridge begins with 28
+        along, down = across / np.hypot(*across), np.array([-across[1], across[0]]) / np.hypot(*across)
+        place.append(np.stack([(shape - shape[27]) @ along, (shape - shape[27]) @ down], -1).ravel() / np.hypot(*across))
+    place = np.stack(place) - np.mean([p for p, seen in zip(place, valid) if seen], 0)
+    kept = [k for k in range(1, len(place)) if valid[k] and valid[k - 1]]
+    return np.stack([np.r_[place[k], (place[k] - place[k - 1]) * float(clip["fps"]) / 25] for k in kept])
+
+
 @functools.cache
 def sums_of(i):
     return train_statistics.clip_sums(record(i))
@@ -109,6 +136,29 @@ def test_sums_of_a_clip(i, preset):
         np.testing.assert_allclose(found[f"{s}.{name}"] / UNIT, values.sum(0), atol=off * np.sqrt(len(values)) + 1e-6)
         most = 2 * np.abs(values).max() * off * len(values)
         np.testing.assert_allclose(found[f"{s}.{name}_squares"] / UNIT, (values**2).sum(0), atol=most + 1e-6)
+
+
+@functools.cache
+def sums_of_posed(i):
+    return train_statistics.clip_sums(posed(i))
+
+
+@pytest.mark.parametrize("i", range(len(LENGTHS)))
+def test_sums_of_a_clips_poses(i):
+    found, pose = sums_of_posed(i), pose_of(posed(i))
+    assert found["pose.pictures"] == len(pose) == {0: 75, 1: 74, 2: 30, 3: 2, 4: 75}[i] - 1 - (5 if PICTURES[i] > 20 else 0)
+    np.testing.assert_allclose(found["pose.pose"] / UNIT, pose.sum(0), atol=2e-5 * np.sqrt(len(pose)) + 1e-6)
+    most = 2 * np.abs(pose).max() * 2e-5 * len(pose)
+    np.testing.assert_allclose(found["pose.pose_squares"] / UNIT, (pose**2).sum(0), atol=most + 1e-6)
+
+
+def test_moments_of_poses_are_numpys_of_all_pictures_together():
+    kept = train_statistics.finish(functools.reduce(train_statistics.add, map(sums_of_posed, range(len(LENGTHS)))))["pose"]
+    pictures = np.concatenate([pose_of(posed(i)) for i in range(len(LENGTHS))])
+    assert kept["pictures"] == len(pictures) and len(kept["pose_mean"]) == 272
+    np.testing.assert_allclose(kept["pose_mean"], pictures.mean(0), atol=1e-5)
+    np.testing.assert_allclose(kept["pose_std"], np.maximum(pictures.std(0), 1e-3), atol=1e-5)
+    assert kept["pose_std"][2 * 27] == 1e-3, "the bridge is where all is measured from, and has a floor"
 
 
 def test_pictures_without_a_face_do_not_count():
@@ -185,7 +235,7 @@ def test_moments_are_numpys_of_all_frames_together(preset):
 
 def test_what_is_kept_is_plain_and_short():
     kept = train_statistics.finish(sums_of(0))
-    assert json.loads(json.dumps(kept)) == kept and sorted(kept) == ["morrone", "paper", "wide"]
+    assert json.loads(json.dumps(kept)) == kept and sorted(kept) == ["morrone", "paper", "pose", "wide"]
     for of_preset in kept.values():
         numbers = sum((v for v in of_preset.values() if isinstance(v, list)), [])
         assert all(type(x) is float and x == float(f"{x:.7g}") and str(x) != "-0.0" for x in numbers)
@@ -194,6 +244,7 @@ def test_what_is_kept_is_plain_and_short():
 def test_what_never_changes_has_a_floor():
     still = np.repeat(record(1)["landmarks"][:1], 74, 0)
     kept = train_statistics.finish(train_statistics.clip_sums(record(1, audio=np.zeros(48_000, np.int16), landmarks=still)))
+    assert {*kept["pose"]["pose_std"]} == {1e-3} and kept.pop("pose")["pictures"] == 73 - 5
     for of_preset in kept.values():
         assert {*of_preset["level_std"], *of_preset["motion_std"]} == {1e-3}
     np.testing.assert_allclose(kept["wide"]["level_mean"], np.log(1e-5), rtol=1e-6)
@@ -261,7 +312,7 @@ def test_the_train_split_is_standard_after_it(wide_config, data_dir, train_recor
 def test_what_needs_no_statistics_reads_none(tiny_config, tmp_path):
     for fields in ({}, {"motion": "standardised", "system": "a_si"}):
         assert experiment.read_normalisation(tiny_config(**fields), tmp_path / "nowhere") == features.Normalisation()
-    with pytest.raises(ValueError, match="config.motion: found 'pixel', expected 'pixels' or 'standardised'"):
+    with pytest.raises(ValueError, match="config.motion: found 'pixel', expected 'pixels', 'standardised' or 'pose'"):
         experiment.read_normalisation(tiny_config(motion="pixel"), tmp_path)
     with pytest.raises(ValueError, match="found that of nothing, expected that of level and motion"):
         experiment.make_feature_config(tiny_config(preset="wide", motion="standardised"))
@@ -274,8 +325,9 @@ def test_what_needs_no_statistics_reads_none(tiny_config, tmp_path):
         ("{", "can't be read"),
         ({}, "found only nothing"),
         ({"full_train": True, "face_models_sha256": "1"}, "found only full_train, face_models_sha256"),
-        ({"train_statistics": {"paper": {}}}, "found level_mean 0, level_std 0, motion_mean 0, motion_std 0 numbers"),
-        ({"train_statistics": {"wide": {"level_mean": [0.0] * 64}}}, "found level_mean 64, .* numbers, not .80, 80, 136, 136."),
+        ({"train_statistics": {"paper": {}}}, "found level_mean 0, level_std 0, motion_mean 0, motion_std 0, pose_mean 0"),
+        ({"train_statistics": {"wide": {"level_mean": [0.0] * 64}}}, "found level_mean 64, .* not .80, 80, 136, 136, 0, 0."),
+        ({"train_statistics": {"pose": {"pose_mean": [0.0] * 136}}}, "pose_mean 136, pose_std 0 numbers, not .*, 272, 272."),
     ],
 )
 def test_a_dataset_without_them(tmp_path, metadata, says):
@@ -286,6 +338,40 @@ def test_a_dataset_without_them(tmp_path, metadata, says):
     message = str(error.value)
     assert "expected train_statistics of preset 'wide' there; rebuild with avsi-prepare --overwrite" in message
     assert str(tmp_path / "metadata.json") in message and "\n" not in message
+
+
+@pytest.mark.parametrize("landmarks", ["face", "mouth"])
+def test_poses_of_the_train_split_are_standard_after_it(wide_config, data_dir, train_records, statistics, landmarks):
+    """Mean 0 and standard deviation 1 over the pictures that count, but for the bridge, which stands still."""
+    config = wide_config(system="av_unified", motion="pose", landmarks=landmarks)
+    normalisation = experiment.read_normalisation(config, input_pipeline.find_dataset(data_dir))
+    given = dataclasses.replace(experiment.make_feature_config(config, normalisation), video_rate="video")
+    batch = batch_of(train_records)
+    seen = jax.jit(features.make_features, static_argnums=2)(batch, np.zeros((len(train_records), 1, 2), np.int32), given)
+    known = batch["landmarks_valid"]
+    counted = np.asarray(seen.video)[:, 1:][known[:, 1:] & known[:, :-1]].astype(np.float64)
+    assert counted.shape == (statistics["pose"]["pictures"], {"face": 272, "mouth": 80}[landmarks])
+    moves = np.ones(68, bool) if landmarks == "mouth" else np.arange(68) != 27
+    moves = np.tile(np.repeat(moves[48:] if landmarks == "mouth" else moves, 2), 2)
+    np.testing.assert_allclose(counted.mean(0), 0, atol=1e-3)
+    np.testing.assert_allclose(counted.std(0)[moves], 1, atol=1e-3)
+
+
+def test_a_dataset_from_before_poses_lacks_nothing_else(wide_config, tiny_dir, data_dir, statistics, tmp_path, capsys):
+    """2.0.0: what is standardised by other statistics is as before, and poses are refused in one line."""
+    old = copy_of(tiny_dir, tmp_path, {k: v for k, v in statistics.items() if k != "pose"})
+    read = lambda where, **fields: experiment.read_normalisation(wide_config(**fields), input_pipeline.find_dataset(where))
+    for fields in ({}, {"system": "av_mtl_s2s"}, {"preset": "morrone", "system": "av_si"}, {"preset": "paper"}):
+        assert read(old, **fields) == read(data_dir, **fields)
+    assert read(old, preset="paper", motion="pose") == features.Normalisation(), "a_si sees no pose"
+    with pytest.raises(StatisticsError, match="holds no statistics of poses; rebuild with avsi-prepare --overwrite"):
+        read(old, system="av_mtl_s2s", motion="pose")
+    fields = {"data_dir": old, "units": 8, "bottleneck": 8, "motion": "pose"}
+    arguments = ["--config=tiny", f"--workdir={tmp_path / 'run'}", *(f"--config.{k}={v}" for k, v in fields.items())]
+    assert train.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("avsi-train: ") and err.count("\n") == 1 and "statistics of poses" in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_old_dataset_trains_what_needs_none(wide_config, tiny_dir, tmp_path, capsys):
@@ -423,7 +509,7 @@ def test_the_gaps_error_is_of_true_levels(restorer, wide_config, data_dir, batch
     normalisation = experiment.read_normalisation(config, input_pipeline.find_dataset(data_dir))
     arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
     sums = jax.jit(experiment.make_loss(config, normalisation))(restorer.params, arrays, key)[1]
-    draw = {k: v for k, v in config.gaps.items() if k != "protocol"}
+    draw = {k: v for k, v in config.gaps.items() if k not in ("protocol", "curriculum_steps")}
     drawn = gaps.draw_batch(key, batch["id_hash"], batch["audio_length"], **draw)
     restored = restorer.restore(batch, np.asarray(drawn))
     off, true = np.asarray(restored.level), np.asarray(restored.features.target)

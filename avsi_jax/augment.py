@@ -1,0 +1,79 @@
+"""A raw batch -> the same clips as another voice or camera might have given them. Training only, inside the jitted step.
+
+Everything is drawn anew by key and clip id, so that it depends neither on the batch nor on the devices; a strength of 0 turns a
+change off. Words, labels and what belongs to which picture stay true.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from avsi_jax.features import GRID_WIDTH
+
+# iBUG-68 points of a face seen in a mirror: jaw, brows, nose, eyes and lips change sides.
+_SIDES = (
+    *zip(range(0, 8), range(16, 8, -1)),
+    *zip(range(17, 22), range(26, 21, -1)),
+    (31, 35), (32, 34), (36, 45), (37, 44), (38, 43), (39, 42), (40, 47), (41, 46),
+    (48, 54), (49, 53), (50, 52), (55, 59), (56, 58), (60, 64), (61, 63), (65, 67),
+)  # fmt: skip
+MIRRORED = np.arange(68)
+for _a, _b in _SIDES:
+    MIRRORED[_a], MIRRORED[_b] = _b, _a
+
+
+def augment(
+    key: jax.Array, batch: dict, *, speed: float, gain_db: float, mirror: float, stretch: float, noise_px: float, jitter_ms: float,
+    lose_video: float,
+) -> dict:  # fmt: skip
+    """The batch (arrays of `input_pipeline`) changed clip by clip; audio becomes float32, in units of int16.
+
+    speed: sound and picture run faster by a factor of U(1 - speed, 1 + speed), pitch and formants with it (Ko et al. 2015);
+    gain_db: loudness by U(-gain_db, gain_db); mirror: probability that left and right of the face change sides; stretch: every
+    movement larger by U(1 - stretch, 1 + stretch), across and down each; noise_px: deviation of Gaussian noise on every point and
+    picture, in pixels of a 360-wide picture; jitter_ms: the sound lags the picture by U(-jitter_ms, jitter_ms) more; lose_video:
+    probability that no picture shows a face.
+    """
+
+    def one(hash_, clip):
+        keys = jax.random.split(jax.random.fold_in(key, hash_), 8)
+        between = lambda k, reach, shape=(): jax.random.uniform(k, shape, minval=-reach, maxval=reach)
+        audio = clip["audio"].astype(jnp.float32)
+        if speed:
+            rate = 1 + between(keys[0], speed)
+            audio, length = faster(audio, clip["audio_length"], rate)
+            clip |= {"audio_length": length, "fps": clip["fps"] * rate, "offset_s": clip["offset_s"] / rate}
+        if gain_db:
+            audio = jnp.clip(audio * 10 ** (between(keys[1], gain_db) / 20), -32768, 32767)
+        points = clip["landmarks"]
+        if mirror:
+            x, y = jnp.moveaxis(points[:, MIRRORED], -1, 0)
+            over = jnp.stack([clip["frame_size"][0] - x, y], -1)
+            points = jnp.where(jax.random.uniform(keys[2]) < mirror, over, points)
+        if stretch:
+            rest = points.mean(0, keepdims=True)
+            points = rest + (points - rest) * (1 + between(keys[3], stretch, (1, 1, 2)))
+        if noise_px:
+            unit = noise_px * clip["frame_size"][0] / GRID_WIDTH
+            points = points + unit * jax.random.normal(keys[4], points.shape)
+        if jitter_ms:
+            clip |= {"offset_s": clip["offset_s"] + between(keys[5], jitter_ms) / 1000}
+        if lose_video:
+            clip |= {"landmarks_valid": clip["landmarks_valid"] & (jax.random.uniform(keys[6]) >= lose_video)}
+        return clip | {"audio": audio, "landmarks": points}
+
+    touched = ("audio", "audio_length", "fps", "offset_s", "landmarks", "frame_size", "landmarks_valid")
+    return batch | jax.vmap(one)(batch["id_hash"], {k: batch[k] for k in touched})
+
+
+def faster(audio: jax.Array, length: jax.Array, rate: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(N,) sound of `length` samples played `rate` times as fast, by linear interpolation, cut to N; and its length."""
+    total = audio.shape[0]
+    position = jnp.arange(total) * rate
+    low = jnp.minimum(jnp.floor(position).astype(jnp.int32), total - 1)
+    part = position - low
+    sound = audio[low] * (1 - part) + audio[jnp.minimum(low + 1, total - 1)] * part
+    length = jnp.minimum(jnp.floor(length / rate).astype(jnp.int32), total)
+    return jnp.where(jnp.arange(total) < length, sound, 0.0), length

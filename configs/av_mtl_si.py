@@ -1,0 +1,12 @@
+"""av_mtl_si, in the paper's code alone: av_si with a CTC head behind a ReLU layer. 4.19 M parameters.
+
+avsi-train --config=av_mtl_si --workdir=DIR --config.data_dir=DATA
+"""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.system = "av_mtl_si"
+    return config

@@ -1,0 +1,33 @@
+"""av_unified, ours: one network for sound and lips, sound alone, lips alone. docs/systems.md says what each choice gave.
+
+avsi-train --config=av_unified --workdir=DIR --config.data_dir=DATA
+"""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.system = "av_unified"
+    config.preset = "wide"
+    config.motion = "pose"
+    config.ctc_units = "phones"
+    config.mask_input = True
+    config.stack = 2  # 50 steps a second
+    config.gaps.max_count = 4
+    config.gaps.total = "uniform"
+    config.gaps.low_ms = 160.0
+    config.gaps.high_ms = 1600.0
+    config.augment.jitter_ms = 20.0
+    config.augment.lose_video = 0.1
+    config.augment.lose_sound = 0.05
+    config.loss.whole = 0.1
+    config.loss.gap = 1.0
+    config.loss.near_frames = 4
+    config.batch_size = 16
+    config.epochs = 100
+    config.schedule = "cosine"
+    config.warmup_epochs = 1.0
+    config.monitor = "val_gap_l1_db"
+    config.early_stop_patience = 0
+    return config

@@ -1,0 +1,12 @@
+"""v_s2s, completes the paper's table: av_s2s that hears nothing. 8.71 M parameters.
+
+avsi-train --config=v_s2s --workdir=DIR --config.data_dir=DATA
+"""
+
+from configs import av_s2s
+
+
+def get_config():
+    config = av_s2s.get_config()
+    config.system = "v_s2s"
+    return config
