@@ -1,10 +1,11 @@
 # Every target sets itself up: a Python 3.11 or 3.12 with its headers, a C compiler and make are all a fresh machine needs.
 #   PYTHON=/path/to/python  which Python makes the environment      VENV=.venv-312  where it lies
-#   ARGS="-k stft"          more words for pytest
+#   ARGS="-k stft"          more words for pytest, or for the benchmark
+#   TPU_CACHE=DIR           where `make tpu` keeps what it compiled: a rerun does what is missing
 #   GRID=DIR OUT=DIR EPOCHS=N for `make demo`
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint test test-slow test-beam demo clean
+.PHONY: help venv lint test test-slow test-beam demo bench tpu clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -29,6 +30,8 @@ help:
 	@echo "make test           lint and all tests but the slow ones"
 	@echo "make test-slow      the slow tests"
 	@echo "make test-beam      the build by Apache Beam, in an environment of its own (.venv-beam: Beam takes an older protobuf)"
+	@echo "make bench          the training step beside PyTorch, flax and Keras, in an environment of its own (.venv-bench)"
+	@echo "make tpu            every system compiled by the TPU's own compiler, an hour of CPU or more -> docs/tpu.md"
 	@echo "make demo           the whole way on synthetic clips that it makes: build, train, evaluate, repair a clip"
 	@echo "make demo GRID=DIR  the same on a folder of Grid clips"
 	@echo "make lint           ruff"
@@ -70,6 +73,18 @@ test-beam:
 demo: venv
 	@PATH="`cd "$(BIN)" && pwd`:$$PATH" GRID="$(GRID)" OUT="$(OUT)" EPOCHS="$(EPOCHS)" bash launch/demo.sh
 
+# TORCH_INDEX: another package index that has PyTorch for CPUs alone, e.g. https://download.pytorch.org/whl/cpu
+bench:
+	@$(MAKE) venv VENV=.venv-bench CONSTRAINTS=constraints/bench.txt WANTED=". torch keras $(TORCH_INDEX:%=--extra-index-url %)"
+	.venv-bench/bin/python benchmarks/train_step.py --json $(ARGS)
+
+TPU_CACHE ?= $(HOME)/.cache/avsi_jax/tpu
+tpu:
+	@$(MAKE) venv VENV=.venv-tpu CONSTRAINTS=constraints/tpu.txt WANTED="'.[tpu,test]'" \
+	  PINS="pyproject.toml setup.py constraints/tests.txt constraints/tpu.txt"
+	.venv-tpu/bin/python -m pytest -m "slow or not slow" tests/test_tpu_compile.py tests/test_pallas_lstm.py
+	.venv-tpu/bin/python benchmarks/tpu_compile.py --cache="$(TPU_CACHE)" $(ARGS)
+
 clean:
-	rm -rf "$(VENV)" .venv-beam build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf "$(VENV)" .venv-beam .venv-bench .venv-tpu build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

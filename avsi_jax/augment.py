@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from avsi_jax.features import GRID_WIDTH
+from avsi_jax.spec import RECORD_RATE
 
 # iBUG-68 points of a face seen in a mirror: jaw, brows, nose, eyes and lips change sides.
 _SIDES = (
@@ -26,7 +27,7 @@ for _a, _b in _SIDES:
 
 def augment(
     key: jax.Array, batch: dict, *, speed: float, gain_db: float, mirror: float, stretch: float, noise_px: float, jitter_ms: float,
-    lose_video: float,
+    lose_video: float, trim: float,
 ) -> dict:  # fmt: skip
     """The batch (arrays of `input_pipeline`) changed clip by clip; audio becomes float32, in units of int16.
 
@@ -34,13 +35,18 @@ def augment(
     gain_db: loudness by U(-gain_db, gain_db); mirror: probability that left and right of the face change sides; stretch: every
     movement larger by U(1 - stretch, 1 + stretch), across and down each; noise_px: deviation of Gaussian noise on every point and
     picture, in pixels of a 360-wide picture; jitter_ms: the sound lags the picture by U(-jitter_ms, jitter_ms) more; lose_video:
-    probability that no picture shows a face.
+    probability that no picture shows a face; trim: a share of trim x (1 - U(0, 1)^3) is cut off
+    the silence before the words, and off that after them.
     """
 
     def one(hash_, clip):
         keys = jax.random.split(jax.random.fold_in(key, hash_), 8)
         between = lambda k, reach, shape=(): jax.random.uniform(k, shape, minval=-reach, maxval=reach)
         audio = clip["audio"].astype(jnp.float32)
+        if trim:
+            cut = trim * (1 - jax.random.uniform(keys[7], (2,)) ** 3)
+            audio, length, start = trimmed(audio, clip["audio_length"], clip["speech"], cut)
+            clip |= {"audio_length": length, "offset_s": clip["offset_s"] - start / RECORD_RATE}
         if speed:
             rate = 1 + between(keys[0], speed)
             audio, length = faster(audio, clip["audio_length"], rate)
@@ -64,8 +70,16 @@ def augment(
             clip |= {"landmarks_valid": clip["landmarks_valid"] & (jax.random.uniform(keys[6]) >= lose_video)}
         return clip | {"audio": audio, "landmarks": points}
 
-    touched = ("audio", "audio_length", "fps", "offset_s", "landmarks", "frame_size", "landmarks_valid")
+    touched = ("audio", "audio_length", "fps", "offset_s", "landmarks", "frame_size", "landmarks_valid", "speech")
     return batch | jax.vmap(one)(batch["id_hash"], {k: batch[k] for k in touched})
+
+
+def trimmed(audio: jax.Array, length: jax.Array, speech: jax.Array, cut: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(N,) sound of `length` samples less shares `cut` (2,) of what is before and after `speech` (2,) s; its length and start."""
+    first, last = jnp.clip(jnp.round(speech * RECORD_RATE).astype(jnp.int32), 0, length)
+    start = jnp.floor(cut[0] * first).astype(jnp.int32)
+    length = length - jnp.floor(cut[1] * (length - last)).astype(jnp.int32) - start
+    return jnp.where(jnp.arange(audio.shape[0]) < length, jnp.roll(audio, -start), 0.0), length, start
 
 
 def faster(audio: jax.Array, length: jax.Array, rate: jax.Array) -> tuple[jax.Array, jax.Array]:

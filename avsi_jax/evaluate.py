@@ -275,7 +275,7 @@ def heard(said: tuple[list[str], str] | None, text: str, b: int) -> dict:
 
 def keep_example(folder: Path, clip: str, gap_ms: int, made: list[dict]) -> dict:
     """Writes one clip's sounds and returns what the report needs to show them."""
-    from avsi_jax import media
+    from avsi_jax import media, text
     from avsi_jax.spec import RECORD_RATE
 
     mine = [m for m in made if m["row"]["clip_id"] == clip]
@@ -294,6 +294,7 @@ def keep_example(folder: Path, clip: str, gap_ms: int, made: list[dict]) -> dict
         "end_s": first["end_s"],
         "text": first["text"],
         "said": said,
+        **({"phones": " ".join(text.phones_of(first["text"]))} if any(map(str.isupper, said.values())) else {}),
         "sounds": sounds,
     }
 

@@ -121,11 +121,8 @@ def lost_at_preset(lost: jax.Array, spec: Spec) -> jax.Array:
     """bool (..., N record) -> (..., N preset): true where the decimating filter's support holds a lost record sample."""
     if spec.decimation == 1:
         return lost
-    half = stft.FIR_HALF_TAPS
-    window = (1,) * (lost.ndim - 1) + (2 * half + 1,)
-    stride = (1,) * (lost.ndim - 1) + (spec.decimation,)
-    pad = [(0, 0)] * (lost.ndim - 1) + [(half, half)]
-    return jax.lax.reduce_window(lost, False, jax.lax.bitwise_or, window, stride, pad)
+    support = np.ones(2 * stft.FIR_HALF_TAPS + 1, np.float32)
+    return stft.through_filter(lost.astype(jnp.float32), support, spec.decimation) > 0.5
 
 
 def touched_frames(lost: jax.Array, spec: Spec) -> jax.Array:

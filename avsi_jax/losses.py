@@ -23,7 +23,8 @@ def near(mask: jax.Array, frames: int, valid: jax.Array) -> jax.Array:
     if frames < 0:
         raise ValueError(f"near: found {frames} frames, expected 0 or more")
     size, pad = (1, 2 * frames + 1), ((0, 0), (frames, frames))
-    return jax.lax.reduce_window(mask & valid, False, jax.lax.bitwise_or, size, (1, 1), pad) & valid
+    marked = (mask & valid).astype(jnp.float32)  # as numbers: for v6e, XLA's compiler aborts at a window of `or`
+    return (jax.lax.reduce_window(marked, 0.0, jax.lax.max, size, (1, 1), pad) > 0) & valid
 
 
 def ctc(logits: jax.Array, num_frames: jax.Array, labels: jax.Array, label_length: jax.Array, weight: jax.Array):

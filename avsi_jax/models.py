@@ -57,8 +57,7 @@ class Sizes:
 class Stack(nn.Module):
     """`layers` bidirectional LSTM layers of `units` a direction: (B, S, I) -> (B, S, 2 units).
 
-    `drop` (B,), in training: `dropout` of the values after each layer are 0, the same ones in every step of a clip (Gal &
-    Ghahramani 2016), drawn by the clip's number: the same whatever the batch or the devices.
+    `drop` (B,), in training: the numbers of the clips, by which `dropout` of the values after each layer are dropped.
     """
 
     layers: int
@@ -72,10 +71,17 @@ class Stack(nn.Module):
         for i in range(self.layers):
             x = BidirectionalLSTM(self.units, self.lstm, self.dtype, name=f"blstm_{i + 1}")(x, lengths)
             if self.dropout and drop is not None:
-                keys = jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("dropout"), drop)
-                kept = jax.vmap(lambda key, size=x.shape[-1]: jax.random.bernoulli(key, 1 - self.dropout, (size,)))(keys)
-                x = jnp.where(kept[:, None], x / (1 - self.dropout), 0.0)
+                x = dropped(x, self.dropout, self.make_rng("dropout"), drop)
         return x
+
+
+def dropped(x: jax.Array, rate: float, key: jax.Array, clips: jax.Array) -> jax.Array:
+    """(B, S, I) with `rate` of the values 0, the same ones in every step of a clip (Gal & Ghahramani 2016), the others larger.
+
+    Drawn by the clip's number, (B,): the same whatever the batch or the devices.
+    """
+    one = lambda clip: jax.random.bernoulli(jax.random.fold_in(key, clip), 1 - rate, x.shape[-1:])
+    return jnp.where(jax.vmap(one)(clips)[:, None], x / (1 - rate), 0.0)
 
 
 def stack_of(sizes: Sizes, name: str, layers: int | None = None) -> Stack:
@@ -195,17 +201,25 @@ class Unified(nn.Module):
 
 
 class Recogniser(nn.Module):
-    """asr: sound alone -> BLSTMs -> CTC. The judge of restored words; it restores nothing."""
+    """asr: sound alone -> convolutions over time -> CTC. The judge of restored words; it restores nothing.
+
+    A layer sees two steps on either side of its own, so that a phone is said where it is heard and a fault in one word is not heard
+    in another: BLSTMs, which see the whole clip, came to say words half a second away from where they are.
+    """
 
     sizes: Sizes
 
     @nn.compact
     def __call__(self, features: Features, train: bool = False) -> Output:
-        drop = features.id_hash if train else None
-        steps = -(-features.num_frames // self.sizes.stack)
-        sound = jnp.where(features.valid[..., None], features.spectrogram, 0.0)
-        x = stack_of(self.sizes, "decoder")(fold(sound, self.sizes.stack), steps, drop)
-        return Output(None, nn.Dense(self.sizes.labels, name="ctc")(x), steps)
+        sizes, steps = self.sizes, -(-features.num_frames // self.sizes.stack)
+        x = fold(jnp.where(features.valid[..., None], features.spectrogram, 0.0), sizes.stack)
+        inside = (jnp.arange(x.shape[1])[None] < steps[:, None])[..., None]
+        for i in range(sizes.layers):
+            y = nn.relu(nn.LayerNorm(name=f"norm_{i + 1}")(nn.Conv(sizes.units, (5,), name=f"conv_{i + 1}")(x)))
+            if sizes.dropout and train:
+                y = dropped(y, sizes.dropout, self.make_rng("dropout"), features.id_hash)
+            x = jnp.where(inside, x + y if i else y, 0.0)
+        return Output(None, nn.Dense(sizes.labels, name="ctc")(x), steps)
 
 
 # ---- registry ------------------------------------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ METRICS = {
     "stoi": Metric("STOI", "", 3, False, "short-time objective intelligibility, whole clip (Taal et al. 2011); up to 1."),
     "estoi": Metric("ESTOI", "", 3, False, "extended STOI, whole clip (Jensen and Taal 2016); up to 1."),
     "cer": Metric("Lip CER", "", 3, True, LIP_CER),
+    "per": Metric("Lip PER", "", 3, True, LIP_CER.replace("character", "phone")),
 }
 CURVES = ("gap_l1_db", "stoi", "estoi", "pesq_nb", "pesq_wb")
 SPEAKER_METRICS = ("gap_l1_db", "estoi")
@@ -265,7 +266,8 @@ def _cards(folder: Path, example: dict, systems: list[dict], scores: dict) -> li
     for name, (sound, rate, uri) in decoded.items():
         row = scores.get((example["clip_id"], example["gap_ms"], name), {})
         shown = [f"{m.label} {_number(float(row[k]), m.digits)}" for k, m in METRICS.items() if row.get(k)]
-        said = _compared(example["text"], example["said"].get(name, ""))
+        said = example["said"].get(name, "")
+        said = _compared(example.get("phones", "") if said.isupper() else example["text"], said)
         picture = _spectrogram(sound, rate, top_db, (example["start_s"], example["end_s"]))
         cards.append({"name": name, "kind": kinds[name], "picture": picture, "sound": uri, "scores": shown, "said": said})
     return cards

@@ -14,6 +14,7 @@ import numpy as np
 
 from avsi_jax.spec import RECORD_RATE, Spec
 
+FIR_BLOCK = 128  # samples that one matrix product makes
 FIR_HALF_TAPS = 64  # taps of the decimating filter on each side, in record samples: 4 ms
 DB_FLOOR = -80.0  # of the 'db' level, and of every log-mel error that is reported
 MIN_MAGNITUDE = 1e-5  # floor under the logarithm of the 'db' level (-100 dB, then clipped to DB_FLOOR)
@@ -35,12 +36,26 @@ def decimate(sound: jax.Array, spec: Spec) -> jax.Array:
     """(..., N) at RECORD_RATE -> (..., ceil(N / factor)) at the preset's rate; sample n is centred on record sample factor x n."""
     if spec.decimation == 1:
         return sound
-    lead, (n,) = sound.shape[:-1], sound.shape[-1:]
-    kernel = jnp.asarray(decimation_filter(spec.decimation))[None, None]
-    out = jax.lax.conv_general_dilated(
-        sound.reshape(-1, 1, n), kernel, (spec.decimation,), [(FIR_HALF_TAPS, FIR_HALF_TAPS)], precision="highest"
-    )
-    return out.reshape(*lead, -1)
+    return through_filter(sound, decimation_filter(spec.decimation), spec.decimation)
+
+
+def through_filter(x: jax.Array, taps: np.ndarray, factor: int) -> jax.Array:
+    """(..., N) and symmetric taps (2 FIR_HALF_TAPS + 1,) -> every `factor`-th sample of their convolution, (..., ceil(N / factor)).
+
+    A block of samples at a time is a product with a matrix that holds the taps as a band: for the convolution of one channel a
+    TPU's compiler estimates fifty times the rest of a training step (docs/tpu.md).
+    """
+    hop, (n,) = factor * FIR_BLOCK, x.shape[-1:]
+    samples = -(-n // factor)
+    blocks = -(-samples // FIR_BLOCK)
+    ends = (FIR_HALF_TAPS, (blocks + 1) * hop - n - FIR_HALF_TAPS)
+    cut = jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), ends]).reshape(*x.shape[:-1], blocks + 1, hop)
+    windows = jnp.concatenate([cut[..., :-1, :], cut[..., 1:, : 2 * FIR_HALF_TAPS]], -1)
+    band = np.zeros((hop + 2 * FIR_HALF_TAPS, FIR_BLOCK), np.float32)
+    for k in range(FIR_BLOCK):
+        band[factor * k : factor * k + len(taps), k] = taps
+    out = jnp.matmul(windows, band, precision="highest")
+    return out.reshape(*x.shape[:-1], -1)[..., :samples]
 
 
 def pre_emphasise(sound: jax.Array, spec: Spec) -> jax.Array:
@@ -88,11 +103,12 @@ def _padding(num_samples: int, spec: Spec) -> tuple[int, int]:
 
 
 def _frames(sound: jax.Array, spec: Spec) -> jax.Array:
-    """(..., N) -> (..., F, n_fft), not windowed."""
-    n = sound.shape[-1]
-    padded = jnp.pad(sound, [(0, 0)] * (sound.ndim - 1) + [_padding(n, spec)])
-    index = np.arange(spec.frames_of(n))[:, None] * spec.hop + np.arange(spec.n_fft)[None]
-    return padded[..., index]
+    """(..., N) -> (..., F, n_fft), not windowed; put together from whole hops, which a TPU copies where it would gather samples."""
+    n, frames, pieces = sound.shape[-1], spec.frames_of(sound.shape[-1]), -(-spec.n_fft // spec.hop)
+    left, total = _padding(n, spec)[0], (frames - 1 + pieces) * spec.hop
+    hops = jnp.pad(sound, [*[(0, 0)] * (sound.ndim - 1), (left, max(0, total - left - n))])[..., :total]
+    hops = hops.reshape(*sound.shape[:-1], -1, spec.hop)
+    return jnp.concatenate([hops[..., k : k + frames, :] for k in range(pieces)], -1)[..., : spec.n_fft]
 
 
 def stft(sound: jax.Array, spec: Spec) -> jax.Array:

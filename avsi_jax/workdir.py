@@ -26,7 +26,7 @@ LATER_FIELDS = {  # of the config: what runs did that are older than the field
     "motion": "pixels", "fidelity": "ours", "video_rate": "audio", "ctc_units": "characters", "mask_input": False,
     "bottleneck_relu": True, "skip": False, "stack": 1, "lip_layers": 0, "feedback": 0, "dropout": 0.0, "dtype": "float32",
     "gaps": {"curriculum_steps": 0}, "loss": {"near_frames": 0},
-    "augment": dict.fromkeys(("speed", "gain_db", "mirror", "stretch", "noise_px", "jitter_ms", "lose_video", "lose_sound"), 0.0),
+    "augment": dict.fromkeys("speed gain_db mirror stretch noise_px jitter_ms lose_video lose_sound trim".split(), 0.0),
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ METRICS = (  # name in summary.json, heading, digits
     ("stoi", "STOI, whole clip (higher is better)", 3),
     ("estoi", "ESTOI, whole clip (higher is better)", 3),
     ("cer", "Character error of what the lips said (greedy CTC, no grammar; lower is better)", 3),
+    ("per", "Phone error of what the lips said (greedy CTC, no grammar; lower is better)", 3),
 )
 SPLITS = {"test_seen": "Speakers heard in training (test_seen)", "test": "Unseen speakers s30 s32 s33 s34 (test)"}
 KEPT = (

@@ -1,6 +1,6 @@
 """Makes tests/lstm_torch.npz: a bidirectional nn.LSTM of PyTorch, its inputs, outputs and every gradient, for tests/test_lstm.py.
 
-    make .venv-bench && .venv-bench/bin/python benchmarks/torch_lstm_figures.py        # only to make them anew: tests need no torch
+    .venv-bench/bin/python benchmarks/torch_lstm_figures.py        # only to make them anew: tests need no torch
 
 Clips of 9, 5 and 1 steps go in packed, as PyTorch has it. Names in the file: TYPE/NAME and TYPE/gradient/NAME, TYPE float32 or
 float64, NAME a parameter of nn.LSTM or x; TYPE/outputs; weight: of the outputs in the scalar loss; lengths.

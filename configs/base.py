@@ -58,6 +58,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.augment = ml_collections.ConfigDict()
     config.augment.speed = 0.0  # sound and picture faster or slower by up to this share
     config.augment.gain_db = 0.0  # louder or softer by up to
+    config.augment.trim = 0.0  # of the silence around the words up to this share cut off
     config.augment.mirror = 0.0  # probability
     config.augment.stretch = 0.0  # every movement of the face larger or smaller by up to this share
     config.augment.noise_px = 0.0  # deviation of noise on every point, pixels of a 360-wide picture

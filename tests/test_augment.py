@@ -9,8 +9,11 @@ import pytest
 from avsi_jax import augment, features, gaps, spec
 
 RATE = 16_000
-NOTHING = dict.fromkeys(("speed", "gain_db", "mirror", "stretch", "noise_px", "jitter_ms", "lose_video"), 0.0)
-EVERYTHING = {"speed": 0.1, "gain_db": 12.0, "mirror": 0.5, "stretch": 0.2, "noise_px": 0.5, "jitter_ms": 30.0, "lose_video": 0.5}
+NOTHING = dict.fromkeys(("speed", "gain_db", "mirror", "stretch", "noise_px", "jitter_ms", "lose_video", "trim"), 0.0)
+EVERYTHING = {
+    "speed": 0.1, "gain_db": 12.0, "mirror": 0.5, "stretch": 0.2, "noise_px": 0.5, "jitter_ms": 30.0,
+    "lose_video": 0.5, "trim": 1.0,
+}  # fmt: skip
 TOUCHES = {
     "speed": {"audio", "audio_length", "fps", "offset_s"},
     "gain_db": {"audio"},
@@ -19,6 +22,7 @@ TOUCHES = {
     "noise_px": {"landmarks"},
     "jitter_ms": {"offset_s"},
     "lose_video": {"landmarks_valid"},
+    "trim": {"audio", "audio_length", "offset_s"},
 }
 
 
@@ -36,6 +40,7 @@ def clips(count=6, samples=4_000, pictures=9, seed=0):
         "frame_size": np.resize(np.int32([[360, 288], [720, 576]]), (count, 2)),
         "fps": np.resize(np.float32([25, 25, 30]), count),
         "offset_s": np.resize(np.float32([0, 0.011, -0.04]), count),
+        "speech": np.tile(np.float32([0.04, 0.1]), (count, 1)),
         "id_hash": np.arange(1, count + 1, dtype=np.uint32) * np.uint32(2_654_435_761),
         "labels": rng.integers(0, 9, (count, 5)).astype(np.int32),
         "weight": np.ones(count, np.float32),
@@ -243,6 +248,21 @@ def test_noise_is_of_every_point_and_picture():
     assert abs(np.corrcoef(left, right)[0, 1]) < 4 / np.sqrt(left.size)
 
 
+def test_trim_cuts_silence_alone():
+    """Words from 0.04 to 0.1 s of 0.25, 0.206 and 0.125 s stay whole; a share of 1 - U^3 of what lies on either side goes."""
+    batch = clips(600)
+    found = changed(batch, trim=0.9)
+    start = np.rint((batch["offset_s"] - found["offset_s"]) * RATE).astype(int)
+    behind = batch["audio_length"] - start - found["audio_length"]
+    for b, (first, n) in enumerate(zip(start, found["audio_length"])):
+        np.testing.assert_array_equal(found["audio"][b, :n], batch["audio"][b, first : first + n])
+        assert not found["audio"][b, n:].any()
+    for cut, silence in ((start, 640), (behind, batch["audio_length"] - 1_600)):
+        share = cut / silence
+        assert share.min() >= 0 and share.max() <= 0.9
+        np.testing.assert_allclose(np.percentile(share, [10, 50, 90]), 0.9 * (1 - np.float64([0.9, 0.5, 0.1]) ** 3), atol=0.06)
+
+
 def test_lost_video_is_that_of_whole_clips():
     batch = many()
     found = changed(batch, lose_video=0.1)["landmarks_valid"]
@@ -262,7 +282,8 @@ def test_what_a_gap_hides_stays_hidden():
     config = features.FeatureConfig(spec.get("wide"), motion="pose")
 
     def heard(audio):
-        other = augment.augment(jax.random.key(0), batch | {"audio": audio}, **EVERYTHING)
+        strengths = EVERYTHING | {"trim": 0.0}  # which moves the gap to other samples
+        other = augment.augment(jax.random.key(0), batch | {"audio": audio}, **strengths)
         return features.make_features(other, gap, config), other
 
     slope = jax.jit(jax.grad(lambda audio: (heard(audio)[0].spectrogram ** 2).sum()))(batch["audio"])

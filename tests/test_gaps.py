@@ -259,6 +259,7 @@ def raw_batch(seed=0):
         "frame_size": np.int32([[360, 288]] * 2),
         "fps": np.float32([25, 25]),
         "offset_s": np.float32([0.011, 0]),
+        "id_hash": np.uint32([11, 22]),
     }
 
 

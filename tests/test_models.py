@@ -121,6 +121,12 @@ def unified(c):
     return layers + dense(2 * u, c.stack * 80) + dense(2 * u, 33)
 
 
+def convolutions(c):
+    """asr as its config has it: each layer sees five steps, and has two numbers a unit to standardise by."""
+    inputs = [c.stack * 80] + [c.units] * (c.layers - 1)
+    return sum(dense(5 * n, c.units) + 2 * c.units for n in inputs) + dense(c.units, 33)
+
+
 A, AV = stack(64) + dense(512, 64), stack(64 + 136) + dense(512, 64)
 HIDDEN = dense(512, 136) + dense(136, 42)
 BY_HAND = {
@@ -137,7 +143,7 @@ BY_HAND = {
     "v_s2s": stack(136) + stack(512) + dense(512, 64),
     "morrone_av_mtl": stack(257 + 136, 250) + dense(500, 257) + dense(500, 33),
     "av_unified": unified(configs.load("av_unified")),
-    "asr": (lambda c: stack(c.stack * 80, c.units, c.layers) + dense(2 * c.units, 33))(configs.load("asr")),
+    "asr": convolutions(configs.load("asr")),
 }
 PUBLISHED = {"a_si": 3_840_064, "av_si": 4_118_592, "av_s2s": 8_843_328, "av_mtl_s2s": 8_148_802}  # of their Keras models
 PUBLISHED_M = {"av_mtl_si": 4.19, "morrone_av_mtl": 4.44}  # the same, rounded

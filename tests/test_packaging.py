@@ -156,7 +156,8 @@ def test_wrong_arguments_are_told_in_one_line(script, args, tmp_path):
 
 def third_party_imports(package: str) -> dict[str, str]:
     """Top-level name of every library the package imports, anywhere in its files -> the file."""
-    ours = {*PACKAGES, *sys.stdlib_module_names, *(p.stem for p in (ROOT / "tests").glob("*.py"))}
+    beside = (p.stem for folder in ("tests", "benchmarks") for p in (ROOT / folder).glob("*.py"))
+    ours = {*PACKAGES, *sys.stdlib_module_names, *beside}
     names = {}
     for path in sorted((ROOT / package).glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

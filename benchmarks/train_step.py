@@ -1,0 +1,397 @@
+"""The training step of av_mtl_s2s beside the same work in PyTorch, with flax's own cells and in Keras on JAX.
+
+    make bench                                       # makes .venv-bench, with torch and keras, and runs this
+    python benchmarks/train_step.py [--json] [--batch_size 32] [--rounds 9] [--lstm auto] [--dtype float32] [--only ours torch]
+
+The work: batch 32, 149 steps of ready features, the whole network, MSE + 0.001 CTC, gradients clipped at norm 1, Adam. Ours is the
+step that avsi-train maps over its devices (on a CPU one a core); `whole` makes the features from sound and landmarks too. Every
+contender has a process of its own and they take turns, step by step; medians count. --sweep, on a GPU: batches of 32, 256 and 1024,
+float32, TF32 and bfloat16, the scan and cuDNN. The last line of --json is one flat object. Without torch or keras their
+fields are absent, and a line says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+FRAMES, BANDS, MOTION, UNITS, BOTTLENECK, LABELS, TEXT, LAYERS = 149, 64, 136, 256, 136, 42, 24, 3
+NEEDS = {"ours": "jax", "torch": "torch", "flax": "flax", "flax_optimized": "flax", "keras": "keras"}
+SWEEP = [(batch, kind) for batch in (32, 256, 1024) for kind in ("float32", "tf32", "bfloat16")]
+
+
+def made_up(batch_size: int) -> dict:
+    """Features and text of a batch, drawn at random: the same for every contender."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    draw = lambda n: rng.normal(size=(batch_size, FRAMES, n)).astype(np.float32)
+    labels = rng.integers(1, 28, (batch_size, TEXT)).astype(np.int32)
+    return {"spectrogram": draw(BANDS), "video": draw(MOTION), "target": draw(BANDS), "labels": labels}
+
+
+def gflop(batch_size: int) -> tuple[float, float]:
+    """Of the products of a forward pass and of a training step, in 1e9 multiplications and additions.
+
+    A step: forward, by every weight, and by every input but the features.
+    """
+    recurrent = LAYERS * 2 * 2 * UNITS * 4 * UNITS
+    inputs = sum(first + (LAYERS - 1) * 2 * UNITS for first in (MOTION, BANDS + BOTTLENECK)) * 2 * 4 * UNITS
+    dense = 2 * UNITS * BOTTLENECK + BOTTLENECK * LABELS + 2 * UNITS * BANDS
+    forward = recurrent + inputs + dense
+    unwanted = (MOTION + BANDS) * 2 * 4 * UNITS
+    scale = 2 * batch_size * FRAMES / 1e9
+    return forward * scale, (3 * forward - unwanted) * scale
+
+
+# ---- the contenders: each gives {what: function that does it once and waits}, and facts ----------------------------------------
+
+
+def raw_batch(batch_size: int) -> dict:
+    """A batch as input_pipeline gives it, of noise: for the step that makes its features itself."""
+    import numpy as np
+
+    from avsi_jax import input_pipeline
+
+    rng = np.random.default_rng(1)
+    clip = {"text": "bin blue at f two now", "words": [], "offset_s": 0, "frame_size": (720, 576), "fps": 25,
+            "audio": rng.integers(-3000, 3000, 47_648).astype(np.int16), "landmarks_valid": np.ones(75, bool),
+            "landmarks": rng.normal(300, 20, (75, 68, 2)).astype(np.float32)}  # fmt: skip
+    clips = [input_pipeline.to_example(clip | {"id": f"clip{k}"}) for k in range(batch_size)]
+    return {k: np.stack([np.asarray(c[k]) for c in clips]) for k, v in clips[0].items() if not isinstance(v, str)}
+
+
+def set_up_jax(args):
+    from avsi_jax import parallel
+
+    parallel.use_every_core(args.batch_size)
+    import jax
+
+    if args.precision != "tf32":  # what XLA does on an NVIDIA GPU unless told otherwise
+        jax.config.update("jax_default_matmul_precision", "highest")
+    return jax
+
+
+def flax_layer(cell: str, units: int, *_, name: str, **__):
+    """Stands in for lstm.BidirectionalLSTM: flax's own cell under its own RNN and Bidirectional."""
+    import flax.linen as nn
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, lengths=None):
+            forward, backward = (nn.RNN(getattr(nn, cell)(units)) for _ in range(2))
+            return nn.Bidirectional(forward, backward)(x)
+
+    return Layer(name=name)
+
+
+def ours(args, cell: str = ""):
+    """The project's step; with `cell` flax's own layers stand in for its LSTM."""
+    jax = set_up_jax(args)
+    import configs
+    from avsi_jax import experiment, features, models, parallel, train
+
+    wanted = [("batch_size", str(args.batch_size)), ("lstm", args.lstm)]
+    if cell:
+        models.BidirectionalLSTM = functools.partial(flax_layer, cell)
+    elif "dtype" in configs.fields(configs.load("base")):
+        wanted.append(("dtype", args.dtype))
+    elif args.dtype != "float32":
+        models.BidirectionalLSTM = functools.partial(models.BidirectionalLSTM, dtype=args.dtype)
+    config = configs.load("av_mtl_s2s", wanted, like="base")
+
+    raw, given = raw_batch(args.batch_size), made_up(args.batch_size)
+    ready = experiment.example_features(config, args.batch_size)._replace(
+        **{k: v for k, v in given.items() if k in features.Features._fields}
+    )
+    ready = {f"ready_{k}": jax.device_get(v) for k, v in ready._asdict().items()}
+    batch = raw | ready | {"labels": raw["labels"] * 0, "label_length": raw["label_length"] * 0 + TEXT}
+    batch["labels"][:, :TEXT] = given["labels"]
+
+    state = parallel.replicate(train.init_state(config, 1))
+    make_features = features.make_features
+
+    def compiled(batch, from_raw: bool):
+        features.make_features = make_features if from_raw else given_features
+        step = parallel.map_train_step(train.make_train_step(config, experiment.make_optimiser(config, 1)))
+        began = time.perf_counter()
+        return step.lower(state, parallel.split(batch)).compile(), time.perf_counter() - began
+
+    given_features = lambda batch, *_: features.Features(*(batch[f"ready_{k}"] for k in features.Features._fields))
+
+    step, compile_s = compiled(batch, from_raw=False)
+    box = [state]
+
+    def run(step, batch):
+        box[0], metrics = step(box[0], parallel.split(batch))
+        jax.block_until_ready((box[0], metrics))
+
+    model = experiment.make_model(config)
+    forward = parallel.map_evaluation_step(
+        lambda params, batch: parallel.sum_over_devices(model.apply({"params": params}, given_features(batch)).level.sum())
+    )
+    params = jax.device_put(jax.device_get(state.params), jax.local_devices()[0])
+    one = jax.device_put(jax.tree.map(lambda v: v[:1], given_features(ready)))
+    single = jax.jit(lambda params, given: model.apply({"params": params}, given).level)
+    does = {
+        "step": lambda: run(step, batch),
+        "forward": lambda: jax.block_until_ready(forward(box[0].params, parallel.split(batch))),
+        "single": lambda: jax.block_until_ready(single(params, one)),
+        "peak": lambda: matmul_of(jax.numpy.ones, jax.block_until_ready),
+    }
+    if not cell and not args.short:
+        whole, _ = compiled(raw, from_raw=True)
+        does["whole"] = lambda: run(whole, raw)
+    facts = {"compile_s": compile_s, "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
+    return does, facts | {"version": f"jax {jax.__version__}"}
+
+
+def matmul_of(make, wait, n: int = 2048) -> float:
+    """The best of five products of n x n float32 matrices, in GFLOP/s."""
+    a, best = make((n, n)), 0.0
+    for _ in range(6):
+        began = time.perf_counter()
+        wait(a @ a)
+        best = max(best, 2 * n**3 / (time.perf_counter() - began) / 1e9)
+    return best
+
+
+def torch_contender(args):
+    """nn.LSTM on all threads, or by cuDNN on the GPU."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    device, half = torch.device("cuda" if cuda else "cpu"), args.precision == "bfloat16"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            stack = lambda inputs: torch.nn.LSTM(inputs, UNITS, LAYERS, bidirectional=True)
+            self.encoder, self.decoder = stack(MOTION), stack(BANDS + BOTTLENECK)
+            self.bottleneck = torch.nn.Linear(2 * UNITS, BOTTLENECK)
+            self.ctc, self.output = torch.nn.Linear(BOTTLENECK, LABELS), torch.nn.Linear(2 * UNITS, BANDS)
+
+        def forward(self, video, spectrogram):
+            lips = torch.relu(self.bottleneck(self.encoder(video)[0]))
+            return self.output(self.decoder(torch.cat([spectrogram, lips], -1))[0]), self.ctc(lips)
+
+    network = Network().to(device)
+    adam = torch.optim.Adam(network.parameters(), 1e-3)
+    given = made_up(args.batch_size)
+    turned = (given[k].swapaxes(0, 1).copy() for k in ("video", "spectrogram", "target"))  # (T, B, ...), as it likes it best
+    video, spectrogram, target, labels = (torch.tensor(v).to(device) for v in (*turned, given["labels"]))
+    steps, lengths = (torch.full((args.batch_size,), n) for n in (FRAMES, TEXT))
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    cast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
+
+    def step():
+        adam.zero_grad()
+        with cast():
+            level, logits = network(video, spectrogram)
+        error = ((level.float() - target) ** 2).mean()
+        ctc = torch.nn.functional.ctc_loss(logits.float().log_softmax(-1), labels, steps, lengths, reduction="sum")
+        (error + 1e-3 * ctc / args.batch_size).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        adam.step()
+        wait()
+
+    def forward(clips: int):
+        with torch.inference_mode(), cast():
+            network(video[:, :clips], spectrogram[:, :clips])
+        wait()
+
+    does = {"step": step, "forward": lambda: forward(args.batch_size), "single": lambda: forward(1)}
+    does["peak"] = lambda: matmul_of(lambda shape: torch.ones(shape, device=device), lambda _: wait())
+    return does, {"devices": torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads",
+                  "version": f"torch {torch.__version__}"}  # fmt: skip
+
+
+def keras_contender(args):
+    """Keras' LSTM and its own training step, backend jax."""
+    os.environ["KERAS_BACKEND"] = "jax"
+    import keras
+    import numpy as np
+
+    both = lambda x: keras.layers.Bidirectional(keras.layers.LSTM(UNITS, return_sequences=True))(x)
+    video, spectrogram = keras.Input((FRAMES, MOTION)), keras.Input((FRAMES, BANDS))
+    lips = keras.layers.Dense(BOTTLENECK, "relu")(functools.reduce(lambda x, _: both(x), range(LAYERS), video))
+    logits = keras.layers.Dense(LABELS, name="logits")(lips)
+    joined = keras.layers.Concatenate()([spectrogram, lips])
+    level = keras.layers.Dense(BANDS, name="level")(functools.reduce(lambda x, _: both(x), range(LAYERS), joined))
+    model = keras.Model([video, spectrogram], [level, logits])
+    adam = keras.optimizers.Adam(1e-3, global_clipnorm=1.0)
+    model.compile(adam, loss=["mse", keras.losses.CTC()], loss_weights=[1.0, 1e-3], jit_compile=True)
+    given = made_up(args.batch_size)
+    x, y = [given["video"], given["spectrogram"]], [given["target"], given["labels"]]
+    does = {
+        "step": lambda: np.asarray(model.train_on_batch(x, y)),
+        "forward": lambda: model.predict_on_batch(x),
+        "single": lambda: model.predict_on_batch([v[:1] for v in x]),
+    }
+    return does, {"version": f"keras {keras.__version__}, {keras.backend.backend()}"}
+
+
+CONTENDERS = {
+    "ours": ours,
+    "torch": torch_contender,
+    "flax": functools.partial(ours, cell="LSTMCell"),
+    "flax_optimized": functools.partial(ours, cell="OptimizedLSTMCell"),
+    "keras": keras_contender,
+}
+
+
+# ---- taking turns --------------------------------------------------------------------------------------------------------------
+
+
+def child(args) -> int:
+    """A contender's process: a word a line comes in ('step'), seconds or GFLOP/s go out; lines of ours start with @."""
+    tell = lambda what: print("@" + json.dumps(what), flush=True)
+    does, facts = CONTENDERS[args.child](args)
+    tell(facts | {"does": list(does)})
+    for line in sys.stdin:
+        began, cpu = time.perf_counter(), time.process_time()
+        value = does[line.strip()]()
+        tell({"seconds": time.perf_counter() - began, "cpu_s": time.process_time() - cpu,
+              "value": value if isinstance(value, float) else None,
+              "mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024})  # fmt: skip
+    return 0
+
+
+class Contender:
+    """A contender as the others see it."""
+
+    def __init__(self, name: str, args, **changes):
+        said = {k: v for k, v in vars(args).items() if k in ("batch_size", "lstm", "dtype", "precision")} | changes
+        words = [w for k, v in said.items() for w in (f"--{k}", str(v))] + ["--short"] * args.short
+        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        self.name, self.times, self.cpu, self.mb = name, {}, [], 0.0
+        command, pipe = [sys.executable, __file__, "--child", name, *words], subprocess.PIPE
+        self.process = subprocess.Popen(command, env=environment, text=True, stdin=pipe, stdout=pipe)
+        self.facts = self._answer()
+
+    def _answer(self) -> dict:
+        for line in self.process.stdout:
+            if line.startswith("@"):
+                return json.loads(line[1:])
+        raise RuntimeError(f"{self.name} ended with status {self.process.wait()}; its last words are above")
+
+    def do(self, what: str, counts: bool = True) -> dict:
+        print(what, file=self.process.stdin, flush=True)
+        answer = self._answer()
+        self.mb = answer["mb"]
+        if counts:
+            self.times.setdefault(what, []).append(answer["seconds"])
+            self.cpu += [answer["cpu_s"]] * (what == "step")
+        return answer
+
+    def ms(self, what: str) -> float:
+        return statistics.median(self.times[what]) * 1e3
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def take_turns(contenders: list[Contender], what: str, rounds: int) -> None:
+    """Two rounds to warm up, then `rounds` that count; in every round each does it once."""
+    able = [c for c in contenders if what in c.facts["does"]]
+    for k in range(rounds + 2):
+        for c in able:
+            c.do(what, counts=k >= 2)
+
+
+def compile_seconds(args) -> tuple[float, float]:
+    """Tracing and compiling our step in a fresh process: into an empty compilation cache, and from it."""
+    with tempfile.TemporaryDirectory() as folder:
+        said = [w for k in ("batch_size", "lstm", "dtype") for w in (f"--{k}", str(getattr(args, k)))]
+        command = [sys.executable, __file__, "--child", "ours", "--short", *said]
+        run = functools.partial(subprocess.run, command, input="", capture_output=True, text=True, check=True)
+        found = [run(env=os.environ | {"JAX_COMPILATION_CACHE_DIR": folder}).stdout.splitlines() for _ in range(2)]
+    return tuple(json.loads(next(line for line in lines if line.startswith("@"))[1:])["compile_s"] for lines in found)
+
+
+def compare(names: list[str], args) -> dict:
+    """One flat object: ms and ratios of every contender."""
+    contenders = [Contender(name, args) for name in names]
+    suffix = {"step": "", "forward": "_forward", "single": "_batch1", "whole": "_from_raw"}
+    for what in suffix:
+        take_turns(contenders, what, args.rounds)
+    row = {f"ms_{c.name}{s}": c.ms(what) for c in contenders for what, s in suffix.items() if what in c.times}
+    # Of a step, all threads together: what other jobs on the machine touch least.
+    row |= {f"cpu_ms_{c.name}": statistics.median(c.cpu) * 1e3 for c in contenders}
+    best = [row[k] for k in ("ms_flax", "ms_flax_optimized") if k in row]
+    others = {name: row[f"ms_{name}"] for name in ("torch", "keras") if f"ms_{name}" in row} | ({"flax": min(best)} if best else {})
+    row |= {f"ratio_{name}_over_ours": ms / row["ms_ours"] for name, ms in others.items()}
+    row |= {f"ratio_{n}_over_ours_{w}": row[f"ms_{n}_{w}"] / row[f"ms_ours_{w}"] for n in others for w in ("forward", "batch1")
+            if f"ms_{n}_{w}" in row}  # fmt: skip
+    row |= {f"mb_{c.name}": c.mb for c in contenders} | {f"version_{c.name}": c.facts["version"] for c in contenders}
+    forward, step = gflop(args.batch_size)
+    peak = max(c.do("peak")["value"] for c in contenders if "peak" in c.facts["does"])
+    row |= {"gflop": step, "gflop_forward": forward, "peak_gflops": peak, "share_of_peak": step / row["ms_ours"] * 1e3 / peak}
+    row |= {"share_of_peak_torch": step / row["ms_torch"] * 1e3 / peak} if "ms_torch" in row else {}
+    row |= {"devices": contenders[0].facts["devices"], "cores": os.cpu_count(), "machine": platform.platform(terse=True)}
+    for c in contenders:
+        c.close()
+    return row
+
+
+def sweep(args) -> dict:
+    """On a GPU: the scan and cuDNN beside PyTorch at several batches and precisions; bfloat16 is the scan's alone."""
+    row = {}
+    for batch, precision in SWEEP:
+        dtype = "bfloat16" if precision == "bfloat16" else "float32"
+        at = {"batch_size": batch, "precision": precision, "dtype": dtype}
+        contenders = {"scan": Contender("ours", args, lstm="joined", **at), "torch": Contender("torch", args, **at)}
+        if dtype == "float32":
+            contenders["cudnn"] = Contender("ours", args, lstm="cudnn", **at)
+        take_turns(list(contenders.values()), "step", args.rounds)
+        row |= {f"ms_{name}_{batch}_{precision}": c.ms("step") for name, c in contenders.items()}
+        for c in contenders.values():
+            c.close()
+    return row
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="one flat object as the last line")
+    parser.add_argument("--batch_size", type=int, default=32, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each that count (default: %(default)s)")
+    parser.add_argument("--lstm", default="auto", help="auto, separate, joined or cudnn (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", help="of our LSTM: float32 or bfloat16 (default: %(default)s)")
+    parser.add_argument("--precision", default="float32", choices=("float32", "tf32", "bfloat16"), help="of products, on a GPU")
+    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), help="default: all")
+    parser.add_argument("--sweep", action="store_true", help="batches and precisions, on a GPU")
+    parser.add_argument("--short", action="store_true", help="the step alone: no features from raw sound, no compile times")
+    parser.add_argument("--child", choices=list(CONTENDERS), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if min(args.batch_size, args.rounds) <= 0:
+        parser.error("expected --batch_size and --rounds above 0")
+    if args.child:
+        return child(args)
+    for package in (missing := sorted({NEEDS[n] for n in args.only if not importlib.util.find_spec(NEEDS[n])})):
+        print(f"{package} is not installed: left out; `make bench` has an environment with it")
+    names = ["ours"] + [n for n in args.only if n != "ours" and NEEDS[n] not in missing]
+    row = compare(names, args)
+    if not args.short:
+        row["compile_s_ours"], row["cached_compile_s_ours"] = compile_seconds(args)
+    row |= sweep(args) if args.sweep else {}
+    for name, value in row.items():
+        print(f"{name:32}{value:12.3f}" if isinstance(value, float) else f"{name:32}{value!s:>12}")
+    if args.json:
+        print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
