@@ -1,24 +1,32 @@
-"""Trainings side by side: one row a run, from the split that chose nothing of it but its settings, never from a test split.
+"""Trainings side by side -> docs/ablations.json and the tables of docs/systems.md.
 
-    python benchmarks/ablation.py --data_dir=DATA [--splits=validation_seen,validation] [--out=ROWS.json] WORKDIR...
+    python benchmarks/ablation.py add GROUP --data_dir=DATA [--out=CLIPS.json] RUN RUN...    keeps what a table needs of the runs
+    python benchmarks/ablation.py                                                         writes the tables anew from the json
 
-Every clip of a split gets one gap of each length inside its words, as in evaluation. A row holds the mean log-mel error in the gap
-of the restored waveform, by one front end for every run (the paper's mel at 8 kHz, floor -80 dB: runs of different presets can be
-compared), with the clip's own video, with another clip's and, where the network can do without, with none; the phone or character
-error of what was read; and the paired difference from the first run with its 95 % bootstrap interval over clips.
+Every clip of a validation split, never of a test split, gets one gap of each length inside its words, as in evaluation. A row holds
+the mean log-mel error in the gap of the restored waveform, by one front end for every run (the paper's mel at 8 kHz, floor -80 dB:
+runs of different presets can be compared), with the clip's own video, with another clip's and, where the network can do without,
+with none; the error of what was read, in the units of its head; and the paired difference from the first run of the group with
+its 95 % bootstrap interval over clips. A table stands where docs/systems.md has `<!-- GROUP -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+KEPT, PAGE = DOCS / "ablations.json", DOCS / "systems.md"
 GAPS_MS = (300, 600, 900, 1200, 1500)
+SPLITS = ("validation_seen", "validation")
+HEADINGS = {"validation_seen": "Speakers heard in training (validation_seen)", "validation": "Unseen speakers (validation)"}
 BATCH = 20
+UNTOLD = {"data_dir"}  # fields of a config that say nothing of the network
 
 
 def rows_of(workdir: Path, data_dir: str, split: str, builder_config: str, gaps_ms) -> dict:
@@ -75,44 +83,113 @@ def reading_error(config, said: list[str], true: list[str]) -> float | None:
     return decode.character_error_rate(list(zip(said, true))).rate
 
 
-def table(results: dict[str, dict]) -> list[str]:
-    """Markdown rows, a run each, of one split."""
+def row_of(run: dict, first: dict) -> dict:
+    """What a table needs of a run on one split, beside the first of its group."""
     from avsi_jax import metrics
 
-    first = next(iter(results))
-    mean = lambda run, way: np.mean([v for v in run["errors"][way].values()], 0)  # over lengths, clip by clip
-    lines = ["| run | " + " | ".join(f"{ms} ms" for ms in GAPS_MS) + " | mean | other video | no video | reading error | mean less "
-             f"{first}'s |", "| --- | " + "---: | " * (len(GAPS_MS) + 4) + "---: |"]  # fmt: skip
-    for name, run in results.items():
-        own = run["errors"]["own"]
-        cells = [f"{np.mean(own[str(ms)]):.2f}" for ms in GAPS_MS] + [f"{mean(run, 'own').mean():.2f}"]
-        cells += [f"{mean(run, way).mean():.2f}" if way in run["errors"] else "" for way in ("other", "none")]
-        cells.append("" if run["reading"] is None else f"{run['reading']:.3f}")
-        difference, low, high = metrics.paired_difference(mean(run, "own"), mean(results[first], "own"))
-        cells.append("" if name == first else f"{difference:+.2f} [{low:+.2f}, {high:+.2f}]")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+    mean = lambda of, way: np.mean([v for v in of["errors"][way].values()], 0)  # over lengths, clip by clip
+    row = {"gap_l1_db": {ms: round(float(np.mean(v)), 3) for ms, v in run["errors"]["own"].items()}}
+    row |= {way: round(float(mean(run, way).mean()), 3) for way in run["errors"]}
+    row["reading"] = run["reading"] and round(run["reading"], 4)
+    if run is not first:
+        difference = metrics.paired_difference(mean(run, "own"), mean(first, "own"))
+        row["difference"] = [round(float(x), 3) for x in difference]
+    return row | {"clips": len(next(iter(run["errors"]["own"].values())))}
+
+
+def facts_of(workdir: Path, first: Path) -> dict:
+    """What the run was: its config where it differs from the first one's, or all that the first one does not have from base."""
+    from ml_collections import ConfigDict
+
+    import configs
+    from avsi_jax import experiment
+    from avsi_jax import workdir as workdirs
+
+    here, there = (ConfigDict(workdirs.read_config(w)) for w in (workdir, first))
+    there = configs.load("base") if workdir == first else there
+    value = lambda config, field: eval_field(config, field)
+    differs = {f: value(here, f) for f in configs.fields(here) if f not in UNTOLD and value(here, f) != value(there, f)}
+    rows = workdirs.read_rows(workdir / workdirs.METRICS)
+    return {
+        "differs": differs,
+        "parameters": experiment.count_of(here),
+        "epochs": int(rows[-1]["epoch"]),
+        "best_val_gap_l1_db": min(r["val_gap_l1_db"] for r in rows),
+    }
+
+
+def eval_field(config, field: str):
+    """The value of a dotted field."""
+    for name in field.split("."):
+        config = config[name]
+    return config
+
+
+def add(group: str, workdirs: list[Path], data_dir: str, builder_config: str, out: Path | None) -> None:
+    """Evaluates the runs on both splits and keeps their rows under the group; `out` keeps every clip's errors for a second call."""
+    clips = json.loads(out.read_text()) if out and out.exists() else {}
+    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    for split in SPLITS:
+        for workdir in workdirs:
+            if workdir.name not in clips.setdefault(split, {}):
+                print(f"{split}: {workdir.name}", file=sys.stderr)
+                clips[split][workdir.name] = rows_of(workdir, data_dir, split, builder_config, GAPS_MS)
+                if out:
+                    out.write_text(json.dumps(clips))
+    first = workdirs[0]
+    kept[group] = {
+        w.name: {**facts_of(w, first), **{s: row_of(clips[s][w.name], clips[s][first.name]) for s in SPLITS}} for w in workdirs
+    }
+    KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def table(runs: dict[str, dict]) -> str:
+    """Markdown of one group: what each run is, then a table a split."""
+    first = next(iter(runs))
+    lines = ["| run | what differs | parameters |", "| --- | --- | ---: |"]
+    for name, run in runs.items():
+        fields = ", ".join(f"{f}={v}" for f, v in run["differs"].items()) if name != first else "see the text"
+        lines.append(f"| {name} | {fields} | {run['parameters']:,} |")
+    for split in SPLITS:
+        clips = runs[first][split]["clips"]
+        head = [f"{ms} ms" for ms in GAPS_MS]
+        head += ["mean", f"less {first}'s", "another clip's video", "no video", "reading error"]
+        lines += ["", f"{HEADINGS[split]}, {clips} clips, dB:", ""]
+        lines += [f"| run | {' | '.join(head)} |", "| --- " + "| ---: " * len(head) + "|"]
+        for name, run in runs.items():
+            row = run[split]
+            cells = [f"{row['gap_l1_db'][str(ms)]:.2f}" for ms in GAPS_MS] + [f"{row['own']:.2f}"]
+            cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(*row["difference"]) if "difference" in row else "")
+            cells += [f"{row[way]:.2f}" if way in row else "" for way in ("other", "none")]
+            cells.append("" if row["reading"] is None else f"{row['reading']:.3f}")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def page(text: str, kept: dict) -> str:
+    """docs/systems.md with the tables of the groups that are kept."""
+    for group, runs in kept.items():
+        mark = rf"(<!-- {re.escape(group)} -->\n).*?(<!-- end -->)"
+        if not re.search(mark, text, re.DOTALL):
+            raise SystemExit(f"{PAGE} has no place for {group}; expected <!-- {group} --> and <!-- end --> there")
+        text = re.sub(mark, lambda m, runs=runs: f"{m[1]}\n{table(runs)}\n\n{m[2]}", text, flags=re.DOTALL)
+    return text
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workdirs", nargs="+", type=Path)
-    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("command", nargs="?", choices=["add"], help="without it the page is written anew")
+    parser.add_argument("group", nargs="?")
+    parser.add_argument("runs", nargs="*", type=Path, help="workdirs; the first one is what the others are compared with")
+    parser.add_argument("--data_dir")
     parser.add_argument("--builder_config", default="speaker_independent")
-    parser.add_argument("--splits", default="validation_seen,validation")
     parser.add_argument("--out", type=Path, help="keeps every clip's errors; runs found there are not evaluated again")
     args = parser.parse_args()
-    if any(split.startswith("test") for split in args.splits.split(",")):
-        parser.error(f"--splits: found {args.splits}, expected validation splits: settings are not chosen on a test split")
-    kept = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
-    for split in args.splits.split(","):
-        for workdir in args.workdirs:
-            if workdir.name not in kept.setdefault(split, {}):
-                print(f"{split}: {workdir.name}", file=sys.stderr)
-                kept[split][workdir.name] = rows_of(workdir, args.data_dir, split, args.builder_config, GAPS_MS)
-                if args.out:
-                    args.out.write_text(json.dumps(kept))
-        print(f"\n{split}\n", *table({w.name: kept[split][w.name] for w in args.workdirs}), sep="\n")
+    if args.command and not (args.runs and args.data_dir):
+        parser.error("add: expected GROUP, --data_dir and workdirs")
+    if args.command:
+        add(args.group, args.runs, args.data_dir, args.builder_config, args.out)
+    PAGE.write_text(page(PAGE.read_text(), json.loads(KEPT.read_text())))
     return 0
 
 
