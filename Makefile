@@ -73,14 +73,14 @@ test-beam:
 demo: venv
 	@PATH="`cd "$(BIN)" && pwd`:$$PATH" GRID="$(GRID)" OUT="$(OUT)" EPOCHS="$(EPOCHS)" bash launch/demo.sh
 
-# TORCH_INDEX: another package index that has PyTorch for CPUs alone, e.g. https://download.pytorch.org/whl/cpu
+# EXTRA=cuda: on a machine with an NVIDIA GPU. TORCH_INDEX: another package index that has PyTorch for CPUs alone, e.g. https://download.pytorch.org/whl/cpu
 bench:
-	@$(MAKE) venv VENV=.venv-bench CONSTRAINTS=constraints/bench.txt WANTED=". torch keras $(TORCH_INDEX:%=--extra-index-url %)"
+	@$(MAKE) venv VENV=.venv-bench CONSTRAINTS=constraints/bench.txt WANTED="'.[$(EXTRA)]' torch keras $(TORCH_INDEX:%=--extra-index-url %)"
 	.venv-bench/bin/python benchmarks/train_step.py --json $(ARGS)
 
 TPU_CACHE ?= $(HOME)/.cache/avsi_jax/tpu
 tpu:
-	@$(MAKE) venv VENV=.venv-tpu CONSTRAINTS=constraints/tpu.txt WANTED="'.[tpu,test]'" \
+	@$(MAKE) venv VENV=.venv-tpu CONSTRAINTS=constraints/tpu.txt WANTED="'.[tpu,prepare,test]'" \
 	  PINS="pyproject.toml setup.py constraints/tests.txt constraints/tpu.txt"
 	.venv-tpu/bin/python -m pytest -m "slow or not slow" tests/test_tpu_compile.py tests/test_pallas_lstm.py
 	.venv-tpu/bin/python benchmarks/tpu_compile.py --cache="$(TPU_CACHE)" $(ARGS)

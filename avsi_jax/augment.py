@@ -1,7 +1,7 @@
 """A raw batch -> the same clips as another voice or camera might have given them. Training only, inside the jitted step.
 
 Everything is drawn anew by key and clip id, so that it depends neither on the batch nor on the devices; a strength of 0 turns a
-change off. Words, labels and what belongs to which picture stay true.
+change off. What belongs to which picture stays true, words and labels too, but for what a slowed clip runs over its length.
 """
 
 from __future__ import annotations

@@ -287,6 +287,7 @@ def keep_example(folder: Path, clip: str, gap_ms: int, made: list[dict]) -> dict
         media.write_sound(folder / sounds[name], m["sound"], RECORD_RATE)
     first = mine[0]["row"]
     said = {m["row"]["system"]: m["row"]["said"] for m in mine if m["row"]["said"]}
+    spoken = set(first["text"].split()) <= text.PRONUNCIATIONS.keys() and any(map(str.isupper, said.values()))
     return {
         "clip_id": clip,
         "gap_ms": gap_ms,
@@ -294,7 +295,7 @@ def keep_example(folder: Path, clip: str, gap_ms: int, made: list[dict]) -> dict
         "end_s": first["end_s"],
         "text": first["text"],
         "said": said,
-        **({"phones": " ".join(text.phones_of(first["text"]))} if any(map(str.isupper, said.values())) else {}),
+        **({"phones": " ".join(text.phones_of(first["text"]))} if spoken else {}),
         "sounds": sounds,
     }
 

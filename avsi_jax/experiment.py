@@ -5,6 +5,8 @@ Training, restoring and evaluating make them here, so that a checkpoint means th
 
 from __future__ import annotations
 
+import math
+
 CTC_UNITS = ("characters", "phones")
 
 
@@ -13,10 +15,14 @@ def make_model(config):
     from avsi_jax import models, spec, text
 
     system = models.get(config.system)
+    two_stages = config.system in ("av_s2s", "av_mtl_s2s", "v_s2s")
     choices = {
-        "output": ("linear", "relu"),
+        "output": ("linear",) if config.system == "av_unified" else ("linear", "relu"),
         "ctc_units": CTC_UNITS,
-        "video_rate": ("audio", "video") if config.system in ("av_s2s", "av_mtl_s2s", "v_s2s") else ("audio",),
+        "video_rate": ("audio", "video") if two_stages else ("audio",),
+        "skip": (False, True) if two_stages else (False,),
+        "mask_input": (False,) if config.system in ("v_s2s", "asr") else (False, True),
+        "dtype": ("float32",) if config.system == "asr" else ("float32", "bfloat16"),
         "stack": (1,) if not system.folds else (1, 2, 3, 4),
         "lip_layers": (0, 1, 2, 3, 4) if config.system == "av_unified" else (0,),
         "feedback": range(config.layers) if config.system == "av_unified" else (0,),  # a layer at least comes after
@@ -26,6 +32,8 @@ def make_model(config):
             raise ValueError(
                 f"config.{field}: found {config[field]!r}, expected {' or '.join(map(repr, known))} of {config.system}"
             )
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"config.dropout: found {config.dropout}, expected a share from 0 to below 1")
     same = ("layers", "units", "bottleneck", "bottleneck_relu", "skip", "mask_input", "stack", "lip_layers", "feedback", "dropout",
             "video_rate", "lstm", "dtype")  # fmt: skip
     return system.build(
@@ -160,15 +168,20 @@ def make_loss(config, normalisation=None, train: bool = True):
     model, feature_config = make_model(config), make_feature_config(config, normalisation)
     system = models.get(config.system)
     changes = {k: v for k, v in config.augment.items() if k != "lose_sound"}
-    if any(config.augment.values()) and not system.drops and (config.augment.lose_video or config.augment.lose_sound):
-        raise ValueError(f"config.augment: {config.system} needs sound and lips; expected lose_video and lose_sound 0")
+    if not system.drops and (config.augment.lose_video or config.augment.lose_sound):
+        raise ValueError(f"config.augment: {config.system} can't lose a stream; expected lose_video and lose_sound 0")
+    for name, share in config.augment.items():
+        most = {"speed": 0.5, "stretch": 1, "mirror": 1, "lose_video": 1, "lose_sound": 1, "trim": 1}.get(name, math.inf)
+        if not 0 <= share <= most:
+            raise ValueError(f"config.augment.{name}: found {share}, expected 0 to {most}")
     labels = ("phones", "phone_length") if config.ctc_units == "phones" else ("labels", "label_length")
 
     def loss(params, batch, key, step=0):
-        changing, dropping = jax.random.split(key)  # gaps are drawn by the key itself: the same ones whatever else is done
+        # Gaps are drawn by the key itself: the same ones whatever else is done.
+        changing, dropping, losing = jax.random.split(key, 3)
         if train and any(changes.values()):
             batch = augment.augment(changing, batch, **changes)
-        drawn = draw(key, batch, step)
+        drawn = draw(key, losing, batch, step)
         features = features_lib.make_features(batch, drawn, feature_config)
         output = model.apply({"params": params}, features, train, rngs={"dropout": dropping} if train else None)
         weight = batch["weight"]
@@ -193,7 +206,7 @@ def make_loss(config, normalisation=None, train: bool = True):
             terms["gap_l1"] = losses.spectrogram_error(*levels, hole, "l1")  # Means.result turns levels into dB
         return total, terms
 
-    def draw(key, batch, step):
+    def draw(key, losing, batch, step):
         """Gaps of training; of a recogniser none."""
         how = {k: v for k, v in config.gaps.items() if k not in ("protocol", "curriculum_steps")}
         if not system.restores:
@@ -204,7 +217,7 @@ def make_loss(config, normalisation=None, train: bool = True):
         drawn = gaps.draw_batch(key, batch["id_hash"], batch["audio_length"], **how)
         if not (train and config.augment.lose_sound):
             return drawn
-        lost = jax.vmap(lambda h: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, 1), h)))(batch["id_hash"])
+        lost = jax.vmap(lambda h: jax.random.uniform(jax.random.fold_in(losing, h)))(batch["id_hash"])
         everything = jnp.zeros_like(drawn).at[:, 0, 1].set(batch["audio_length"])
         return jnp.where((lost < config.augment.lose_sound)[:, None, None], everything, drawn)
 

@@ -135,7 +135,8 @@ class SingleStage(nn.Module):
         if not self.ctc:
             return Output(level)
         narrow = self.ctc == "hidden" and self.sizes.bottleneck
-        read = nn.relu(nn.Dense(self.sizes.bottleneck, name="bottleneck")(x)) if narrow else x
+        read = nn.Dense(self.sizes.bottleneck, name="bottleneck")(x) if narrow else x
+        read = nn.relu(read) if narrow and self.sizes.bottleneck_relu else read
         return Output(level, nn.Dense(self.sizes.labels, name="ctc")(read), features.num_frames)
 
 

@@ -24,7 +24,12 @@ def use_every_core(batch_size: int) -> None:
     As many as divide the batch. To be called before jax first looks for devices; without effect on GPU and TPU, and where the
     number is chosen already (JAX_NUM_CPU_DEVICES) or devices were looked for (a test, a notebook).
     """
-    keep_freed_memory()
+    _one_device_a_core(batch_size)
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
+
+
+def _one_device_a_core(batch_size: int) -> None:
     if "JAX_NUM_CPU_DEVICES" in os.environ or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -50,7 +50,8 @@ def read_run(workdir: str | Path, which: str = "best") -> Run:
         raise CheckpointError(
             f"no {workdir_files.CONFIG} in {workdir}; expected the workdir of a training (avsi-train --workdir=DIR)"
         )
-    config = ml_collections.ConfigDict(workdir_files.read_config(path.parent)).lock()
+    # How an LSTM was run is no part of what was learned, and cuDNN is not everywhere.
+    config = ml_collections.ConfigDict(workdir_files.read_config(path.parent) | {"lstm": "auto"}).lock()
     if missing := sorted(set(configs.fields(configs.load("base"))) - set(configs.fields(config))):
         raise CheckpointError(f"{path} has no {missing[0]}: a run of an older version; expected one trained with this version")
     normalisation = workdir_files.read_normalisation(path.parent)

@@ -131,7 +131,7 @@ def git_revision() -> str:
 def add_row(path: Path, row: dict) -> None:
     """Appends one row to a CSV file, with a header where the file is new; by the header that is there, what it lacks left out."""
     new = not path.exists() or path.stat().st_size == 0
-    names = list(row) if new else path.open().readline().strip().split(",")
+    names = list(row) if new else path.read_text().split("\n", 1)[0].split(",")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, names, restval="nan", extrasaction="ignore", lineterminator="\n")
         if new:

@@ -7,7 +7,8 @@ Every clip of a validation split, never of a test split, gets one gap of each le
 the mean log-mel error in the gap of the restored waveform, by one front end for every run (the paper's mel at 8 kHz, floor -80 dB:
 runs of different presets can be compared), with the clip's own video, with another clip's and, where the network can do without,
 with none; the error of what was read, in the units of its head; and the paired difference from the first run of the group with
-its 95 % bootstrap interval over clips. A table stands where docs/systems.md has `<!-- GROUP -->` and `<!-- end -->`.
+its 95 % bootstrap interval over clips (unseen: over speakers, then clips). A table stands where docs/systems.md has
+`<!-- GROUP -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ def rows_of(workdir: Path, data_dir: str, split: str, builder_config: str, gaps_
     restorer = Restorer.from_workdir(workdir)
     records = input_pipeline.Records(input_pipeline.find_dataset(data_dir, builder_config), split, mouth=False)
     errors: dict[str, dict[str, list]] = {}
-    said, true = [], []
+    said, true, speakers = [], [], []
     for batch in evaluate.batches(records, evaluate.chosen_clips(records, 0), BATCH):
         lengths = np.minimum(batch["audio_length"], restorer.spec.record_samples)
         real = np.flatnonzero(batch["weight"])
+        speakers += [batch["speaker"][b] for b in real]
         ways = {"own": batch, "other": batch["other"]} if restorer.system.uses_video else {"own": batch}
         if restorer.system.drops:
             ways["none"] = {**batch, "landmarks_valid": np.zeros_like(batch["landmarks_valid"])}
@@ -56,7 +58,7 @@ def rows_of(workdir: Path, data_dir: str, split: str, builder_config: str, gaps_
                 if way == "own" and ms == 900 and restorer.system.reads:
                     said += [restored.said[b] for b in real]
                     true += [batch["text"][b] for b in real]
-    return {"errors": errors, "reading": reading_error(restorer.config, said, true)}
+    return {"errors": errors, "reading": reading_error(restorer.config, said, true), "speakers": speakers}
 
 
 def gap_error(batch: dict, sound: np.ndarray, gap: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -83,8 +85,8 @@ def reading_error(config, said: list[str], true: list[str]) -> float | None:
     return decode.character_error_rate(list(zip(said, true))).rate
 
 
-def row_of(run: dict, first: dict) -> dict:
-    """What a table needs of a run on one split, beside the first of its group."""
+def row_of(run: dict, first: dict, unseen: bool) -> dict:
+    """What a table needs of a run on one split, beside the first of its group; `unseen`: speakers are drawn, then their clips."""
     from avsi_jax import metrics
 
     mean = lambda of, way: np.mean([v for v in of["errors"][way].values()], 0)  # over lengths, clip by clip
@@ -92,7 +94,8 @@ def row_of(run: dict, first: dict) -> dict:
     row |= {way: round(float(mean(run, way).mean()), 3) for way in run["errors"]}
     row["reading"] = run["reading"] and round(run["reading"], 4)
     if run is not first:
-        difference = metrics.paired_difference(mean(run, "own"), mean(first, "own"))
+        groups = run["speakers"] if unseen else None
+        difference = metrics.paired_difference(mean(run, "own"), mean(first, "own"), groups=groups)
         row["difference"] = [round(float(x), 3) for x in difference]
     return row | {"clips": len(next(iter(run["errors"]["own"].values())))}
 
@@ -138,7 +141,8 @@ def add(group: str, workdirs: list[Path], data_dir: str, builder_config: str, ou
                     out.write_text(json.dumps(clips))
     first = workdirs[0]
     kept[group] = {
-        w.name: {**facts_of(w, first), **{s: row_of(clips[s][w.name], clips[s][first.name]) for s in SPLITS}} for w in workdirs
+        w.name: facts_of(w, first) | {s: row_of(clips[s][w.name], clips[s][first.name], s == "validation") for s in SPLITS}
+        for w in workdirs
     }
     KEPT.write_text(json.dumps(kept, indent=1) + "\n")
 
@@ -184,11 +188,13 @@ def main() -> int:
     parser.add_argument("--data_dir")
     parser.add_argument("--builder_config", default="speaker_independent")
     parser.add_argument("--out", type=Path, help="keeps every clip's errors; runs found there are not evaluated again")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.command and not (args.runs and args.data_dir):
         parser.error("add: expected GROUP, --data_dir and workdirs")
     if args.command:
         add(args.group, args.runs, args.data_dir, args.builder_config, args.out)
+    if not KEPT.exists():
+        parser.error(f"no {KEPT}; expected one made by `add`")
     PAGE.write_text(page(PAGE.read_text(), json.loads(KEPT.read_text())))
     return 0
 

@@ -177,7 +177,8 @@ def dtype_field() -> str:
 
 def code_key(command: list[str]) -> str:
     """Changes with whatever the compiled program is made from."""
-    files = [ROOT / "avsi_jax" / f"{room}.py" for room in STEP_ROOMS] + sorted((ROOT / "configs").glob("*.py")) + [Path(__file__)]
+    files = [ROOT / "avsi_jax" / f"{room}.py" for room in STEP_ROOMS] + sorted((ROOT / "configs").glob("*.py"))
+    files += [Path(__file__), Path(compiled_text.__file__)]
     versions = [f"{p} {importlib.metadata.version(p)}" for p in ("jax", "jaxlib", "flax", "optax", "libtpu")]
     return hashlib.sha256("\n".join([*command, *versions, *(f.read_text() for f in files)]).encode()).hexdigest()[:32]
 

@@ -1,4 +1,4 @@
-"""av_unified, ours: one network for sound and lips, sound alone, lips alone. docs/systems.md says what each choice gave.
+"""av_unified, ours: one network for sound and lips, sound alone, lips alone. docs/systems.md draws it.
 
 avsi-train --config=av_unified --workdir=DIR --config.data_dir=DATA
 """

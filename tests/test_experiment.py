@@ -216,7 +216,7 @@ def test_a_text_that_cannot_be_said_is_counted_and_changes_nothing(params, batch
         ({"system": "av_mtl_s2s", "ctc_units": "words"}, "config.ctc_units: found 'words', expected 'characters' or 'phones'"),
         ({"system": "av_mtl_s2s", "output": "sigmoid"}, "config.output: found 'sigmoid', expected 'linear' or 'relu'"),
         ({"system": "av_mtl_s3s"}, "unknown system 'av_mtl_s3s'; expected one of a_si"),
-        ({"system": "av_si", "augment.lose_video": 0.1}, "av_si needs sound and lips; expected lose_video and lose_sound 0"),
+        ({"system": "av_si", "augment.lose_video": 0.1}, "av_si can't lose a stream; expected lose_video and lose_sound 0"),
         ({"system": "a_si", "augment.lose_sound": 0.1}, "config.augment: a_si needs"),
         ({"system": "asr", "augment.lose_sound": 0.1}, "config.augment: asr needs"),
         ({"motion": "poses"}, "config.motion: found 'poses', expected 'pixels', 'standardised' or 'pose'"),

@@ -108,7 +108,9 @@ def test_three_steps_on_four_devices_are_those_on_one(steps, batch, start):
     import jax
 
     one, four = (run(steps[m], start, batch, rate=0.1, count=3, mapped=m) for m in (False, True))
-    assert all(b == pytest.approx(a, rel=1e-5) for a, b in zip(one[1], four[1], strict=True))
+    for a, b in zip(one[1], four[1], strict=True):  # the norm: products over another batch round the features' last bits otherwise
+        assert b.pop("grad_norm") == pytest.approx(a.pop("grad_norm"), rel=3e-5)
+        assert b == pytest.approx(a, rel=1e-5)
     for a, b in zip(jax.tree.leaves(one[0]), jax.tree.leaves(four[0]), strict=True):
         assert np.abs(a - b).max() <= 1e-5 * max(np.abs(a).max(), 0.01)  # 0.01: biases start at 0 and are tiny yet
     moved = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(one[0]), jax.tree.leaves(start), strict=True)]
