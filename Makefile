@@ -73,7 +73,8 @@ test-beam:
 demo: venv
 	@PATH="`cd "$(BIN)" && pwd`:$$PATH" GRID="$(GRID)" OUT="$(OUT)" EPOCHS="$(EPOCHS)" bash launch/demo.sh
 
-# EXTRA=cuda: on a machine with an NVIDIA GPU. TORCH_INDEX: another package index that has PyTorch for CPUs alone, e.g. https://download.pytorch.org/whl/cpu
+# EXTRA=cuda: on a machine with an NVIDIA GPU. TORCH_INDEX: a package index beside pip's own that has PyTorch for CPUs alone,
+# e.g. https://download.pytorch.org/whl/cpu
 bench:
 	@$(MAKE) venv VENV=.venv-bench CONSTRAINTS=constraints/bench.txt WANTED="'.[$(EXTRA)]' torch keras $(TORCH_INDEX:%=--extra-index-url %)"
 	.venv-bench/bin/python benchmarks/train_step.py --json $(ARGS)

@@ -21,8 +21,7 @@ _SIDES = (
     (48, 54), (49, 53), (50, 52), (55, 59), (56, 58), (60, 64), (61, 63), (65, 67),
 )  # fmt: skip
 MIRRORED = np.arange(68)
-for _a, _b in _SIDES:
-    MIRRORED[_a], MIRRORED[_b] = _b, _a
+MIRRORED[[a for a, _ in _SIDES]], MIRRORED[[b for _, b in _SIDES]] = map(list, zip(*(pair[::-1] for pair in _SIDES)))
 
 
 def augment(
@@ -35,8 +34,8 @@ def augment(
     gain_db: loudness by U(-gain_db, gain_db); mirror: probability that left and right of the face change sides; stretch: every
     movement larger by U(1 - stretch, 1 + stretch), across and down each; noise_px: deviation of Gaussian noise on every point and
     picture, in pixels of a 360-wide picture; jitter_ms: the sound lags the picture by U(-jitter_ms, jitter_ms) more; lose_video:
-    probability that no picture shows a face; trim: a share of trim x (1 - U(0, 1)^3) is cut off
-    the silence before the words, and off that after them.
+    probability that no picture shows a face; trim: a share of trim x (1 - U(0, 1)^3) is cut off the silence before the words, and
+    off that after them.
     """
 
     def one(hash_, clip):

@@ -19,14 +19,14 @@ import numpy as np
 
 from avsi_jax import text
 
-_UNITS = {"characters": (len(text.CHARACTERS), text.decode), "phones": (text.NUM_PHONES, text.decode_phones)}
+UNITS = {"characters": (len(text.CHARACTERS), text.decode), "phones": (text.NUM_PHONES, text.decode_phones)}
 
 
 def _alphabet(units: str):
     """(number of labels, labels -> text)."""
-    if units not in _UNITS:
-        raise ValueError(f"units: found {units!r}, expected one of {', '.join(_UNITS)}")
-    return _UNITS[units]
+    if units not in UNITS:
+        raise ValueError(f"units: found {units!r}, expected one of {', '.join(UNITS)}")
+    return UNITS[units]
 
 
 def _checked(logits, num_frames, size: int) -> tuple[np.ndarray, np.ndarray]:

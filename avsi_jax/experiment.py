@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import math
 
-CTC_UNITS = ("characters", "phones")
-
 
 def make_model(config):
     """The network of a config; ValueError names a field that does not fit."""
-    from avsi_jax import models, spec, text
+    from avsi_jax import decode, models, spec, text
 
     system = models.get(config.system)
     two_stages = config.system in ("av_s2s", "av_mtl_s2s", "v_s2s")
     choices = {
         "output": ("linear",) if config.system == "av_unified" else ("linear", "relu"),
-        "ctc_units": CTC_UNITS,
+        "ctc_units": tuple(decode.UNITS),
         "video_rate": ("audio", "video") if two_stages else ("audio",),
         "skip": (False, True) if two_stages else (False,),
         "mask_input": (False,) if config.system in ("v_s2s", "asr") else (False, True),

@@ -166,13 +166,11 @@ def frames_of_length(record_samples: jax.Array, spec: Spec) -> jax.Array:
 def lips(batch: dict, config: FeatureConfig) -> tuple[jax.Array, jax.Array]:
     """What describes the lips (B, S, V), and the steps (B, S) whose pictures all show a face; S by `config.video_rate`."""
     make = pose if config.motion == "pose" else motion
-    video, known = make(batch, config), jnp.asarray(batch["landmarks_valid"])
-    if config.motion == "pixels":  # a difference needs both
-        known = known.at[:, 1:].set(known[:, 1:] & known[:, :-1])
-    if config.video_rate == "video":
-        return video, known
-    missing = interpolate((~known)[..., None].astype(jnp.float32), picture_positions(batch, config.spec))[..., 0]
-    return video, missing == 0
+    missing = (~jnp.asarray(batch["landmarks_valid"]))[..., None].astype(jnp.float32)
+    seen = _at_rate(missing, batch, config)[..., 0] == 0
+    if config.motion == "pixels":  # a difference is of two steps
+        seen = seen.at[:, 1:].set(seen[:, 1:] & seen[:, :-1])
+    return make(batch, config), seen
 
 
 def motion(batch: dict, config: FeatureConfig) -> jax.Array:

@@ -2,7 +2,7 @@
 
 A network maps Features (the damaged spectrogram (B, F, K), what describes the lips (B, S, V), valid lengths) to a restored level
 (B, F, K) and, where it reads, CTC logits. "Sequence-to-sequence" in the paper's sense: an encoder and a decoder of the same length,
-no attention, no feedback. docs/systems.md has a drawing of each, and where it departs from its source.
+no attention, nothing said fed back. docs/systems.md has a drawing of each, and where it departs from its source.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ class SingleStage(nn.Module):
 
 class Seq2Seq(nn.Module):
     """Lips -> BLSTMs (the encoder) [-> FC ReLU of `bottleneck`], joined with the sound -> BLSTMs (the decoder) -> bands: av_s2s,
-    v_s2s (hears nothing) and, with a CTC head on what the encoder says, av_mtl_s2s. At video rate the encoder
-    takes a step a picture.
+    v_s2s (hears nothing) and, with a CTC head on what the encoder says, av_mtl_s2s. At video rate the encoder takes a step a
+    picture.
     """
 
     sizes: Sizes

@@ -94,14 +94,7 @@ def _decimated(sound: np.ndarray, preset: Spec) -> np.ndarray:
 def _values(batch: dict, sound: jax.Array, length: jax.Array, preset: Spec):
     """Level (B, F, K), valid frames (B,), motion (B, F, 136) and whether it was seen (B, F)."""
     num_frames = features.frames_of_length(length, preset)
-    return stft.log_mel(sound, preset), num_frames, features.motion(batch, FeatureConfig(preset)), _seen(batch, preset)
-
-
-def _seen(batch: dict, preset: Spec) -> jax.Array:
-    """(B, F): no picture without a usable face has a part in the frame or the one before."""
-    missing = (~batch["landmarks_valid"])[..., None].astype(np.float32)
-    there = features.interpolate(missing, features.picture_positions(batch, preset))[..., 0] == 0
-    return there.at[:, 1:].set(there[:, 1:] & there[:, :-1])
+    return stft.log_mel(sound, preset), num_frames, *features.lips(batch, FeatureConfig(preset))
 
 
 def _whole(sums: np.ndarray, record: dict) -> np.ndarray:
