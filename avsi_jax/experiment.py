@@ -13,18 +13,8 @@ def make_model(config):
     from avsi_jax import decode, models, spec, text
 
     system = models.get(config.system)
-    two_stages = config.system in ("av_s2s", "av_mtl_s2s", "v_s2s")
-    choices = {
-        "output": ("linear",) if config.system == "av_unified" else ("linear", "relu"),
-        "ctc_units": tuple(decode.UNITS),
-        "video_rate": ("audio", "video") if two_stages else ("audio",),
-        "skip": (False, True) if two_stages else (False,),
-        "mask_input": (False,) if config.system in ("v_s2s", "asr") else (False, True),
-        "dtype": ("float32",) if config.system == "asr" else ("float32", "bfloat16"),
-        "stack": (1,) if not system.folds else (1, 2, 3, 4),
-        "lip_layers": (0, 1, 2, 3, 4) if config.system == "av_unified" else (0,),
-        "feedback": range(config.layers) if config.system == "av_unified" else (0,),  # a layer at least comes after
-    }
+    choices = {k: v if k in system.options else v[:1] for k, v in models.OPTIONS.items()} | {"ctc_units": tuple(decode.UNITS)}
+    choices["feedback"] = tuple(n for n in choices["feedback"] if n < config.layers)  # a layer at least comes after
     for field, known in choices.items():
         if config[field] not in known:
             raise ValueError(

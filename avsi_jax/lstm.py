@@ -231,8 +231,11 @@ def _joined_weights(w):
 
 def _scan_joined(x, wx, wh, b, ended):
     split = lambda a: jnp.split(a, 4, axis=-1)
-    projected = _product("tdbi,dik->tdbk", x, _joined_weights(wx)) + b.reshape(1, b.shape[0], 1, -1)
-    projected = projected if ended is None else jnp.concatenate(_shut(split(projected), ended), -1)
+    # A product a direction: of one for both, a TPU would bring every step's slice to another layout (docs/tpu.md).
+    projected = [_product("tbi,ik->tbk", x[:, d], w) + b[d].reshape(1, 1, -1) for d, w in enumerate(_joined_weights(wx))]
+    if ended is not None:
+        projected = [jnp.concatenate(_shut(split(p), ended[:, d]), -1) for d, p in enumerate(projected)]
+    projected = jnp.stack(projected, 1)
     recurrent = _joined_weights(wh).astype(x.dtype)
     step = lambda carry, p: _cell(split(p + _product("dbh,dhk->dbk", carry[1], recurrent)), carry, x.dtype)
     zero = jnp.zeros((*x.shape[1:3], wh.shape[-1]), x.dtype)

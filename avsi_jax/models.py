@@ -232,22 +232,37 @@ class System(NamedTuple):
     build: Callable[[Sizes], nn.Module]
     uses_video: bool
     reads: bool  # has a CTC head
+    options: frozenset[str]  # those of OPTIONS that it knows
     restores: bool = True
     drops: bool = False  # takes clips whose lips or whose sound are all gone
-    folds: bool = False  # can take several frames as one step
 
+
+# Fields of a config that only some systems know -> what they may be; the first value says that there is nothing of it.
+OPTIONS = {
+    "output": ("linear", "relu"),
+    "video_rate": ("audio", "video"),
+    "skip": (False, True),
+    "mask_input": (False, True),
+    "dtype": ("float32", "bfloat16"),
+    "stack": (1, 2, 3, 4),
+    "lip_layers": (0, 1, 2, 3, 4),
+    "feedback": (0, 1, 2, 3, 4),
+}
+BLSTM = frozenset({"output", "mask_input", "dtype"})
+TWO_STAGES = BLSTM | {"video_rate", "skip"}
+UNIFIED = BLSTM - {"output"} | {"stack", "lip_layers", "feedback"}
 
 SYSTEMS: dict[str, System] = {
-    "a_si": System(lambda sizes: SingleStage(sizes, sees=False), uses_video=False, reads=False),
-    "a_mtl_si": System(lambda sizes: SingleStage(sizes, sees=False, ctc="hidden"), uses_video=False, reads=True),
-    "av_si": System(SingleStage, uses_video=True, reads=False),
-    "av_mtl_si": System(lambda sizes: SingleStage(sizes, ctc="hidden"), uses_video=True, reads=True),
-    "av_s2s": System(Seq2Seq, uses_video=True, reads=False),
-    "av_mtl_s2s": System(lambda sizes: Seq2Seq(sizes, ctc=True), uses_video=True, reads=True),
-    "v_s2s": System(lambda sizes: Seq2Seq(sizes, hears=False), uses_video=True, reads=False),
-    "morrone_av_mtl": System(lambda sizes: SingleStage(sizes, ctc="linear"), uses_video=True, reads=True),
-    "av_unified": System(Unified, uses_video=True, reads=True, drops=True, folds=True),
-    "asr": System(Recogniser, uses_video=False, reads=True, restores=False, folds=True),
+    "a_si": System(lambda sizes: SingleStage(sizes, sees=False), uses_video=False, reads=False, options=BLSTM),
+    "a_mtl_si": System(lambda sizes: SingleStage(sizes, sees=False, ctc="hidden"), uses_video=False, reads=True, options=BLSTM),
+    "av_si": System(SingleStage, uses_video=True, reads=False, options=BLSTM),
+    "av_mtl_si": System(lambda sizes: SingleStage(sizes, ctc="hidden"), uses_video=True, reads=True, options=BLSTM),
+    "av_s2s": System(Seq2Seq, uses_video=True, reads=False, options=TWO_STAGES),
+    "av_mtl_s2s": System(lambda sizes: Seq2Seq(sizes, ctc=True), uses_video=True, reads=True, options=TWO_STAGES),
+    "v_s2s": System(lambda sizes: Seq2Seq(sizes, hears=False), uses_video=True, reads=False, options=TWO_STAGES - {"mask_input"}),
+    "morrone_av_mtl": System(lambda sizes: SingleStage(sizes, ctc="linear"), uses_video=True, reads=True, options=BLSTM),
+    "av_unified": System(Unified, uses_video=True, reads=True, options=UNIFIED, drops=True),
+    "asr": System(Recogniser, uses_video=False, reads=True, options=frozenset({"output", "stack"}), restores=False),
 }
 
 

@@ -316,10 +316,9 @@ def show(config) -> None:
 
     from avsi_jax import spec
 
-    print(config)
-    print(*(f"{k}: {v}" for k, v in dataclasses.asdict(spec.get(config.preset)).items()), sep="\n")
-    print(nn.tabulate(make_model(config), jax.random.key(0), depth=2, console_kwargs={"width": 160})(example_features(config)))
-    print(f"parameters: {count_of(config)}")
+    signal = [f"{k}: {v}" for k, v in dataclasses.asdict(spec.get(config.preset)).items()]
+    table = nn.tabulate(make_model(config), jax.random.key(0), depth=2, console_kwargs={"width": 160})(example_features(config))
+    print(config, *signal, table, f"parameters: {count_of(config)}", sep="\n")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,6 +13,7 @@ trips of the loops around it. Each compilation has a process of its own; DIR kee
 from __future__ import annotations
 
 import argparse
+import ast
 import functools
 import hashlib
 import importlib.metadata
@@ -175,18 +176,18 @@ def dtype_field() -> str:
     return next((f for f in configs.fields(configs.load("base")) if f in ("dtype", "lstm_dtype")), "")
 
 
-def code_key(command: list[str]) -> str:
-    """Changes with whatever the compiled program is made from."""
-    files = [ROOT / "avsi_jax" / f"{room}.py" for room in STEP_ROOMS] + sorted((ROOT / "configs").glob("*.py"))
-    files += [Path(__file__), Path(compiled_text.__file__)]
+def code_key(system: str, command: list[str]) -> str:
+    """Changes with whatever the compiled program is made from, comments left aside."""
+    files = [ROOT / "avsi_jax" / f"{room}.py" for room in STEP_ROOMS] + [Path(__file__), Path(compiled_text.__file__)]
+    code = [ast.unparse(ast.parse(f.read_text())) for f in files] + [configs.load(system, like="base").to_json()]
     versions = [f"{p} {importlib.metadata.version(p)}" for p in ("jax", "jaxlib", "flax", "optax", "libtpu")]
-    return hashlib.sha256("\n".join([*command, *versions, *(f.read_text() for f in files)]).encode()).hexdigest()[:32]
+    return hashlib.sha256("\n".join([*command, *versions, *code]).encode()).hexdigest()[:32]
 
 
 def row_of(cache: Path, limit_s: float, until: float, **wanted) -> dict:
     """One compilation's row: from the cache, else by a child; a failure is a row with its reason, and tried again next time."""
     command = [f"--{k}={v}" for k, v in wanted.items()]
-    kept = cache / f"{code_key(command)}.json"
+    kept = cache / f"{code_key(wanted['system'], command)}.json"
     if kept.is_file():
         return json.loads(kept.read_text())
     if time.monotonic() > until:

@@ -289,7 +289,8 @@ def test_hidden_samples_change_no_input(preset, what):
 def test_gradient_by_hidden_samples_is_zero(system):
     config = features.FeatureConfig(PAPER)
     sizes = models.Sizes(bands=PAPER.bands, layers=1, units=8, bottleneck=8, mask_input=True, skip=True, lip_layers=1)
-    model = models.get(system).build(dataclasses.replace(sizes, lstm="joined", stack=2 if models.get(system).folds else 1))
+    of = models.get(system)
+    model = of.build(dataclasses.replace(sizes, lstm="joined", stack=2 if "stack" in of.options else 1))
     batch, rng = raw_batch(), np.random.default_rng(0)
     make = lambda audio: features.make_features(batch | {"audio": audio}, jnp.asarray(GAP), config)
     tree = jax.eval_shape(lambda: model.init(jax.random.key(0), make(batch["audio"])))

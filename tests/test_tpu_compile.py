@@ -201,7 +201,7 @@ def test_a_failure_is_a_row_and_a_result_is_kept(tpu_compile, tmp_path, monkeypa
     answers = [subprocess.CompletedProcess([], 2, "", "noise\nRuntimeError: no such chip\n"),
                subprocess.CompletedProcess([], 0, 'noise\n{"system": "a_si", "estimated_cycles": 7}\n', "")]  # fmt: skip
     monkeypatch.setattr(tpu_compile.subprocess, "run", lambda *_, **__: answers.pop(0))
-    monkeypatch.setattr(tpu_compile, "code_key", lambda command: "-".join(c.strip("-=") for c in command))
+    monkeypatch.setattr(tpu_compile, "code_key", lambda system, command: "-".join(c.strip("-=") for c in command))
     ask = lambda until=float("inf"): tpu_compile.row_of(tmp_path, 1.0, until, system="a_si")
     assert ask(0.0) == {"system": "a_si", "failed": "not compiled yet"}
     assert ask() == {"system": "a_si", "failed": "RuntimeError: no such chip"}

@@ -66,9 +66,7 @@ def measure_all(corpus: speakers.RawCorpus, cache: pathlib.Path, *, mouth: bool,
 
     jobs = [(clip, cache, mouth) for clip in corpus.clips]
     measured: list[Measured] = [None] * len(jobs)
-    outcomes = pool.run(
-        measure_one, jobs, workers=workers, timeout_s=CLIP_TIMEOUT_S, memory_mb=CLIP_MEMORY_MB, start=start_worker
-    )
+    outcomes = pool.run(measure_one, jobs, workers=workers, timeout_s=CLIP_TIMEOUT_S, memory_mb=CLIP_MEMORY_MB, start=start_worker)
     for i, found, lost in tqdm.tqdm(outcomes, "measuring", len(jobs), unit="clip", mininterval=1):
         measured[i] = Measured(corpus.clips[i].id, None, unusable=f"decoding it {lost}") if lost else found
     return measured
