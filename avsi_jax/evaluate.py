@@ -256,7 +256,7 @@ def restore_levels(batch: dict, gap, restorer, others) -> tuple[dict, dict, dict
 
 
 def heard(said: tuple[list[str], str] | None, text: str, b: int) -> dict:
-    """Cells for what the lips said, (B texts, their units): empty where a system doesn't read them, no error where the truth isn't
+    """Cells for what was read, (B texts, their units): empty where a system doesn't read, no error where the truth isn't
     known, else the error in characters or in phones.
     """
     from avsi_jax import metrics

@@ -28,7 +28,8 @@ SPARE_FRAMES = 4  # pictures more than a window needs, so that every window of a
 
 @dataclasses.dataclass(frozen=True)
 class Repair:
-    """samples (N, C) float32 at `rate`, `subtype` as soundfile names it; said: what the lips said in each gap's window."""
+    """samples (N, C) float32 at `rate`, `subtype` as soundfile names it; said: the sentence read in each gap's window, by lips
+    and sound as the system has them: the likeliest of Grid's, '' without a reader or where it read nothing."""
 
     samples: np.ndarray
     rate: int
@@ -109,7 +110,7 @@ class Inpainter:
         return lips, tuple(track.warnings)
 
     def _repaired(self, samples, rate: int, spans, pictures: dict):
-        """The whole clip's sound (N,) at its own rate with every gap filled in; and what was said in each gap's window."""
+        """The whole clip's sound (N,) at its own rate with every gap filled in; and the sentence read in each gap's window."""
         import numpy as np
 
         from avsi_jax import media
@@ -134,7 +135,7 @@ class Inpainter:
         return np.pad(out, (0, max(0, len(samples) - len(out)))), said
 
     def _restore_window(self, sound, first: int, lost, pictures: dict):
-        """One preset's length of sound from record sample `first` with its gaps filled in; what was said."""
+        """One preset's length of sound from record sample `first` with its gaps filled in; the sentence read."""
         import numpy as np
 
         from avsi_jax import media
@@ -163,7 +164,7 @@ class Inpainter:
         gap = gap[gap[:, 0] < gap[:, 1]]
         gap = np.pad(gap, ((0, -len(gap) % GAP_ROWS), (0, 0)))[None]  # few shapes: each is compiled once
         restored = self.restorer.restore(batch, gap)
-        return self.restorer.to_sound(restored.level, batch, gap)[0, : len(part)], restored.said[0]
+        return self.restorer.to_sound(restored.level, batch, gap)[0, : len(part)], self.restorer.sentences(restored)[0]
 
 
 def check_gaps(gaps, num_samples: int, rate: int) -> list[tuple[int, int]]:
@@ -283,7 +284,8 @@ def repair_file(painter: Inpainter, clip: Path, target: Path, gaps) -> bool:
         return False
     for warning in repair.warnings:
         print(f"avsi-inpaint: {clip}: {warning}", file=sys.stderr)
-    said = f'  the lips said: "{repair.said[0]}"' if any(repair.said) else ""
+    sentences = dict.fromkeys(filter(None, repair.said))
+    said = "  read as: " + ", ".join(f'"{s}"' for s in sentences) if sentences else ""
     print(f"{target}  ({time.monotonic() - began:.1f} s){said}")
     return True
 

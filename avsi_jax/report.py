@@ -44,7 +44,7 @@ GAP_ERROR = """mean distance between the log-mels of the sound and of the record
 floor -80 dB, over the frames (40 ms, every 20 ms) whose centre lies in the gap. One front end for every system."""
 BEFORE = "the same for the log-mel that the network predicts, in the bands of its own preset, before any sound is made of it."
 PESQ_WB = "ITU-T P.862.2, whole clip at 16 kHz; 1.0 to 4.6. Another scale than PESQ nb: the two are not to be compared."
-LIP_CER = "character error rate of what the network reads from the lips, against the words spoken; 0 is right, may pass 1."
+READ_CER = "character error rate of what the network's text head reads, against the words spoken; 0 is right, may pass 1."
 METRICS = {
     "gap_l1_db": Metric("Gap error", "dB", 2, True, GAP_ERROR),
     "gap_l1_mel_db": Metric("Mel gap error", "dB", 2, True, BEFORE),
@@ -52,8 +52,8 @@ METRICS = {
     "pesq_wb": Metric("PESQ wb", "MOS-LQO", 2, False, PESQ_WB),
     "stoi": Metric("STOI", "", 3, False, "short-time objective intelligibility, whole clip (Taal et al. 2011); up to 1."),
     "estoi": Metric("ESTOI", "", 3, False, "extended STOI, whole clip (Jensen and Taal 2016); up to 1."),
-    "cer": Metric("Lip CER", "", 3, True, LIP_CER),
-    "per": Metric("Lip PER", "", 3, True, LIP_CER.replace("character", "phone")),
+    "cer": Metric("Read CER", "", 3, True, READ_CER),
+    "per": Metric("Read PER", "", 3, True, READ_CER.replace("character", "phone")),
 }
 CURVES = ("gap_l1_db", "stoi", "estoi", "pesq_nb", "pesq_wb")
 SPEAKER_METRICS = ("gap_l1_db", "estoi")
@@ -359,15 +359,15 @@ img { max-width: 100%; height: auto; display: block } audio { width: 100%; heigh
 without a mark they are not told apart.</p>
 {% for table in pairs %}{{ grid(table, true) }}{% endfor %}{% endif %}
 {% if examples %}<h2>Examples</h2>
-<p>White dashes mark the gap. Colours span the 80 dB below the loudest point of the recording. Words that the lips were misread
-as are <mark>marked</mark>.</p>{% endif %}
+<p>White dashes mark the gap. Colours span the 80 dB below the loudest point of the recording. Words or phones
+that were misread are <mark>marked</mark>.</p>{% endif %}
 {% for example in examples %}
 <h3>{{ example.clip_id }}, gap {{ example.gap_ms }} ms, {{ example.start_s|number(2) }} to {{ example.end_s|number(2) }} s</h3>
 {% if example.text %}<p>Spoken: <b>{{ example.text }}</b></p>{% endif %}
 <div class="cards">{% for card in example.cards %}<div class="card {{ card.kind }}"><b>{{ card.name }}</b>
 <img src="{{ card.picture }}" alt="Spectrogram of {{ card.name }}" loading="lazy">
 <audio controls preload="none" src="{{ card.sound }}" aria-label="{{ example.clip_id }}, {{ card.name }}"></audio>
-{% if card.said %}<p>Lips read as: {% for word, right in card.said %}
+{% if card.said %}<p>Read as: {% for word, right in card.said %}
 {% if right %}{{ word }}{% else %}<mark>{{ word }}</mark>{% endif %}{{ " " }}{% endfor %}</p>{% endif %}
 <p class="dim">{{ card.scores|join(" · ") }}</p></div>{% endfor %}</div>
 {% endfor %}

@@ -1,4 +1,4 @@
-"""Restorer: a checkpoint and a damaged raw batch -> restored log-mel, waveform and what the lips said.
+"""Restorer: a checkpoint and a damaged raw batch -> restored log-mel, waveform and what was read.
 
 The one way through features, models, vocoder and decode: evaluation and repair both take it.
 """
@@ -24,7 +24,8 @@ from avsi_jax.spec import RECORD_RATE, get
 
 
 class Restored(NamedTuple):
-    """level (B, F, K): the prediction where the sound is lost, what was heard elsewhere; said: B texts, '' without a lip reader.
+    """level (B, F, K): the prediction where the sound is lost, what was heard elsewhere; said: B texts as the text head gives them,
+    characters or phones, '' without one; logits (B, S, C) of that head and the clips' steps (B,), or None.
 
     The level and those of `features` are true levels, as stft and vocoder know them, whatever the network sees standardised.
     """
@@ -32,6 +33,8 @@ class Restored(NamedTuple):
     level: jax.Array
     said: list[str]
     features: Features
+    logits: jax.Array | None = None
+    num_steps: jax.Array | None = None
 
 
 class Run(NamedTuple):
@@ -99,7 +102,14 @@ class Restorer:
         arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
         features, level, logits, num_steps = self._predict(self.params, arrays, jnp.asarray(gap))
         said = [""] * len(level) if logits is None else decode.greedy(logits, num_steps, self.config.ctc_units)
-        return Restored(level, said, features)
+        return Restored(level, said, features, logits, num_steps)
+
+    def sentences(self, restored: Restored) -> list[str]:
+        """B sentences in words: the likeliest of Grid's for what was read; '' where nothing was."""
+        if restored.logits is None:
+            return list(restored.said)
+        found = decode.best_sentences(restored.logits, restored.num_steps, self.config.ctc_units)
+        return [" ".join(words) if said else "" for words, said in zip(found.words, restored.said, strict=True)]
 
     def to_sound(self, level: jax.Array, batch: dict, gap: np.ndarray) -> np.ndarray:
         """Levels (B, F, K) -> the batch's sound (B, record_samples) float32 at RECORD_RATE with its lost samples filled in."""

@@ -22,8 +22,8 @@ METRICS = (  # name in summary.json, heading, digits
     ("pesq_nb", "PESQ, narrow band at 8 kHz, whole clip (MOS-LQO; higher is better)", 2),
     ("stoi", "STOI, whole clip (higher is better)", 3),
     ("estoi", "ESTOI, whole clip (higher is better)", 3),
-    ("cer", "Character error of what the lips said (greedy CTC, no grammar; lower is better)", 3),
-    ("per", "Phone error of what the lips said (greedy CTC, no grammar; lower is better)", 3),
+    ("cer", "Character error of what was read (greedy CTC, no grammar; lower is better)", 3),
+    ("per", "Phone error of what was read (greedy CTC, no grammar; lower is better)", 3),
 )
 SPLITS = {"test_seen": "Speakers heard in training (test_seen)", "test": "Unseen speakers s30 s32 s33 s34 (test)"}
 KEPT = (

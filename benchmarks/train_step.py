@@ -6,14 +6,15 @@
 The work: batch 32, 149 steps of ready features, the whole network, MSE + 0.001 CTC, gradients clipped at norm 1, Adam. Ours is the
 step that avsi-train maps over its devices (on a CPU one a core); `whole` makes the features from sound and landmarks too. Every
 contender has a process of its own and they take turns, step by step; medians count. --sweep, on a GPU: batches of 32, 256 and 1024,
-float32, TF32 and bfloat16, the scan and cuDNN. The last line of --json is one flat object. Without torch or keras their
-fields are absent, and a line says so.
+float32, TF32 and bfloat16, the scan and cuDNN; with --profile=DIR a step of each is traced, and its dearest kernels are fields.
+The last line of --json is one flat object. Without torch or keras their fields are absent, and a line says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import gzip
 import importlib.util
 import json
 import os
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 FRAMES, BANDS, MOTION, UNITS, BOTTLENECK, LABELS, TEXT, LAYERS = 149, 64, 136, 256, 136, 42, 24, 3
 NEEDS = {"ours": "jax", "torch": "torch", "flax": "flax", "flax_optimized": "flax", "keras": "keras"}
@@ -152,7 +154,10 @@ def ours(args, cell: str = ""):
     if not cell and not args.short:
         whole, _ = compiled(raw, from_raw=True)
         does["whole"] = lambda: run(whole, raw)
-    facts = {"compile_s": compile_s, "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
+    if args.profile:
+        does["profile"] = lambda: traced_by_jax(jax, does["step"], args.profile)
+    facts = {"compile_s": compile_s, "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+             "platform": jax.default_backend()}  # fmt: skip
     return does, facts | {"version": f"jax {jax.__version__}"}
 
 
@@ -213,8 +218,10 @@ def torch_contender(args):
 
     does = {"step": step, "forward": lambda: forward(args.batch_size), "single": lambda: forward(1)}
     does["peak"] = lambda: matmul_of(lambda shape: torch.ones(shape, device=device), lambda _: wait())
+    if args.profile:
+        does["profile"] = lambda: traced_by_torch(torch, step, args.profile)
     return does, {"devices": torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads",
-                  "version": f"torch {torch.__version__}"}  # fmt: skip
+                  "platform": "gpu" if cuda else "cpu", "version": f"torch {torch.__version__}"}  # fmt: skip
 
 
 def keras_contender(args):
@@ -242,6 +249,40 @@ def keras_contender(args):
     return does, {"version": f"keras {keras.__version__}, {keras.backend.backend()}"}
 
 
+# ---- what a step is made of ----------------------------------------------------------------------------------------------------
+
+
+def traced_by_jax(jax, step, folder: str) -> str:
+    with jax.profiler.trace(folder):
+        step()
+    newest = max(Path(folder).rglob("*.trace.json.gz"), key=lambda f: f.stat().st_mtime)
+    return dearest(json.loads(gzip.decompress(newest.read_bytes())))
+
+
+def traced_by_torch(torch, step, folder: str) -> str:
+    with torch.profiler.profile() as profile:
+        step()
+    file = Path(folder) / "torch.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    profile.export_chrome_trace(str(file))
+    return dearest(json.loads(file.read_text()))
+
+
+def dearest(trace: dict, most: int = 5) -> str:
+    """Of a Chrome trace with a GPU's streams: the time in all kernels, and of the dearest kinds the share and how many ran."""
+    events = trace["traceEvents"]
+    lanes = {e["pid"] for e in events if e.get("name") == "process_name" and "/device:GPU" in str(e["args"]["name"])}
+    streams = {(e["pid"], e["tid"]) for e in events if e.get("name") == "thread_name" and "Stream" in str(e["args"]["name"])}
+    spent: dict[str, list[float]] = {}
+    for e in events:
+        if e.get("ph") == "X" and (e.get("cat") == "kernel" or (e.get("pid") in lanes and (e["pid"], e["tid"]) in streams)):
+            spent.setdefault(e["name"].split("(")[0][:60].rstrip("_0123456789."), []).append(e["dur"])
+    if not (whole := sum(map(sum, spent.values()))):
+        return "no kernels on a GPU"
+    first = sorted(spent.items(), key=lambda kind: -sum(kind[1]))[:most]
+    return f"{whole / 1e3:.2f} ms in kernels: " + ", ".join(f"{sum(t) / whole:.0%} {name} x {len(t)}" for name, t in first)
+
+
 CONTENDERS = {
     "ours": ours,
     "torch": torch_contender,
@@ -263,7 +304,7 @@ def child(args) -> int:
         began, cpu = time.perf_counter(), time.process_time()
         value = does[line.strip()]()
         tell({"seconds": time.perf_counter() - began, "cpu_s": time.process_time() - cpu,
-              "value": value if isinstance(value, float) else None,
+              "value": value if isinstance(value, float | str) else None,
               "mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024})  # fmt: skip
     return 0
 
@@ -272,8 +313,8 @@ class Contender:
     """A contender as the others see it."""
 
     def __init__(self, name: str, args, **changes):
-        said = {k: v for k, v in vars(args).items() if k in ("batch_size", "lstm", "dtype", "precision")} | changes
-        words = [w for k, v in said.items() for w in (f"--{k}", str(v))] + ["--short"] * args.short
+        said = {k: v for k, v in vars(args).items() if k in ("batch_size", "lstm", "dtype", "precision", "profile")} | changes
+        words = [f"--{k}={v}" for k, v in said.items()] + ["--short"] * args.short
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}
         self.name, self.times, self.cpu, self.mb = name, {}, [], 0.0
         command, pipe = [sys.executable, __file__, "--child", name, *words], subprocess.PIPE
@@ -324,6 +365,7 @@ def compile_seconds(args) -> tuple[float, float]:
 def compare(names: list[str], args) -> dict:
     """One flat object: ms and ratios of every contender."""
     contenders = [Contender(name, args) for name in names]
+    refuse_other_machines(contenders)
     suffix = {"step": "", "forward": "_forward", "single": "_batch1", "whole": "_from_raw"}
     for what in suffix:
         take_turns(contenders, what, args.rounds)
@@ -346,6 +388,16 @@ def compare(names: list[str], args) -> dict:
     return row
 
 
+def refuse_other_machines(contenders: list[Contender]) -> None:
+    """A GPU against a CPU says nothing; ValueError names who is where."""
+    where = {c.name: c.facts["platform"] for c in contenders if "platform" in c.facts}
+    if len(set(where.values())) > 1:
+        for c in contenders:
+            c.close()
+        raise ValueError(f"found {', '.join(f'{n} on a {p}' for n, p in where.items())}; expected all on one: give `make bench` "
+                         "EXTRA=cuda and a TORCH_INDEX with CUDA, or JAX_PLATFORMS=cpu and CUDA_VISIBLE_DEVICES=")  # fmt: skip
+
+
 def sweep(args) -> dict:
     """On a GPU: the scan and cuDNN beside PyTorch at several batches and precisions; bfloat16 is the scan's alone."""
     row = {}
@@ -355,11 +407,20 @@ def sweep(args) -> dict:
         contenders = {"scan": Contender("ours", args, lstm="joined", **at), "torch": Contender("torch", args, **at)}
         if dtype == "float32":
             contenders["cudnn"] = Contender("ours", args, lstm="cudnn", **at)
+        refuse_other_machines(list(contenders.values()))
         take_turns(list(contenders.values()), "step", args.rounds)
         row |= {f"ms_{name}_{batch}_{precision}": c.ms("step") for name, c in contenders.items()}
+        if args.profile:
+            row |= {f"kernels_{name}_{batch}_{precision}": c.do("profile")["value"] for name, c in contenders.items()}
         for c in contenders.values():
             c.close()
     return row
+
+
+def backend_of_jax() -> str:
+    """jax.default_backend(), asked in a process of its own: this one must not take the GPU's memory."""
+    ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+    return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[-1]
 
 
 def main(argv=None) -> int:
@@ -372,6 +433,7 @@ def main(argv=None) -> int:
     parser.add_argument("--precision", default="float32", choices=("float32", "tf32", "bfloat16"), help="of products, on a GPU")
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), help="default: all")
     parser.add_argument("--sweep", action="store_true", help="batches and precisions, on a GPU")
+    parser.add_argument("--profile", default="", metavar="DIR", help="with --sweep: traces of a step of each, and what they show")
     parser.add_argument("--short", action="store_true", help="the step alone: no features from raw sound, no compile times")
     parser.add_argument("--child", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -379,6 +441,19 @@ def main(argv=None) -> int:
         parser.error("expected --batch_size and --rounds above 0")
     if args.child:
         return child(args)
+    if args.profile and not args.sweep:
+        parser.error("--profile: expected --sweep beside it")
+    try:
+        return report(args)
+    except (ValueError, RuntimeError) as error:
+        print(f"benchmarks/train_step.py: {error}", file=sys.stderr)
+        return 2
+
+
+def report(args) -> int:
+    """Measures and prints."""
+    if args.sweep and (found := backend_of_jax()) != "gpu":
+        raise ValueError(f"--sweep: found jax on a {found}, expected a GPU that jax and torch can both use")
     for package in (missing := sorted({NEEDS[n] for n in args.only if not importlib.util.find_spec(NEEDS[n])})):
         print(f"{package} is not installed: left out; `make bench` has an environment with it")
     names = ["ours"] + [n for n in args.only if n != "ours" and NEEDS[n] not in missing]

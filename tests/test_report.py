@@ -176,7 +176,7 @@ def test_examples_play_the_very_files(folder, page):
     assert players[5]["src"].startswith("data:audio/flac;base64,")
     labels = [player["aria-label"] for player in players[:5]]
     assert labels == [f"bbaf2n, {n}" for n in ("damaged", "a_si", "av_mtl_s2s", "true mel (ceiling)", "original")]
-    assert "Spoken: bin blue at f two now" in page.text and "Lips read as: bin green at f two now" in page.text
+    assert "Spoken: bin blue at f two now" in page.text and "Read as: bin green at f two now" in page.text
     assert ("mark", {}) in page.tags and report._compared("a b c", "a x c") == [("a", True), ("x", False), ("c", True)]
 
 

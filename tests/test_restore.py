@@ -215,6 +215,20 @@ def test_a_clip_is_restored_alike_in_any_batch(restorer, restored, sound, batch,
 # ------------------------------------------------------------------------------------------------------------- interpolation
 
 
+def test_sentences_are_words_of_grid_and_nothing_where_nothing_was_read(restorer, restored):
+    """Logits that spell a sentence with one wrong letter, and logits of blanks alone: greedy gives the letters, this the words."""
+    from avsi_jax import text
+
+    wrong, frames = "bin blux at f two now", 75
+    logits = np.full((2, frames, text.NUM_LABELS), -4.0, np.float32)
+    logits[:, :, 0] = 2.0
+    for k, label in enumerate(text.encode(wrong)):
+        logits[0, 3 * k, label] = 8.0
+    made = restored._replace(said=[wrong, ""], logits=logits, num_steps=np.array([frames, frames]))
+    assert restorer.sentences(made) == ["bin blue at f two now", ""]
+    assert restorer.sentences(restored._replace(said=["", ""], logits=None)) == ["", ""]
+
+
 def test_interpolation_is_numpys():
     """np.interp, band by band, over the frames that were heard; held at both ends, and never from padding."""
     from avsi_jax.restore import interpolate_level
