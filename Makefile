@@ -11,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints/tests.txt
 WANTED := '.[prepare,synth,test]'
-PINS := pyproject.toml setup.py $(CONSTRAINTS)
+PINS := pyproject.toml setup.py constraints/tests.txt $(CONSTRAINTS)
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 # The first Python 3.11 or 3.12 that can make an environment and compile against its headers.
@@ -43,7 +43,7 @@ venv:
 	  "(Debian: apt-get install python3-venv python3-dev) or name it: make PYTHON=/path/to/python" >&2; exit 2; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is" \
 	  "`"$(PYTHON)" -V 2>&1`, expected 3.11 or newer; name another one: make PYTHON=/path/to/python" >&2; exit 2; }
-	@set -e; place=`"$(PYTHON)" -c '$(PLACE)'`; pins=`"$(PYTHON)" -c '$(HASH)' $(PINS)`; \
+	@set -e; place=`"$(PYTHON)" -c '$(PLACE)'`; pins="`"$(PYTHON)" -c '$(HASH)' $(PINS)` `echo $(WANTED)`"; \
 	if [ "`cat "$(VENV)/made-by" 2>/dev/null`" != "$$place" ]; then \
 	  echo "$(VENV): making it with $$place"; \
 	  "$(PYTHON)" -m venv --clear "$(VENV)"; echo "$$place" > "$(VENV)/made-by"; \
@@ -81,8 +81,7 @@ bench:
 
 TPU_CACHE ?= $(HOME)/.cache/avsi_jax/tpu
 tpu:
-	@$(MAKE) venv VENV=.venv-tpu CONSTRAINTS=constraints/tpu.txt WANTED="'.[tpu,prepare,test]'" \
-	  PINS="pyproject.toml setup.py constraints/tests.txt constraints/tpu.txt"
+	@$(MAKE) venv VENV=.venv-tpu CONSTRAINTS=constraints/tpu.txt WANTED="'.[tpu,prepare,test]'"
 	.venv-tpu/bin/python -m pytest -m "slow or not slow" tests/test_tpu_compile.py tests/test_pallas_lstm.py
 	.venv-tpu/bin/python benchmarks/tpu_compile.py --cache="$(TPU_CACHE)" $(ARGS)
 

@@ -13,6 +13,9 @@ def make_model(config):
     from avsi_jax import decode, models, spec, text
 
     system = models.get(config.system)
+    for field, least in (("layers", 1), ("units", 1), ("bottleneck", 0)):
+        if config[field] < least:
+            raise ValueError(f"config.{field}: found {config[field]}, expected {least} or more")
     choices = {k: v if k in system.options else v[:1] for k, v in models.OPTIONS.items()} | {"ctc_units": tuple(decode.UNITS)}
     choices["feedback"] = tuple(n for n in choices["feedback"] if n < config.layers)  # a layer at least comes after
     for field, known in choices.items():
@@ -206,7 +209,8 @@ def make_loss(config, normalisation=None, train: bool = True):
         if not (train and config.augment.lose_sound):
             return drawn
         lost = jax.vmap(lambda h: jax.random.uniform(jax.random.fold_in(losing, h)))(batch["id_hash"])
+        lost = (lost < config.augment.lose_sound) & batch["landmarks_valid"].any(-1)  # a clip that lost its lips keeps its sound
         everything = jnp.zeros_like(drawn).at[:, 0, 1].set(batch["audio_length"])
-        return jnp.where((lost < config.augment.lose_sound)[:, None, None], everything, drawn)
+        return jnp.where(lost[:, None, None], everything, drawn)
 
     return loss

@@ -29,7 +29,7 @@ SPARE_FRAMES = 4  # pictures more than a window needs, so that every window of a
 @dataclasses.dataclass(frozen=True)
 class Repair:
     """samples (N, C) float32 at `rate`, `subtype` as soundfile names it; said: the sentence read in each gap's window, by lips
-    and sound as the system has them: the likeliest of Grid's, '' without a reader or where it read nothing."""
+    and sound as the system has them: the likeliest of Grid's, '' without a reader, or where less than half of it was read."""
 
     samples: np.ndarray
     rate: int
@@ -91,7 +91,7 @@ class Inpainter:
             return unseen, ()
         if clip.pictures is None and not system.drops:
             raise media.MediaError(
-                f"{clip.path} has no pictures; {self.restorer.name} needs them, or take an audio-only system (a_si)"
+                f"{clip.path} has no pictures; {self.restorer.name} needs them; a_si and av_unified do without"
             )
         if clip.pictures is None:
             return unseen, ("no pictures: repaired by the sound alone",)
@@ -241,7 +241,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "avsi-inpaint", description="Fill the holes in a clip's sound, by its context and the speaker's lips."
     )
-    parser.add_argument("clips", nargs="+", metavar="CLIP", help="video with sound (.mpg .mp4 .avi .mov .mkv), or sound for a_si")
+    parser.add_argument(
+        "clips", nargs="+", metavar="CLIP", help="video with sound (.mpg .mp4 .avi .mov .mkv), or sound alone for a_si, av_unified"
+    )
     parser.add_argument(
         "--gap", type=parse_gap, action="append", metavar="START-END", help="a hole, in seconds; may be given again"
     )
@@ -285,7 +287,7 @@ def repair_file(painter: Inpainter, clip: Path, target: Path, gaps) -> bool:
     for warning in repair.warnings:
         print(f"avsi-inpaint: {clip}: {warning}", file=sys.stderr)
     sentences = dict.fromkeys(filter(None, repair.said))
-    said = "  read as: " + ", ".join(f'"{s}"' for s in sentences) if sentences else ""
+    said = "  likeliest sentence of Grid: " + ", ".join(f'"{s}"' for s in sentences) if sentences else ""
     print(f"{target}  ({time.monotonic() - began:.1f} s){said}")
     return True
 

@@ -262,7 +262,7 @@ SYSTEMS: dict[str, System] = {
     "v_s2s": System(lambda sizes: Seq2Seq(sizes, hears=False), uses_video=True, reads=False, options=TWO_STAGES - {"mask_input"}),
     "morrone_av_mtl": System(lambda sizes: SingleStage(sizes, ctc="linear"), uses_video=True, reads=True, options=BLSTM),
     "av_unified": System(Unified, uses_video=True, reads=True, options=UNIFIED, drops=True),
-    "asr": System(Recogniser, uses_video=False, reads=True, options=frozenset({"output", "stack"}), restores=False),
+    "asr": System(Recogniser, uses_video=False, reads=True, options=frozenset({"stack"}), restores=False),
 }
 
 

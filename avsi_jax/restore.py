@@ -16,11 +16,13 @@ import ml_collections
 import numpy as np
 
 import configs
-from avsi_jax import decode, experiment, gaps, media, models, stft, vocoder
+from avsi_jax import decode, experiment, gaps, media, models, stft, text, vocoder
 from avsi_jax import workdir as workdir_files
 from avsi_jax.checkpoints import CheckpointError, Checkpoints
 from avsi_jax.features import Features, Normalisation, hear, record_sound, standardise, to_level
 from avsi_jax.spec import RECORD_RATE, get
+
+MOST_MISREAD = 0.5  # of a sentence's letters or phones, before it is taken for a guess
 
 
 class Restored(NamedTuple):
@@ -105,11 +107,18 @@ class Restorer:
         return Restored(level, said, features, logits, num_steps)
 
     def sentences(self, restored: Restored) -> list[str]:
-        """B sentences in words: the likeliest of Grid's for what was read; '' where nothing was."""
+        """B sentences in words: the likeliest of Grid's for what was read; '' where less than half of its letters or phones were
+        read without the help of a grammar, which makes a sentence of anything.
+        """
         if restored.logits is None:
             return list(restored.said)
-        found = decode.best_sentences(restored.logits, restored.num_steps, self.config.ctc_units)
-        return [" ".join(words) if said else "" for words, said in zip(found.words, restored.said, strict=True)]
+        units = self.config.ctc_units
+        found = decode.best_sentences(restored.logits, restored.num_steps, units)
+        sentences = [" ".join(words) for words in found.words]
+        spelled = [" ".join(text.phones_of(s)) if units == "phones" else s for s in sentences]
+        measure = decode.phone_error_rate if units == "phones" else decode.character_error_rate
+        wrong = measure(list(zip(restored.said, spelled, strict=True))).rates
+        return [s if share <= MOST_MISREAD else "" for s, share in zip(sentences, wrong, strict=True)]
 
     def to_sound(self, level: jax.Array, batch: dict, gap: np.ndarray) -> np.ndarray:
         """Levels (B, F, K) -> the batch's sound (B, record_samples) float32 at RECORD_RATE with its lost samples filled in."""

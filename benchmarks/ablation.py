@@ -6,9 +6,9 @@
 Every clip of a validation split, never of a test split, gets one gap of each length inside its words, as in evaluation. A row holds
 the mean log-mel error in the gap of the restored waveform, by one front end for every run (the paper's mel at 8 kHz, floor -80 dB:
 runs of different presets can be compared), with the clip's own video, with another clip's and, where the network can do without,
-with none; the error of what was read, in the units of its head; and the paired difference from the first run of the group with
-its 95 % bootstrap interval over clips (unseen: over speakers, then clips). A table stands where docs/systems.md has
-`<!-- GROUP -->` and `<!-- end -->`.
+with no video and with no sound at all outside the gap either; the error of what was read, in the units of its head; and the paired
+difference from the first run of the group with its 95 % bootstrap interval over clips (unseen: over speakers, then clips). A table
+stands where docs/systems.md has `<!-- GROUP -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -44,21 +44,27 @@ def rows_of(workdir: Path, data_dir: str, split: str, builder_config: str, gaps_
         real = np.flatnonzero(batch["weight"])
         speakers += [batch["speaker"][b] for b in real]
         ways = {"own": batch, "other": batch["other"]} if restorer.system.uses_video else {"own": batch}
+        arrays = lambda seen: {k: v for k, v in seen.items() if isinstance(v, np.ndarray)}
         if restorer.system.drops:
             ways["none"] = {**batch, "landmarks_valid": np.zeros_like(batch["landmarks_valid"])}
+            everything = np.stack([np.zeros_like(lengths), lengths], -1)[:, None]
+            unheard = restorer.to_sound(restorer.restore(batch, everything).level, arrays(batch), everything)
         for ms in gaps_ms:
             places = zip(batch["clip_id"], batch["speech"], lengths, strict=True)
             gap = np.asarray([[gaps.place_in_speech(c, ms, tuple(s), int(n))] for c, s, n in places])
             for way, seen in ways.items():
                 restored = restorer.restore(seen, gap)
-                sound = restorer.to_sound(restored.level, {k: v for k, v in seen.items() if isinstance(v, np.ndarray)}, gap)
-                found = gap_error(batch, sound, gap, lengths)
-                for b in real:
-                    errors.setdefault(way, {}).setdefault(str(ms), []).append(float(found[b]))
+                keep(errors, way, ms, gap_error(batch, restorer.to_sound(restored.level, arrays(seen), gap), gap, lengths)[real])
                 if way == "own" and ms == 900 and restorer.system.reads:
                     said += [restored.said[b] for b in real]
                     true += [batch["text"][b] for b in real]
+            if restorer.system.drops:
+                keep(errors, "lips", ms, gap_error(batch, unheard, gap, lengths)[real])
     return {"errors": errors, "reading": reading_error(restorer.config, said, true), "speakers": speakers}
+
+
+def keep(errors: dict, way: str, ms: int, found: np.ndarray) -> None:
+    errors.setdefault(way, {}).setdefault(str(ms), []).extend(map(float, found))
 
 
 def gap_error(batch: dict, sound: np.ndarray, gap: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -130,6 +136,9 @@ def eval_field(config, field: str):
 
 def add(group: str, workdirs: list[Path], data_dir: str, builder_config: str, out: Path | None) -> None:
     """Evaluates the runs on both splits and keeps their rows under the group; `out` keeps every clip's errors for a second call."""
+    if len({w.name for w in workdirs}) < len(workdirs):
+        raise SystemExit("ablation.py: found two runs of one name; expected names that differ, since the table goes by them")
+    place_of(group, PAGE.read_text())
     clips = json.loads(out.read_text()) if out and out.exists() else {}
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     for split in SPLITS:
@@ -157,14 +166,14 @@ def table(runs: dict[str, dict]) -> str:
     for split in SPLITS:
         clips = runs[first][split]["clips"]
         head = [f"{ms} ms" for ms in GAPS_MS]
-        head += ["mean", f"less {first}'s", "another clip's video", "no video", "reading error"]
+        head += ["mean", f"less {first}'s", "another clip's video", "no video", "no sound", "reading error"]
         lines += ["", f"{HEADINGS[split]}, {clips} clips, dB:", ""]
         lines += [f"| run | {' | '.join(head)} |", "| --- " + "| ---: " * len(head) + "|"]
         for name, run in runs.items():
             row = run[split]
             cells = [f"{row['gap_l1_db'][str(ms)]:.2f}" for ms in GAPS_MS] + [f"{row['own']:.2f}"]
             cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(*row["difference"]) if "difference" in row else "")
-            cells += [f"{row[way]:.2f}" if way in row else "" for way in ("other", "none")]
+            cells += [f"{row[way]:.2f}" if way in row else "" for way in ("other", "none", "lips")]
             cells.append("" if row["reading"] is None else f"{row['reading']:.3f}")
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -173,11 +182,17 @@ def table(runs: dict[str, dict]) -> str:
 def page(text: str, kept: dict) -> str:
     """docs/systems.md with the tables of the groups that are kept."""
     for group, runs in kept.items():
-        mark = rf"(<!-- {re.escape(group)} -->\n).*?(<!-- end -->)"
-        if not re.search(mark, text, re.DOTALL):
-            raise SystemExit(f"{PAGE} has no place for {group}; expected <!-- {group} --> and <!-- end --> there")
-        text = re.sub(mark, lambda m, runs=runs: f"{m[1]}\n{table(runs)}\n\n{m[2]}", text, flags=re.DOTALL)
+        start, end = place_of(group, text)
+        text = f"{text[:start]}\n{table(runs)}\n\n{text[end:]}"
     return text
+
+
+def place_of(group: str, text: str) -> tuple[int, int]:
+    """Where a group's table begins and ends; SystemExit where there is no such place."""
+    found = re.search(rf"<!-- {re.escape(group)} -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    if not found:
+        raise SystemExit(f"{PAGE} has no place for {group}; expected <!-- {group} --> and <!-- end --> there")
+    return found.span(1)
 
 
 def main() -> int:

@@ -4,7 +4,7 @@
 directions; while it computes, Pallas fetches the next projected inputs and stores the last results. What it is for is in
 docs/tpu.md; it stays out of the package.
 
-    python benchmarks/pallas_lstm.py [--topology=v5e:2x4] [--batch=32] [--inputs=512] [--chunk=8] [--dtype=float32]
+    python benchmarks/pallas_lstm.py [--topology=v5e:2x4] [--batch=32] [--inputs=512] [--chunk=8] [--dtype=bfloat16]
 
 compiles one layer, forward and backward, by the kernel and by scan_joined, with libtpu's compiler, and prints what each is made of.
 Shapes: T steps, D directions, B clips, I inputs, H units; gates in order ifgo.
@@ -158,8 +158,10 @@ scan_pallas.defvjp(_forward, _backward)
 def compile_layer(scan, args) -> dict:
     """One layer's loss and gradient, compiled for the topology's chips, each on its own."""
     from jax.experimental import topologies
+    from tpu_compile import TOPOLOGIES
 
-    devices = topologies.get_topology_desc(args.topology, platform="tpu").devices
+    os.environ["TPU_ACCELERATOR_TYPE"], _, options = TOPOLOGIES[args.topology]
+    devices = topologies.get_topology_desc(args.topology, platform="tpu", **options).devices
     inputs, units = args.inputs, args.units
     shapes = [(args.steps, 2, args.batch, inputs), (2, 4, inputs, units), (2, 4, units, units), (2, 4, units)]
     shapes = [jax.ShapeDtypeStruct((len(devices), *shapes[0]) if s is shapes[0] else s, jnp.float32) for s in shapes]
@@ -205,7 +207,7 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    from tpu_compile import ALONE, TOPOLOGIES
+    from tpu_compile import ALONE
 
-    os.environ.update(ALONE | {"TPU_ACCELERATOR_TYPE": TOPOLOGIES["v5e:2x4"][0]})
+    os.environ.update(ALONE)
     sys.exit(main())

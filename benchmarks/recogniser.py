@@ -41,6 +41,9 @@ def measure(workdir: Path, data_dir: str) -> dict:
 def of_split(recogniser, records, split: str) -> dict:
     """Errors on the clean sound, of each speaker and slot; times; and what an emptied gap does."""
     raw = [records[i] for i in range(len(records))]
+    if bare := next((r for r in raw if len(r["words"]) != len(SLOTS)), None):
+        raise SystemExit(f"recogniser.py: {split}: clip {bare['id']} of {bare['speaker']} has {len(bare['words'])} timed words; "
+                         f"expected {len(SLOTS)}: build the dataset with the clips' .align files")  # fmt: skip
     examples = [input_pipeline.to_example(r) for r in raw]
     sound, lengths = (np.stack([e[k] for e in examples]) for k in ("audio", "audio_length"))
     true, speakers = [tuple(r["text"].split()) for r in raw], np.array([r["speaker"] for r in raw])

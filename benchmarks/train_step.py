@@ -13,6 +13,7 @@ The last line of --json is one flat object. Without torch or keras their fields 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gzip
 import importlib.util
@@ -152,7 +153,7 @@ def ours(args, cell: str = ""):
         "peak": lambda: matmul_of(jax.numpy.ones, jax.block_until_ready),
     }
     if not cell and not args.short:
-        whole, _ = compiled(raw, from_raw=True)
+        whole, compile_s = compiled(raw, from_raw=True)  # what avsi-train compiles
         does["whole"] = lambda: run(whole, raw)
     if args.profile:
         does["profile"] = lambda: traced_by_jax(jax, does["step"], args.profile)
@@ -276,7 +277,8 @@ def dearest(trace: dict, most: int = 5) -> str:
     spent: dict[str, list[float]] = {}
     for e in events:
         if e.get("ph") == "X" and (e.get("cat") == "kernel" or (e.get("pid") in lanes and (e["pid"], e["tid"]) in streams)):
-            spent.setdefault(e["name"].split("(")[0][:60].rstrip("_0123456789."), []).append(e["dur"])
+            kind = e["name"].replace("(anonymous namespace)::", "").split("(")[0]
+            spent.setdefault(kind[:60].rstrip("_0123456789."), []).append(e["dur"])
     if not (whole := sum(map(sum, spent.values()))):
         return "no kernels on a GPU"
     first = sorted(spent.items(), key=lambda kind: -sum(kind[1]))[:most]
@@ -312,11 +314,11 @@ def child(args) -> int:
 class Contender:
     """A contender as the others see it."""
 
-    def __init__(self, name: str, args, **changes):
+    def __init__(self, name: str, args, called: str = "", short: bool = False, **changes):
         said = {k: v for k, v in vars(args).items() if k in ("batch_size", "lstm", "dtype", "precision", "profile")} | changes
-        words = [f"--{k}={v}" for k, v in said.items()] + ["--short"] * args.short
+        words = [f"--{k}={v}" for k, v in said.items()] + ["--short"] * (short or args.short)
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}
-        self.name, self.times, self.cpu, self.mb = name, {}, [], 0.0
+        self.name, self.times, self.cpu, self.mb = called or name, {}, [], 0.0
         command, pipe = [sys.executable, __file__, "--child", name, *words], subprocess.PIPE
         self.process = subprocess.Popen(command, env=environment, text=True, stdin=pipe, stdout=pipe)
         self.facts = self._answer()
@@ -340,7 +342,8 @@ class Contender:
         return statistics.median(self.times[what]) * 1e3
 
     def close(self):
-        self.process.stdin.close()
+        with contextlib.suppress(OSError):  # it may be gone
+            self.process.stdin.close()
         self.process.wait()
 
 
@@ -353,11 +356,11 @@ def take_turns(contenders: list[Contender], what: str, rounds: int) -> None:
 
 
 def compile_seconds(args) -> tuple[float, float]:
-    """Tracing and compiling our step in a fresh process: into an empty compilation cache, and from it."""
+    """Tracing and compiling the step that avsi-train runs in a fresh process: into an empty compilation cache, and from it."""
     with tempfile.TemporaryDirectory() as folder:
         said = [w for k in ("batch_size", "lstm", "dtype") for w in (f"--{k}", str(getattr(args, k)))]
-        command = [sys.executable, __file__, "--child", "ours", "--short", *said]
-        run = functools.partial(subprocess.run, command, input="", capture_output=True, text=True, check=True)
+        command = [sys.executable, __file__, "--child", "ours", *said]
+        run = functools.partial(subprocess.run, command, input="", stdout=subprocess.PIPE, text=True, check=True)
         found = [run(env=os.environ | {"JAX_COMPILATION_CACHE_DIR": folder}).stdout.splitlines() for _ in range(2)]
     return tuple(json.loads(next(line for line in lines if line.startswith("@"))[1:])["compile_s"] for lines in found)
 
@@ -365,6 +368,14 @@ def compile_seconds(args) -> tuple[float, float]:
 def compare(names: list[str], args) -> dict:
     """One flat object: ms and ratios of every contender."""
     contenders = [Contender(name, args) for name in names]
+    try:
+        return compared(contenders, args)
+    finally:
+        for c in contenders:
+            c.close()
+
+
+def compared(contenders: list[Contender], args) -> dict:
     refuse_other_machines(contenders)
     suffix = {"step": "", "forward": "_forward", "single": "_batch1", "whole": "_from_raw"}
     for what in suffix:
@@ -383,17 +394,13 @@ def compare(names: list[str], args) -> dict:
     row |= {"gflop": step, "gflop_forward": forward, "peak_gflops": peak, "share_of_peak": step / row["ms_ours"] * 1e3 / peak}
     row |= {"share_of_peak_torch": step / row["ms_torch"] * 1e3 / peak} if "ms_torch" in row else {}
     row |= {"devices": contenders[0].facts["devices"], "cores": os.cpu_count(), "machine": platform.platform(terse=True)}
-    for c in contenders:
-        c.close()
-    return row
+    return row | {k: getattr(args, k) for k in ("batch_size", "lstm", "dtype", "precision")}
 
 
 def refuse_other_machines(contenders: list[Contender]) -> None:
     """A GPU against a CPU says nothing; ValueError names who is where."""
     where = {c.name: c.facts["platform"] for c in contenders if "platform" in c.facts}
     if len(set(where.values())) > 1:
-        for c in contenders:
-            c.close()
         raise ValueError(f"found {', '.join(f'{n} on a {p}' for n, p in where.items())}; expected all on one: give `make bench` "
                          "EXTRA=cuda and a TORCH_INDEX with CUDA, or JAX_PLATFORMS=cpu and CUDA_VISIBLE_DEVICES=")  # fmt: skip
 
@@ -402,19 +409,41 @@ def sweep(args) -> dict:
     """On a GPU: the scan and cuDNN beside PyTorch at several batches and precisions; bfloat16 is the scan's alone."""
     row = {}
     for batch, precision in SWEEP:
-        dtype = "bfloat16" if precision == "bfloat16" else "float32"
-        at = {"batch_size": batch, "precision": precision, "dtype": dtype}
-        contenders = {"scan": Contender("ours", args, lstm="joined", **at), "torch": Contender("torch", args, **at)}
-        if dtype == "float32":
-            contenders["cudnn"] = Contender("ours", args, lstm="cudnn", **at)
-        refuse_other_machines(list(contenders.values()))
-        take_turns(list(contenders.values()), "step", args.rounds)
-        row |= {f"ms_{name}_{batch}_{precision}": c.ms("step") for name, c in contenders.items()}
-        if args.profile:
-            row |= {f"kernels_{name}_{batch}_{precision}": c.do("profile")["value"] for name, c in contenders.items()}
-        for c in contenders.values():
-            c.close()
+        try:
+            cell = sweep_cell(args, batch, precision)
+        except (RuntimeError, OSError) as error:  # out of memory, say: the others are still worth having
+            cell = {"failed": str(error)}
+        found = {f"{k}_{batch}_{precision}": v for k, v in cell.items()}
+        show(found)
+        row |= found
     return row
+
+
+def sweep_cell(args, batch: int, precision: str) -> dict:
+    dtype = "bfloat16" if precision == "bfloat16" else "float32"
+    kinds = {"scan": ("ours", "joined"), "torch": ("torch", "auto"), "cudnn": ("ours", "cudnn")}
+    contenders = []
+    try:
+        for kind, (name, lstm) in kinds.items():
+            if kind != "cudnn" or dtype == "float32":
+                profile = args.profile and str(Path(args.profile) / f"{kind}_{batch}_{precision}")
+                given = {"batch_size": batch, "precision": precision, "dtype": dtype, "lstm": lstm, "profile": profile}
+                contenders.append(Contender(name, args, called=kind, short=True, **given))
+        refuse_other_machines(contenders)
+        take_turns(contenders, "step", args.rounds)
+        ms = {c.name: c.ms("step") for c in contenders}
+        cell = {f"ms_{name}": value for name, value in ms.items()}
+        cell |= {f"ratio_torch_over_{name}": ms["torch"] / value for name, value in ms.items() if name != "torch"}
+        cell |= {"ratio_scan_over_cudnn": ms["scan"] / ms["cudnn"]} if "cudnn" in ms else {}
+        return cell | ({f"kernels_{c.name}": c.do("profile")["value"] for c in contenders} if args.profile else {})
+    finally:
+        for c in contenders:
+            c.close()
+
+
+def show(row: dict) -> None:
+    for name, value in row.items():
+        print(f"{name:32}{value:12.3f}" if isinstance(value, float) else f"{name:32}{value!s:>12}", flush=True)
 
 
 def backend_of_jax() -> str:
@@ -441,11 +470,13 @@ def main(argv=None) -> int:
         parser.error("expected --batch_size and --rounds above 0")
     if args.child:
         return child(args)
+    if (args.dtype == "bfloat16") != (args.precision == "bfloat16"):
+        parser.error("--dtype and --precision: expected bfloat16 for both or for neither: ours takes the first, PyTorch the second")
     if args.profile and not args.sweep:
         parser.error("--profile: expected --sweep beside it")
     try:
         return report(args)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, subprocess.CalledProcessError) as error:
         print(f"benchmarks/train_step.py: {error}", file=sys.stderr)
         return 2
 
@@ -460,9 +491,8 @@ def report(args) -> int:
     row = compare(names, args)
     if not args.short:
         row["compile_s_ours"], row["cached_compile_s_ours"] = compile_seconds(args)
+    show(row)
     row |= sweep(args) if args.sweep else {}
-    for name, value in row.items():
-        print(f"{name:32}{value:12.3f}" if isinstance(value, float) else f"{name:32}{value!s:>12}")
     if args.json:
         print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}))
     return 0

@@ -55,31 +55,78 @@ GPU_LANES = [
 ]
 
 
+SPACE = "void at::native::(anonymous namespace)::"  # of two kernels that are not one
+OF_JAX = [{"ph": "X", "pid": 1, "tid": 7, "name": n, "dur": d} for n, d in (("gemm_1", 1500), ("gemm_2", 1500), ("add(f*)", 1000))]
+OF_TORCH = [
+    {"ph": "X", "cat": "kernel", "pid": 0, "tid": 7, "name": n, "dur": d}
+    for n, d in (("gemm_1", 3000), ("gemm_9", 0), (f"{SPACE}foo(int)", 750), (f"{SPACE}bar(int)", 250))
+]
+
+
 @pytest.mark.parametrize(
-    "events",
+    ("events", "said"),
     [
-        [*GPU_LANES, *({"ph": "X", "pid": 1, "tid": 7, "name": n, "dur": d} for n, d in (("gemm_1", 1500), ("gemm_2", 1500)))]
-        + [{"ph": "X", "pid": 1, "tid": 7, "name": "add(float*)", "dur": 1000}]
-        + [{"ph": "X", "pid": 1, "tid": 8, "name": "op", "dur": 9000}, {"ph": "X", "pid": 2, "tid": 7, "name": "cpu", "dur": 9}],
-        [{"ph": "X", "cat": "kernel", "pid": 0, "tid": 7, "name": n, "dur": d} for n, d in (("gemm_1", 3000), ("add(int)", 1000))]
-        + [{"ph": "X", "cat": "kernel", "pid": 0, "tid": 7, "name": "gemm_9", "dur": 0}]
-        + [{"ph": "X", "cat": "cpu_op", "pid": 0, "tid": 1, "name": "aten::mm", "dur": 9000}],
+        (
+            [*GPU_LANES, *OF_JAX, {"ph": "X", "pid": 1, "tid": 8, "name": "op", "dur": 9000}]
+            + [{"ph": "X", "pid": 2, "tid": 7, "name": "cpu", "dur": 9}],
+            "4.00 ms in kernels: 75% gemm x 2, 25% add x 1",
+        ),
+        (
+            [*OF_TORCH, {"ph": "X", "cat": "cpu_op", "pid": 0, "tid": 1, "name": "aten::mm", "dur": 9000}],
+            "4.00 ms in kernels: 75% gemm x 2, 19% void at::native::foo x 1, 6% void at::native::bar x 1",
+        ),
     ],
     ids=["jax", "torch"],
 )
-def test_dearest_kernels(train_step, events):
+def test_dearest_kernels(train_step, events, said):
     """Of jax: the streams of the device, not the lanes that say the same again; of torch: what is called a kernel."""
-    assert train_step.dearest({"traceEvents": events}) == "4.00 ms in kernels: 75% gemm x 2, 25% add x 1"
+    assert train_step.dearest({"traceEvents": events}) == said
     assert train_step.dearest({"traceEvents": events[-1:]}) == "no kernels on a GPU"
 
 
 def test_a_cpu_is_not_held_against_a_gpu(train_step):
-    closed = []
-    on = lambda name, where: types.SimpleNamespace(name=name, facts=where, close=lambda: closed.append(name))
+    on = lambda name, where: types.SimpleNamespace(name=name, facts=where)
     train_step.refuse_other_machines([on("ours", {"platform": "gpu"}), on("keras", {}), on("torch", {"platform": "gpu"})])
     with pytest.raises(ValueError, match="ours on a gpu, torch on a cpu"):
         train_step.refuse_other_machines([on("ours", {"platform": "gpu"}), on("torch", {"platform": "cpu"})])
-    assert closed == ["ours", "torch"]  # and nobody is left waiting
+
+
+@pytest.mark.parametrize("words", [["--dtype=bfloat16"], ["--precision=bfloat16"]])
+def test_types_go_together(train_step, words, capsys):
+    with pytest.raises(SystemExit):
+        train_step.main(words)
+    assert "expected bfloat16 for both or for neither" in capsys.readouterr().err
+
+
+def test_a_sweep_keeps_what_it_has(train_step, monkeypatch, capsys):
+    """One of its cells runs out of memory."""
+    given = []
+
+    class Made:
+        def __init__(self, name, args, called, short, **more):
+            given.append((called, short, more["batch_size"], more["precision"], more["lstm"]))
+            if called == "torch" and more["batch_size"] == 1024 and more["precision"] == "tf32":
+                raise RuntimeError("torch ended with status 1")
+            self.name, self.facts = called, {"platform": "gpu", "does": ["step"]}
+
+        def do(self, what, counts=True):
+            return None
+
+        def ms(self, what):
+            return {"scan": 4.0, "torch": 2.0, "cudnn": 1.0}[self.name]
+
+        def close(self):
+            given.append("closed")
+
+    monkeypatch.setattr(train_step, "Contender", Made)
+    row = train_step.sweep(types.SimpleNamespace(rounds=1, profile=""))
+    assert row["ms_scan_32_float32"] == 4.0 and row["ratio_torch_over_scan_32_tf32"] == 0.5
+    assert row["ratio_torch_over_cudnn_256_float32"] == 2.0 and row["ratio_scan_over_cudnn_1024_float32"] == 4.0
+    assert row["failed_1024_tf32"] == "torch ended with status 1" and "ms_scan_1024_tf32" not in row
+    assert "ms_cudnn_32_bfloat16" not in row and ("scan", True, 32, "bfloat16", "joined") in given
+    assert "ratio_torch_over_scan_32_tf32" in capsys.readouterr().out
+    made = sum(g != "closed" for g in given)
+    assert given.count("closed") == made - 1  # all that were made; the one that failed never was
 
 
 def test_sweep_wants_a_gpu(train_step, monkeypatch, capsys):
@@ -125,14 +172,14 @@ def test_a_row_holds_means_and_the_paired_difference(ablation):
 
 def test_tables_stand_where_they_are_marked(ablation):
     row = {"gap_l1_db": {str(ms): 8.0 for ms in ablation.GAPS_MS}, "own": 8.0, "other": 11.0, "reading": None, "clips": 100}
-    better = row | {"own": 7.5, "none": 9.25, "reading": 0.5, "difference": [-0.5, -0.75, -0.25]}
+    better = row | {"own": 7.5, "none": 9.25, "lips": 10.0, "reading": 0.5, "difference": [-0.5, -0.75, -0.25]}
     run = lambda r, differs: {s: r for s in ablation.SPLITS} | {"differs": differs, "parameters": 4_666_049}
     kept = {"unified": {"u_base": run(row, {}), "u_new": run(better, {"loss.ctc": 0.01})}}
     page = ablation.page("before\n<!-- unified -->\nold\n<!-- end -->\nafter\n<!-- encoder -->\nstays\n<!-- end -->\n", kept)
     assert page.startswith("before\n<!-- unified -->\n\n| run |") and "old" not in page
     assert page.endswith("<!-- end -->\nafter\n<!-- encoder -->\nstays\n<!-- end -->\n")
     assert "| u_new | loss.ctc=0.01 | 4,666,049 |" in page
-    assert page.count("| 7.50 | -0.50 [-0.75, -0.25] | 11.00 | 9.25 | 0.500 |") == 2
+    assert page.count("| 7.50 | -0.50 [-0.75, -0.25] | 11.00 | 9.25 | 10.00 | 0.500 |") == 2
     with pytest.raises(SystemExit, match="no place for unified"):
         ablation.page("nothing", kept)
 
@@ -151,6 +198,13 @@ def test_what_a_run_differs_in(ablation, trained, tmp_path):
     assert facts["differs"] == {"loss.ctc": 0.5}  # where the data lies is no choice
     rows = workdir.read_rows(trained / workdir.METRICS)
     assert facts["epochs"] == len(rows) and facts["best_val_gap_l1_db"] == min(r["val_gap_l1_db"] for r in rows)
+
+
+def test_runs_are_told_apart_and_have_a_place_before_any_is_evaluated(ablation, tmp_path):
+    with pytest.raises(SystemExit, match="two runs of one name"):
+        ablation.add("unified", [tmp_path / "a" / "run", tmp_path / "b" / "run"], "", "", None)
+    with pytest.raises(SystemExit, match="no place for uniform"):
+        ablation.add("uniform", [tmp_path / "a"], "", "", None)
 
 
 def test_errors_say_what_to_give(ablation, monkeypatch, capsys):

@@ -39,12 +39,13 @@ class Drawn(Exception):
     """Carries the gaps that a loss made its features with."""
 
 
-def drawn(monkeypatch, config, *, step=0, train=True, count=2_000):
+def drawn(monkeypatch, config, *, step=0, train=True, count=2_000, faceless=False):
     """(count, G, 2): the gaps of clips of 2.98 and 2 s, and the clips."""
     batch = {
         "audio": np.zeros((count, 1), np.int16),
         "audio_length": np.resize(np.int32([47_648, 32_000]), count),
         "id_hash": np.arange(1, count + 1, dtype=np.uint32) * np.uint32(2_654_435_761),
+        "landmarks_valid": np.resize([[True, False], [False, False]], (count, 2)) if faceless else np.ones((count, 2), bool),
     }
 
     def give_up(batch, gap, config):
@@ -94,6 +95,9 @@ def test_lost_sound_is_that_of_whole_clips(monkeypatch):
     np.testing.assert_array_equal(found[~lost], plain[~lost])
     assert lost.mean() == pytest.approx(0.2, abs=4 * np.sqrt(0.2 * 0.8 / len(lost)))
     np.testing.assert_array_equal(drawn(monkeypatch, config, train=False)[0], plain)
+    kept = (drawn(monkeypatch, config, faceless=True)[0] == plain).all((1, 2))
+    assert kept[1::2].all()  # a clip that has no lips keeps its sound
+    np.testing.assert_array_equal(kept[::2], ~lost[::2])
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -222,6 +226,10 @@ def test_a_text_that_cannot_be_said_is_counted_and_changes_nothing(params, batch
         ({"system": "av_si", "skip": True}, "config.skip: found True, expected False of av_si"),
         ({"system": "asr", "dtype": "bfloat16"}, "config.dtype: found 'bfloat16', expected 'float32' of asr"),
         ({"system": "av_unified", "output": "relu"}, "config.output: found 'relu', expected 'linear' of av_unified"),
+        ({"layers": 0}, "config.layers: found 0, expected 1 or more"),
+        ({"units": 0}, "config.units: found 0, expected 1 or more"),
+        ({"bottleneck": -3}, "config.bottleneck: found -3, expected 0 or more"),
+        ({"system": "asr", "output": "relu"}, "config.output: found 'relu', expected 'linear' of asr"),
         ({"dropout": 1.0}, "config.dropout: found 1.0, expected a share from 0 to below 1"),
         ({"augment.speed": 1.0}, "config.augment.speed: found 1.0, expected 0 to 0.5"),
         ({"motion": "poses"}, "config.motion: found 'poses', expected 'pixels', 'standardised' or 'pose'"),

@@ -25,9 +25,12 @@ NETWORKS = {name: (name, {}) for name in models.SYSTEMS} | {
     "av_mtl_s2s told, linear, skip": ("av_mtl_s2s", {"mask_input": True, "bottleneck_relu": False, "skip": True}),
     "av_mtl_s2s at video rate": ("av_mtl_s2s", {"video_rate": "video", "skip": True}),
     "v_s2s at video rate": ("v_s2s", {"video_rate": "video"}),
+    "av_unified, 2": ("av_unified", {"stack": 2}),
     "av_unified told, 2": ("av_unified", {"stack": 2, "mask_input": True}),
     "av_unified feedback, 3": ("av_unified", {"stack": 3, "layers": 2, "feedback": 1}),
     "av_unified lips first, 2": ("av_unified", {"stack": 2, "lip_layers": 1}),
+    "av_mtl_s2s bfloat16": ("av_mtl_s2s", {"dtype": "bfloat16"}),
+    "av_unified bfloat16, 2": ("av_unified", {"stack": 2, "dtype": "bfloat16"}),
     "asr, 4": ("asr", {"stack": 4}),
 }
 FROM_THE_LIPS = ("av_mtl_s2s",)  # systems whose text comes from the lips alone
@@ -392,6 +395,12 @@ def test_unfold_is_the_inverse_of_fold(count, frames):
         parts = [x[:, f] if f < frames else np.zeros((2, 3)) for f in range(step * count, (step + 1) * count)]
         np.testing.assert_array_equal(folded[:, step], np.concatenate(parts, -1))
     np.testing.assert_array_equal(models.unfold(folded, frames, count), x)
+
+
+@pytest.mark.parametrize(("name", "plain"), [("av_mtl_s2s bfloat16", "av_mtl_s2s"), ("av_unified bfloat16, 2", "av_unified, 2")])
+def test_bfloat16_reaches_the_layers_and_changes_little(name, plain):
+    found, expected = (answer(network(n)(given_to(n))) for n in (name, plain))
+    assert found.dtype == np.float32 and 0 < np.abs(found - expected).max() < 0.03 * np.abs(expected).max()
 
 
 # ---- drop-out ------------------------------------------------------------------------------------------------------------------

@@ -215,17 +215,20 @@ def test_a_clip_is_restored_alike_in_any_batch(restorer, restored, sound, batch,
 # ------------------------------------------------------------------------------------------------------------- interpolation
 
 
-def test_sentences_are_words_of_grid_and_nothing_where_nothing_was_read(restorer, restored):
-    """Logits that spell a sentence with one wrong letter, and logits of blanks alone: greedy gives the letters, this the words."""
-    from avsi_jax import text
+def test_sentences_are_words_of_grid_and_nothing_where_little_was_read(restorer, restored):
+    """Logits that spell a sentence with one wrong letter, one letter alone, nothing: greedy gives the letters, this the words."""
+    from avsi_jax import decode, text
 
     wrong, frames = "bin blux at f two now", 75
-    logits = np.full((2, frames, text.NUM_LABELS), -4.0, np.float32)
+    logits = np.full((3, frames, text.NUM_LABELS), -4.0, np.float32)
     logits[:, :, 0] = 2.0
     for k, label in enumerate(text.encode(wrong)):
         logits[0, 3 * k, label] = 8.0
-    made = restored._replace(said=[wrong, ""], logits=logits, num_steps=np.array([frames, frames]))
-    assert restorer.sentences(made) == ["bin blue at f two now", ""]
+    logits[1, 30, text.encode("n")[0]] = 8.0
+    steps = np.full(3, frames)
+    made = restored._replace(said=decode.greedy(logits, steps), logits=logits, num_steps=steps)
+    assert made.said == [wrong, "n", ""]
+    assert restorer.sentences(made) == ["bin blue at f two now", "", ""]
     assert restorer.sentences(restored._replace(said=["", ""], logits=None)) == ["", ""]
 
 

@@ -37,7 +37,8 @@ def data_dir(grid_dir, tmp_path_factory):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_it_learns_from_real_clips(name, data_dir, tmp_path):
     """Nothing is changed but how long, in batches of what, and how often it is saved."""
-    fields = {"data_dir": data_dir, "epochs": 3, "batch_size": 8, "checkpoint_every": 3, "keep": 1}
+    fields = {"data_dir": data_dir, "epochs": 3, "batch_size": 8, "checkpoint_every": 3, "keep": 1,
+              "validation_split": "validation", "validate_every": 1}  # fmt: skip
     config = configs.load(name, [(field, str(value)) for field, value in fields.items()])
     train.train(config, tmp_path)
     with (tmp_path / "metrics.csv").open(newline="") as file:
