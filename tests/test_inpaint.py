@@ -295,7 +295,7 @@ def test_gaps_that_overlap_are_one():
 
 
 def test_sound_alone_is_refused_by_a_lip_reader(by_lips):
-    with pytest.raises(media.MediaError, match="has no pictures; av_mtl_s2s needs them, or take an audio-only system"):
+    with pytest.raises(media.MediaError, match="has no pictures; av_mtl_s2s needs them; a_si and av_unified do without"):
         by_lips.inpaint(clip_of(voice(1, 16_000), 16_000), [(0.2, 0.4)])
 
 
