@@ -90,9 +90,7 @@ class Inpainter:
         if not system.uses_video:
             return unseen, ()
         if clip.pictures is None and not system.drops:
-            raise media.MediaError(
-                f"{clip.path} has no pictures; {self.restorer.name} needs them; a_si and av_unified do without"
-            )
+            raise media.MediaError(f"{clip.path} has no pictures; {self.restorer.name} needs them; a_si and av_unified do without")
         if clip.pictures is None:
             return unseen, ("no pictures: repaired by the sound alone",)
         self._tracker = self._tracker or landmarks.FaceTracker()

@@ -158,11 +158,18 @@ def add(group: str, workdirs: list[Path], data_dir: str, builder_config: str, ou
 
 def table(runs: dict[str, dict]) -> str:
     """Markdown of one group: what each run is, then a table a split."""
-    first = next(iter(runs))
-    lines = ["| run | what differs | parameters |", "| --- | --- | ---: |"]
+    first, *others = runs
+    said = lambda fields: ", ".join(f"{f}={v}" for f, v in fields)
+    shared = (
+        [f for f in runs[others[0]]["differs"].items() if all(f in runs[o]["differs"].items() for o in others)]
+        if others[1:]
+        else []
+    )
+    lines = [f"All but {first}: {said(shared)}.", ""] if shared else []
+    lines += ["| run | what differs | parameters | epochs |", "| --- | --- | ---: | ---: |"]
     for name, run in runs.items():
-        fields = ", ".join(f"{f}={v}" for f, v in run["differs"].items()) if name != first else "see the text"
-        lines.append(f"| {name} | {fields} | {run['parameters']:,} |")
+        fields = said(f for f in run["differs"].items() if f not in shared) if name != first else "see the text"
+        lines.append(f"| {name} | {fields} | {run['parameters']:,} | {run['epochs']} |")
     for split in SPLITS:
         clips = runs[first][split]["clips"]
         head = [f"{ms} ms" for ms in GAPS_MS]

@@ -14,6 +14,7 @@ def get_config():
     config.ctc_units = "phones"
     config.mask_input = True
     config.stack = 2  # 50 steps a second
+    config.lip_layers = 1
     config.gaps.max_count = 4
     config.gaps.total = "uniform"
     config.gaps.low_ms = 160.0
@@ -24,6 +25,7 @@ def get_config():
     config.loss.whole = 0.1
     config.loss.gap = 1.0
     config.loss.near_frames = 4
+    config.loss.ctc = 1e-2  # at 1e-3 nothing is read (docs/systems.md)
     config.batch_size = 16
     config.epochs = 100
     config.schedule = "cosine"

@@ -173,12 +173,17 @@ def test_a_row_holds_means_and_the_paired_difference(ablation):
 def test_tables_stand_where_they_are_marked(ablation):
     row = {"gap_l1_db": {str(ms): 8.0 for ms in ablation.GAPS_MS}, "own": 8.0, "other": 11.0, "reading": None, "clips": 100}
     better = row | {"own": 7.5, "none": 9.25, "lips": 10.0, "reading": 0.5, "difference": [-0.5, -0.75, -0.25]}
-    run = lambda r, differs: {s: r for s in ablation.SPLITS} | {"differs": differs, "parameters": 4_666_049}
-    kept = {"unified": {"u_base": run(row, {}), "u_new": run(better, {"loss.ctc": 0.01})}}
+    run = lambda r, differs: {s: r for s in ablation.SPLITS} | {"differs": differs, "parameters": 4_666_049, "epochs": 8}
+    shared = {"preset": "wide", "stack": 2}
+    kept = {
+        "unified": {"single": run(row, {"motion": "pose"}), "u_base": run(row, shared), "u_new": run(better, shared | {"x": 1})}
+    }
     page = ablation.page("before\n<!-- unified -->\nold\n<!-- end -->\nafter\n<!-- encoder -->\nstays\n<!-- end -->\n", kept)
-    assert page.startswith("before\n<!-- unified -->\n\n| run |") and "old" not in page
+    assert page.startswith("before\n<!-- unified -->\n\nAll but") and "old" not in page
     assert page.endswith("<!-- end -->\nafter\n<!-- encoder -->\nstays\n<!-- end -->\n")
-    assert "| u_new | loss.ctc=0.01 | 4,666,049 |" in page
+    assert "All but single: preset=wide, stack=2.\n" in page
+    assert "| single | see the text | 4,666,049 | 8 |" in page and "| u_base |  | 4,666,049 | 8 |" in page
+    assert "| u_new | x=1 | 4,666,049 | 8 |" in page
     assert page.count("| 7.50 | -0.50 [-0.75, -0.25] | 11.00 | 9.25 | 10.00 | 0.500 |") == 2
     with pytest.raises(SystemExit, match="no place for unified"):
         ablation.page("nothing", kept)
