@@ -19,6 +19,7 @@ def get_config():
     config.gaps.total = "uniform"
     config.gaps.low_ms = 160.0
     config.gaps.high_ms = 1600.0
+    config.augment.trim = 1.0  # what helped most in words, and in reading
     config.augment.jitter_ms = 20.0
     config.augment.lose_video = 0.1
     config.augment.lose_sound = 0.05
