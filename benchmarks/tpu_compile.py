@@ -49,7 +49,7 @@ TOPOLOGIES = {
 }
 HEADLINE = "av_mtl_s2s"
 NOT_YET = "not compiled yet"  # time was up
-STEP_ROOMS = "spec text stft gaps features augment input_pipeline lstm models losses parallel experiment train".split()
+STEP_ROOMS = "spec text stft gaps features augment input_pipeline lstm models losses parallel experiment steps".split()
 
 
 # ---- one compilation -----------------------------------------------------------------------------------------------------------
@@ -61,12 +61,12 @@ def compile_step(config, topology: str, batch_per_chip: int):
     import jax
     from jax.experimental import topologies
 
-    from avsi_jax import experiment, parallel, train
+    from avsi_jax import experiment, parallel, steps
 
     devices = topologies.get_topology_desc(topology, platform="tpu", **options).devices
     optimiser = experiment.make_optimiser(config, 1000)
-    step = train.make_train_step(config, optimiser, made_up_normalisation(config))
-    state = jax.eval_shape(lambda: train.init_state(config, 1000))
+    step = steps.make_train_step(config, optimiser, made_up_normalisation(config))
+    state = jax.eval_shape(lambda: steps.init_state(config, 1000))
     here = sum(d.process_index == jax.process_index() for d in devices)  # as on a pod: each host gives its own chips' share
     lowered = parallel.map_train_step(step, devices).lower(state, batch_shapes(here, batch_per_chip))
     began = time.perf_counter()

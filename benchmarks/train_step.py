@@ -102,7 +102,7 @@ def ours(args, cell: str = ""):
     """The project's step; with `cell` flax's own layers stand in for its LSTM."""
     jax = set_up_jax(args)
     import configs
-    from avsi_jax import experiment, features, models, parallel, train
+    from avsi_jax import experiment, features, models, parallel, steps
 
     wanted = [("batch_size", str(args.batch_size)), ("lstm", args.lstm)]
     if cell:
@@ -121,12 +121,12 @@ def ours(args, cell: str = ""):
     batch = raw | ready | {"labels": raw["labels"] * 0, "label_length": raw["label_length"] * 0 + TEXT}
     batch["labels"][:, :TEXT] = given["labels"]
 
-    state = parallel.replicate(train.init_state(config, 1))
+    state = parallel.replicate(steps.init_state(config, 1))
     make_features = features.make_features
 
     def compiled(batch, from_raw: bool):
         features.make_features = make_features if from_raw else given_features
-        step = parallel.map_train_step(train.make_train_step(config, experiment.make_optimiser(config, 1)))
+        step = parallel.map_train_step(steps.make_train_step(config, experiment.make_optimiser(config, 1)))
         began = time.perf_counter()
         return step.lower(state, parallel.split(batch)).compile(), time.perf_counter() - began
 

@@ -93,12 +93,12 @@ def trained(tiny_config, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def untrained_a_si(tiny_config, tmp_path_factory) -> Path:
     """The workdir of a tiny a_si as it is before its first step. Not to be changed by a test."""
-    from avsi_jax import checkpoints, train, workdir
+    from avsi_jax import checkpoints, steps, workdir
 
     folder = tmp_path_factory.mktemp("untrained") / "run"
     config = tiny_config(system="a_si")
     workdir.check_config(config, folder)
     saved = checkpoints.Checkpoints(folder)
-    saved.save(0, train.init_state(config, 1), {}, 0.0)
+    saved.save(0, steps.init_state(config, 1), {}, 0.0)
     saved.close()
     return folder

@@ -240,7 +240,7 @@ def test_a_length_twice_is_refused_before_the_work():
 def test_a_baseline_of_another_preset_is_refused(runs, untrained_a_si, tmp_path):
     shutil.copytree(untrained_a_si, tmp_path / "wide")
     config = json.loads((tmp_path / "wide" / "config.json").read_text())
-    from avsi_jax import checkpoints, train
+    from avsi_jax import checkpoints, steps
 
     wide = configs.load("a_si", [("preset", "wide"), ("units", str(config["units"])), ("layers", str(config["layers"]))])
     shutil.rmtree(tmp_path / "wide" / "checkpoints")
@@ -248,7 +248,7 @@ def test_a_baseline_of_another_preset_is_refused(runs, untrained_a_si, tmp_path)
     scale = {"mean": [-7.0], "std": [2.2]}
     (tmp_path / "wide" / "statistics.json").write_text(json.dumps({"level": scale, "motion": None}))
     saved = checkpoints.Checkpoints(tmp_path / "wide")
-    saved.save(0, train.init_state(wide, 1), {}, 0.0)
+    saved.save(0, steps.init_state(wide, 1), {}, 0.0)
     saved.close()
     with pytest.raises(ValueError, match="--baseline has preset wide, the system paper"):
         evaluate.evaluate(eval_config(), runs / "system", baseline=tmp_path / "wide", overwrite=True)

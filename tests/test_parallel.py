@@ -43,9 +43,9 @@ def steps(config):
     import jax
     import optax
 
-    from avsi_jax import parallel, train
+    from avsi_jax import parallel, steps
 
-    step = train.make_train_step(config, optax.sgd(1.0))  # how far: TrainState.lr_scale
+    step = steps.make_train_step(config, optax.sgd(1.0))  # how far: TrainState.lr_scale
     return {False: jax.jit(step), True: parallel.map_train_step(step)}
 
 
@@ -54,9 +54,9 @@ def run(step, start, batch, *, rate, count, mapped):
     import jax
     import optax
 
-    from avsi_jax import parallel, train
+    from avsi_jax import parallel, steps
 
-    state = train.TrainState(jax.numpy.int32(0), start, optax.sgd(1.0).init(start), jax.numpy.float32(rate))
+    state = steps.TrainState(jax.numpy.int32(0), start, optax.sgd(1.0).init(start), jax.numpy.float32(rate))
     if mapped:
         state, batch = parallel.replicate(state), parallel.split(batch)
     else:
@@ -130,9 +130,9 @@ def test_a_clip_of_weight_0_does_not_count(steps, batch, start):
 
 
 def test_validation_sums_over_devices(config, batch, start):
-    from avsi_jax import parallel, train
+    from avsi_jax import parallel, steps
 
-    step = parallel.map_evaluation_step(train.make_validation_step(config))
+    step = parallel.map_evaluation_step(steps.make_validation_step(config))
     sums = step(parallel.replicate(start), parallel.split(batch))
     assert sums["ctc"][1] == 6, "eight clips, one without text and one of weight 0"
     frames = np.minimum(149, 1 + np.minimum(batch["audio_length"], 47_648) // 320)  # 20 ms of 16 kHz; spec.py

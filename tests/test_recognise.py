@@ -18,12 +18,12 @@ TRUE = ("bin", "blue", "at", "f", "two", "now")
 
 def write_untrained(config, folder: Path) -> Path:
     """The workdir of a run as it is before its first step."""
-    from avsi_jax import checkpoints, experiment, input_pipeline, train, workdir
+    from avsi_jax import checkpoints, experiment, input_pipeline, steps, workdir
 
     dataset = input_pipeline.find_dataset(config.data_dir, config.builder_config)
     workdir.check_config(config, folder, experiment.read_normalisation(config, dataset))
     saved = checkpoints.Checkpoints(folder)
-    saved.save(0, train.init_state(config, 1), {}, 0.0)
+    saved.save(0, steps.init_state(config, 1), {}, 0.0)
     saved.close()
     return folder
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import configs
-from avsi_jax import experiment, train, workdir
+from avsi_jax import experiment, steps, train, workdir
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,7 +84,7 @@ def test_validation_can_be_done_again(trained, tiny_config):
     records = input_pipeline.Records(input_pipeline.find_dataset(config.data_dir), "validation")
     (batch,) = input_pipeline.eval_batches(records, 4)
     turned = {k: v[::-1].copy() for k, v in batch.items() if isinstance(v, np.ndarray)}
-    step, means = parallel.map_evaluation_step(train.make_validation_step(config)), train.Means()
+    step, means = parallel.map_evaluation_step(steps.make_validation_step(config)), steps.Means()
     means.add(jax.device_get(step(parallel.replicate(params_of(trained)), parallel.split(turned))))
     again, last = means.result(config, "val"), metrics_of(trained)[-1]
     assert again == pytest.approx({k: float(last[k]) for k in again}, rel=1e-5)
@@ -400,8 +400,8 @@ def test_a_rate_of_0_trains_nothing(tiny_config):
     config = tiny_config()
     records = input_pipeline.Records(input_pipeline.find_dataset(config.data_dir), "train")
     batch = parallel.split(next(input_pipeline.train_batches(records, 4, seed=0)))
-    step = parallel.map_train_step(train.make_train_step(config, experiment.make_optimiser(config, 2)))
-    start = jax.device_get(train.init_state(config, 2))
+    step = parallel.map_train_step(steps.make_train_step(config, experiment.make_optimiser(config, 2)))
+    start = jax.device_get(steps.init_state(config, 2))
     still, moved = (step(parallel.replicate(start._replace(lr_scale=np.float32(scale))), batch)[0] for scale in (0, 1))
     assert_same_tree(still.params, start.params)
     # Adam's first step is the learning rate, whatever the size of the gradient (Kingma & Ba 2015, section 2.1)
@@ -448,8 +448,8 @@ def test_eight_clips_are_learnt_by_heart(grid_dir, tmp_path):
     batch = next(input_pipeline.eval_batches(records, 8))
 
     config = configs.load("av_mtl_s2s", [("batch_size", "8")])
-    state = parallel.replicate(train.init_state(config, 1))
-    step = parallel.map_train_step(train.make_train_step(config, experiment.make_optimiser(config, 1)))
+    state = parallel.replicate(steps.init_state(config, 1))
+    step = parallel.map_train_step(steps.make_train_step(config, experiment.make_optimiser(config, 1)))
     shares, gap = parallel.split(batch), []
     for _ in range(300):
         state, metrics = step(state, shares)
