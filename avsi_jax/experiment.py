@@ -6,6 +6,8 @@ Training, restoring and evaluating make them here, so that a checkpoint means th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 
 def make_model(config):
@@ -99,16 +101,27 @@ def make_optimiser(config, steps_per_epoch: int):
     """Adam at learning rate 1 x schedule; the plateau's factor comes from the state."""
     import optax
 
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    return optax.chain(*clip, optax.adam(_schedule(config, steps_per_epoch)))
+
+
+def learning_rate(config, steps_per_epoch: int) -> Callable[[int], float]:
+    """step -> Adam's learning rate in it, steps counted from 0, before the plateau's factor (Progress.lr_scale)."""
+    rate = _schedule(config, steps_per_epoch)
+    return lambda step: float(rate(step)) if callable(rate) else rate
+
+
+def _schedule(config, steps_per_epoch: int):
+    """A number, or an optax schedule."""
+    import optax
+
     total = max(1, config.epochs * steps_per_epoch)
     if config.schedule == "cosine":
         warm = min(int(config.warmup_epochs * steps_per_epoch), total - 1)
-        rate = optax.warmup_cosine_decay_schedule(config.learning_rate if not warm else 0.0, config.learning_rate, warm, total)
-    elif config.schedule == "plateau":
-        rate = config.learning_rate
-    else:
-        raise ValueError(f"config.schedule: found {config.schedule!r}, expected 'plateau' or 'cosine'")
-    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    return optax.chain(*clip, optax.adam(rate))
+        return optax.warmup_cosine_decay_schedule(config.learning_rate if not warm else 0.0, config.learning_rate, warm, total)
+    if config.schedule == "plateau":
+        return config.learning_rate
+    raise ValueError(f"config.schedule: found {config.schedule!r}, expected 'plateau' or 'cosine'")
 
 
 def example_features(config, batch_size: int = 1):
@@ -145,10 +158,33 @@ def count_of(config) -> int:
     return models.count_parameters(jax.eval_shape(lambda: make_model(config).init(jax.random.key(0), example_features(config))))
 
 
+class Objective(NamedTuple):
+    """total: the scalar that is learned from, this device's share of the whole batch's. terms: a (sum, count) of each of its parts
+    and of what is shown beside them. features, output: what the network saw and said.
+    """
+
+    total: Any
+    terms: dict
+    features: Any
+    output: Any
+
+
 def make_loss(config, normalisation=None, train: bool = True):
-    """loss(params, batch, key, step=0) -> (scalar of the whole batch's share on this device, sums for the metrics).
+    """loss(params, batch, key, step=0, counts=None) -> (total, terms) of the Objective."""
+    objective = make_objective(config, normalisation, train)
+
+    def loss(params, batch, key, step=0, counts=None):
+        found = objective(params, batch, key, step, counts)
+        return found.total, found.terms
+
+    return loss
+
+
+def make_objective(config, normalisation=None, train: bool = True):
+    """objective(params, batch, key, step=0, counts=None) -> Objective.
 
     `train`: whether clips are augmented, streams and values dropped, and gaps short at first (gaps.curriculum_steps).
+    `counts`: {term: count} of the whole batch, where `batch` is only a part of this device's share of it.
     """
     import jax
     import jax.numpy as jnp
@@ -167,7 +203,7 @@ def make_loss(config, normalisation=None, train: bool = True):
             raise ValueError(f"config.augment.{name}: found {share}, expected 0 to {most}")
     labels = ("phones", "phone_length") if config.ctc_units == "phones" else ("labels", "label_length")
 
-    def loss(params, batch, key, step=0):
+    def objective(params, batch, key, step=0, counts=None):
         # Gaps are drawn by the key itself: the same ones whatever else is done.
         changing, dropping, losing = jax.random.split(key, 3)
         if train and any(changes.values()):
@@ -187,7 +223,8 @@ def make_loss(config, normalisation=None, train: bool = True):
             said, length = (batch[k] for k in labels)
             terms["ctc"] = losses.ctc(output.logits, output.num_steps, said, length, weight)
         # A mean of means is wrong as soon as gaps differ between devices: every sum is divided by the count of the whole batch.
-        means = {k: s / jnp.maximum(parallel.sum_over_devices(n), 1.0) for k, (s, n) in terms.items()}
+        of_all = lambda k, n: parallel.sum_over_devices(n) if counts is None else counts[k]
+        means = {k: s / jnp.maximum(of_all(k, n), 1.0) for k, (s, n) in terms.items()}
         total = sum(config.loss[k] * m for k, m in means.items())
         if system.reads:  # shown, not learned from
             terms["ctc_infeasible"] = (losses.infeasible(output.num_steps, said, length) @ weight, (length > 0) @ weight)
@@ -195,7 +232,7 @@ def make_loss(config, normalisation=None, train: bool = True):
             restored = models.composite(output.level, features)
             levels = (features_lib.to_level(x, feature_config) for x in (restored, features.target))
             terms["gap_l1"] = losses.spectrogram_error(*levels, hole, "l1")  # Means.result turns levels into dB
-        return total, terms
+        return Objective(total, terms, features, output)
 
     def draw(key, losing, batch, step):
         """Gaps of training; of a recogniser none."""
@@ -213,4 +250,4 @@ def make_loss(config, normalisation=None, train: bool = True):
         everything = jnp.zeros_like(drawn).at[:, 0, 1].set(batch["audio_length"])
         return jnp.where(lost[:, None, None], everything, drawn)
 
-    return loss
+    return objective

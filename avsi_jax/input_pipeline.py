@@ -114,9 +114,7 @@ def train_batches(
 
     if len(records) == 0:
         raise RecordError("no clip to train on: the split is empty")
-    if batch_size % process_count:
-        raise ValueError(f"batch_size {batch_size} can't be shared among {process_count} processes: expected a multiple")
-    rows = batch_size // process_count
+    rows = _rows_of_one(batch_size, process_count)
     passes = grain.MapDataset.range(len(records)).seed(seed).shuffle()  # may be asked beyond its length: the next pass
 
     def batch_at(step: int) -> dict:
@@ -128,19 +126,30 @@ def train_batches(
     return batches
 
 
-def eval_batches(records: Records, batch_size: int) -> Iterator[dict]:
-    """Every clip exactly once, by clip id; the last batch is filled up with its last clip at weight 0."""
+def eval_batches(records: Records, batch_size: int, *, process_index: int = 0, process_count: int = 1) -> Iterator[dict]:
+    """Every clip exactly once, by clip id; the last batch is filled up with its last clip at weight 0.
+
+    Process p gets the p-th of `process_count` equal runs of the rows of each batch, of fillers alone too: all as many batches.
+    """
     import grain.python as grain
 
+    rows = _rows_of_one(batch_size, process_count)
     order = np.argsort(records.clip_ids, kind="stable")
 
     def batch_at(step: int) -> dict:
-        indices = order[step * batch_size : (step + 1) * batch_size]
-        examples = [to_example(records[int(i)]) for i in indices]
-        filling = examples[-1] | {"weight": np.float32(0)}
-        return _batch(examples + [filling] * (batch_size - len(examples)))
+        last = min((step + 1) * batch_size, len(order)) - 1
+        mine = range(step * batch_size + process_index * rows, step * batch_size + (process_index + 1) * rows)
+        clips = [int(order[min(row, last)]) for row in mine]
+        examples = {clip: to_example(records[clip]) for clip in dict.fromkeys(clips)}
+        return _batch([examples[clip] | {"weight": np.float32(row <= last)} for row, clip in zip(mine, clips, strict=True)])
 
     return iter(_ahead(grain.MapDataset.range(-(-len(order) // batch_size)).map(batch_at)))
+
+
+def _rows_of_one(batch_size: int, process_count: int) -> int:
+    if batch_size % process_count:
+        raise ValueError(f"batch_size {batch_size} can't be shared among {process_count} processes: expected a multiple")
+    return batch_size // process_count
 
 
 def _ahead(steps):

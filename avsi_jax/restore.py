@@ -40,7 +40,9 @@ class Restored(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a training left: its config, the parameters of one step, and what levels and motion were standardised by."""
+    """What a training left: its config, the parameters of one step (their running mean, where config.ema is on), and what levels
+    and motion were standardised by.
+    """
 
     config: ml_collections.ConfigDict
     params: dict
@@ -68,7 +70,8 @@ def read_run(workdir: str | Path, which: str = "best") -> Run:
     step = steps[which] if which in steps else _number(which)
     if step is None:
         raise CheckpointError(f"no checkpoint in {workdir} yet; train for at least one epoch")
-    params = checkpoints.restore_params(step, jax.eval_shape(lambda: experiment.init_params(config)))
+    name = "ema" if config.ema else "params"
+    params = checkpoints.restore_params(step, jax.eval_shape(lambda: experiment.init_params(config)), name)
     checkpoints.close()
     return Run(config, params, step, normalisation)
 

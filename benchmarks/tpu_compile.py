@@ -49,7 +49,7 @@ TOPOLOGIES = {
 }
 HEADLINE = "av_mtl_s2s"
 NOT_YET = "not compiled yet"  # time was up
-STEP_ROOMS = "spec text stft gaps features augment input_pipeline lstm models losses parallel experiment steps".split()
+STEP_ROOMS = "spec text stft gaps features augment input_pipeline lstm models losses decode parallel experiment steps".split()
 
 
 # ---- one compilation -----------------------------------------------------------------------------------------------------------

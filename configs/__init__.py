@@ -55,7 +55,7 @@ PAPER = {
     "augment.speed": 0.0, "augment.gain_db": 0.0, "augment.mirror": 0.0, "augment.stretch": 0.0, "augment.noise_px": 0.0,
     "augment.jitter_ms": 0.0, "augment.lose_video": 0.0, "augment.lose_sound": 0.0, "augment.trim": 0.0,
     "loss.kind": "mse", "loss.whole": 1.0, "loss.gap": 0.0, "loss.near_frames": 0, "loss.ctc": 1e-3,
-    "dtype": "float32",
+    "dtype": "float32", "ema": 0.0,
     "batch_size": 32, "learning_rate": 1e-3, "clip_norm": 0.0, "schedule": "plateau", "monitor": "val_loss",
     "plateau_factor": 0.1, "plateau_patience": 5, "early_stop_patience": 10, "min_delta": 1e-4,
 }  # fmt: skip

@@ -77,10 +77,14 @@ def get_config() -> ml_collections.ConfigDict:
     # Optimisation.
     config.seed = 0  # of parameters, order and gaps
     config.batch_size = 32  # of all devices together
+    # A device goes through its share of the batch in so many equal parts, one after the other: less memory, the same step.
+    config.accumulate = 1
     config.epochs = 200  # at most
     config.learning_rate = 1e-3  # Adam
     # Largest global norm of the gradient, 0: not clipped. The paper does not clip; one burst stalled its CTC (docs/results.md).
     config.clip_norm = 1.0
+    # Decay of a running mean of the parameters, which validation, evaluation and repair then use, e.g. 0.999; 0: there is none.
+    config.ema = 0.0
     config.schedule = "plateau"  # plateau (x factor after patience epochs without gain) or cosine (to 0 over all epochs)
     config.warmup_epochs = 0.0  # cosine only
     config.monitor = "val_loss"  # decides plateau, early stop and the best checkpoint; or val_gap_l1_db, which CTC doesn't sway
@@ -93,4 +97,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.validate_every = 1  # epochs
     config.checkpoint_every = 1  # epochs; the last epoch is always saved
     config.keep = 2  # last checkpoints kept beside the best
+    config.checkpoint_seconds = 60.0  # work at risk: inside an epoch too, once so many seconds passed since the last; 0: never
+    config.pictures_every = 0  # steps from one set of spectrogram pictures to the next, in pictures/ and TensorBoard; 0: never
+
+    # Faults.
+    # A step, restore or wait for the other processes that takes more seconds ends the process, every stack dumped; 0: never.
+    config.watchdog_s = 600.0
+    config.debug_nans = False  # stop at the operation that first gives NaN (jax_debug_nans); slow
     return config

@@ -264,3 +264,19 @@ def test_evaluation_meets_every_clip_once(train, batch_size):
     weights = np.concatenate([b["weight"] for b in batches])
     ids = np.concatenate([b["clip_id"] for b in batches])
     assert list(ids[weights == 1]) == sorted(train.clip_ids) and set(weights) <= {0, 1}
+
+
+@pytest.mark.parametrize(("clips", "batch_size", "processes"), [(11, 4, 2), (11, 8, 4), (9, 8, 8), (3, 16, 4), (8, 4, 4)])
+def test_processes_evaluate_every_clip_once_between_them(clips, batch_size, processes):
+    """Their rows, side by side, are the batches of one process: as many for each, even where all that is left is filling."""
+    clips = Clips(clips)
+    shares = [list(pipeline.eval_batches(clips, batch_size, process_index=p, process_count=processes)) for p in range(processes)]
+    for whole, *parts in zip(pipeline.eval_batches(clips, batch_size), *shares, strict=True):
+        same({k: np.concatenate([part[k] for part in parts]) for k in whole}, whole)
+    met = [i for share in shares for b in share for i, w in zip(b["clip_id"], b["weight"], strict=True) if w]
+    assert sorted(met) == sorted(clips.clip_ids)
+
+
+def test_batches_of_an_evaluation_must_divide_too():
+    with pytest.raises(ValueError, match="batch_size 7 can't be shared among 2 processes"):
+        pipeline.eval_batches(Clips(3), 7, process_count=2)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import tiny_data
 
@@ -17,13 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 FIELDS = [("units", "8"), ("bottleneck", "8"), ("batch_size", "8"), ("loss.gap", "1"), ("loss.ctc", "0.01")]
 
 
-@pytest.fixture(scope="module")
-def config():
-    return configs.load("tiny", FIELDS)
+def make_config(small=False):
+    """`small` compiles in half the time."""
+    return configs.load("tiny", FIELDS + [("system", "a_si"), ("layers", "1")] * small)
 
 
-@pytest.fixture(scope="module")
-def batch():
+def make_batch() -> dict:
     """Eight clips of unequal lengths; one without text, one that doesn't count."""
     from avsi_jax import input_pipeline
 
@@ -37,44 +37,97 @@ def batch():
     return batch | {"clip_id": [e["clip_id"] for e in examples], "weight": np.float32([1, 1, 1, 1, 1, 0, 1, 1])}
 
 
-@pytest.fixture(scope="module")
-def steps(config):
-    """{mapped: step}: of plain gradient descent, on one device unmapped and over all four, compiled once for all tests."""
+def make_start(small=False):
+    """Fresh parameters."""
     import jax
-    import optax
 
-    from avsi_jax import parallel, steps
+    from avsi_jax import experiment
 
-    step = steps.make_train_step(config, optax.sgd(1.0))  # how far: TrainState.lr_scale
-    return {False: jax.jit(step), True: parallel.map_train_step(step)}
+    return jax.device_get(experiment.init_params(make_config(small)))
 
 
-def run(step, start, batch, *, rate, count, mapped):
-    """(parameters, metrics of every step as sum / count) after `count` steps from `start`."""
+def fresh(start, rate, how=None, devices=None):
+    """The state before the first step."""
     import jax
     import optax
 
     from avsi_jax import parallel, steps
 
     state = steps.TrainState(jax.numpy.int32(0), start, optax.sgd(1.0).init(start), jax.numpy.float32(rate))
-    if mapped:
-        state, batch = parallel.replicate(state), parallel.split(batch)
-    else:
-        batch = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
-    metrics = []
+    return parallel.replicate(state, how, devices) if how else state
+
+
+def train(step, start, batch, *, rate, count, how=None, devices=None):
+    """(state, metrics of every step as sum / count) after `count` steps of plain gradient descent from `start`.
+
+    how: 'pmap' or 'shard_map'; None runs an unmapped step.
+    """
+    import jax
+
+    from avsi_jax import parallel
+
+    state, metrics = fresh(start, rate, how, devices), []
     for _ in range(count):
-        state, sums = step(state, batch)
+        arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
+        state, sums = jax.block_until_ready(step(state, parallel.split(batch, how, devices) if how else arrays))
         metrics.append({k: float(s) / float(n) for k, (s, n) in sums.items()})
-    return jax.device_get(state.params), metrics
+    return state, metrics
+
+
+def make_step(small=False):
+    """The pure step of plain gradient descent; how far: TrainState.lr_scale."""
+    import optax
+
+    from avsi_jax import steps
+
+    return steps.make_train_step(make_config(small), optax.sgd(1.0))
+
+
+def assert_same_training(one, other):
+    """(parameters, metrics) of two trainings to 1e-5, their batches cut up otherwise.
+
+    The norm is let off a little: products over another batch round the features' last bits otherwise.
+    """
+    import jax
+
+    for a, b in zip(one[1], other[1], strict=True):
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=3e-5)
+        assert {**b, "grad_norm": 0} == pytest.approx({**a, "grad_norm": 0}, rel=1e-5)
+    for a, b in zip(jax.tree.leaves(one[0]), jax.tree.leaves(other[0]), strict=True):
+        assert np.abs(a - b).max() <= 1e-5 * max(np.abs(a).max(), 0.01)  # 0.01: biases start at 0 and are tiny yet
 
 
 @pytest.fixture(scope="module")
-def start(config):
+def config():
+    return make_config()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return make_batch()
+
+
+@pytest.fixture(scope="module")
+def start():
+    return make_start()
+
+
+@pytest.fixture(scope="module")
+def steps():
+    """{how: step}: on one device unmapped (None) and over all four, compiled once for all tests."""
     import jax
 
-    from avsi_jax import experiment
+    from avsi_jax import parallel
 
-    return jax.device_get(experiment.init_params(config))
+    return {None: jax.jit(make_step()), "pmap": parallel.map_train_step(make_step())}
+
+
+def run(steps, how, start, batch, **options):
+    """(parameters, metrics) of `train`."""
+    import jax
+
+    state, metrics = train(steps[how], start, batch, how=how, **options)
+    return jax.device_get(state.params), metrics
 
 
 def test_the_batch_is_uneven(config, batch):
@@ -96,7 +149,7 @@ def test_gradients_on_four_devices_are_those_of_one(steps, batch, start):
     """Parameters moved once by minus the gradient."""
     import jax
 
-    one, four = (run(steps[m], start, batch, rate=1, count=1, mapped=m) for m in (False, True))
+    one, four = (run(steps, how, start, batch, rate=1, count=1) for how in (None, "pmap"))
     assert four[1][0] == pytest.approx(one[1][0], rel=1e-5)
     moved = [jax.tree.map(lambda old, new: old.astype(np.float64) - new, start, params) for params in (one[0], four[0])]
     # The parameters' own last bit, 6e-8 of them, is what float32 leaves of a gradient that went through them.
@@ -107,12 +160,8 @@ def test_gradients_on_four_devices_are_those_of_one(steps, batch, start):
 def test_three_steps_on_four_devices_are_those_on_one(steps, batch, start):
     import jax
 
-    one, four = (run(steps[m], start, batch, rate=0.1, count=3, mapped=m) for m in (False, True))
-    for a, b in zip(one[1], four[1], strict=True):  # the norm: products over another batch round the features' last bits otherwise
-        assert b.pop("grad_norm") == pytest.approx(a.pop("grad_norm"), rel=3e-5)
-        assert b == pytest.approx(a, rel=1e-5)
-    for a, b in zip(jax.tree.leaves(one[0]), jax.tree.leaves(four[0]), strict=True):
-        assert np.abs(a - b).max() <= 1e-5 * max(np.abs(a).max(), 0.01)  # 0.01: biases start at 0 and are tiny yet
+    one, four = (run(steps, how, start, batch, rate=0.1, count=3) for how in (None, "pmap"))
+    assert_same_training(one, four)
     moved = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(one[0]), jax.tree.leaves(start), strict=True)]
     assert max(moved) > 1e-2, "nothing was trained"
 
@@ -124,7 +173,7 @@ def test_a_clip_of_weight_0_does_not_count(steps, batch, start):
     other["audio"][5] = 12_345
     other["landmarks"][5] += 50
     other["labels"][5] = 1
-    a, b = (run(steps[True], start, x, rate=1, count=1, mapped=True) for x in (batch, other))
+    a, b = (run(steps, "pmap", start, x, rate=1, count=1) for x in (batch, other))
     assert a[1] == b[1]
     jax.tree.map(np.testing.assert_array_equal, a[0], b[0])
 
@@ -132,11 +181,109 @@ def test_a_clip_of_weight_0_does_not_count(steps, batch, start):
 def test_validation_sums_over_devices(config, batch, start):
     from avsi_jax import parallel, steps
 
-    step = parallel.map_evaluation_step(steps.make_validation_step(config))
-    sums = step(parallel.replicate(start), parallel.split(batch))
+    step = parallel.map_evaluation_step(steps.make_validation_step(config), per_clip=True)
+    sums, clips = step(parallel.replicate(start), parallel.split(batch))
+    assert clips["num_steps"].shape == (8,) and len(clips["path"]) == 8
     assert sums["ctc"][1] == 6, "eight clips, one without text and one of weight 0"
     frames = np.minimum(149, 1 + np.minimum(batch["audio_length"], 47_648) // 320)  # 20 ms of 16 kHz; spec.py
     assert sums["whole"][1] == 64 * frames @ batch["weight"]
+
+
+# ---------------------------------------------------------------------------------------------------------- pmap or shard_map
+
+BOTH = """
+import concurrent.futures, json
+import jax, numpy as np
+import test_parallel as t
+from avsi_jax import parallel
+
+batch, start, one_step = t.make_batch(), t.make_start(small=True), t.make_step(small=True)
+ways = [(how, jax.devices()[:n]) for n in (1, 2, 8) for how in parallel.WAYS]
+mapped = [parallel.map_train_step(one_step, devices, how) for how, devices in ways]
+
+
+def compiled(step, how, devices):
+    state = t.fresh(start, 0.1, how, devices)
+    return step.lower(state, parallel.split(batch, how, devices)).compile()
+
+
+with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    steps = list(pool.map(compiled, mapped, *zip(*ways)))
+for (how, devices), step in zip(ways, steps):
+    state, metrics = t.train(step, start, batch, rate=0.1, count=3, how=how, devices=devices)
+    shards = [[np.asarray(s.data) for s in leaf.addressable_shards] for leaf in jax.tree.leaves(state.params)]
+    equal = all(len(x) == len(devices) and all(np.array_equal(x[0], y) for y in x) for x in shards)
+    moved = max(float(np.abs(x[0] - old).max()) for x, old in zip(shards, jax.tree.leaves(start)))
+    print(json.dumps([len(devices), how, equal, moved, metrics, [x[0].tobytes().hex() for x in shards]]))
+"""
+
+
+def test_shard_map_is_pmap_bit_for_bit():
+    """On 1, 2 and 8 devices, three steps of unequal clips; and all devices hold the same."""
+    (output,) = processes.succeed(BOTH, processes=1, devices=8, timeout=300)
+    runs = [json.loads(line) for line in output.splitlines()]
+    assert [(n, how) for n, how, *_ in runs] == [(n, how) for n in (1, 2, 8) for how in ("pmap", "shard_map")]
+    assert all(equal for _, _, equal, *_ in runs)
+    for pmap, shard_map in zip(runs[::2], runs[1::2], strict=True):
+        assert pmap[3:] == shard_map[3:]
+        assert pmap[3] > 1e-2, "nothing was trained"
+
+
+@pytest.mark.parametrize("how", ["pmap", "shard_map"])
+def test_values_of_each_clip_come_in_the_order_of_the_batch(how, batch):
+    import jax
+
+    from avsi_jax import parallel
+
+    def step(params, batch):
+        counted = parallel.sum_over_devices((batch["weight"].sum(), params))
+        return counted, {"hash": batch["id_hash"], "points": batch["landmarks"][:, 0] * params}
+
+    evaluate = parallel.map_evaluation_step(step, per_clip=True, how=how)
+    sums, clips = evaluate(parallel.replicate(np.float32(2), how), parallel.split(batch, how))
+    assert jax.device_get(sums) == (7, 8), "seven clips count; a parameter of 2 on each of four devices"
+    np.testing.assert_array_equal(clips["hash"], batch["id_hash"])
+    np.testing.assert_array_equal(clips["points"], 2 * batch["landmarks"][:, 0])
+    assert all(type(x) is np.ndarray for x in clips.values())
+
+
+def test_a_way_that_is_not_known(batch):
+    from avsi_jax import parallel
+
+    for use in (parallel.replicate, parallel.split, lambda x, how: parallel.map_train_step(print, how=how)):
+        with pytest.raises(ValueError, match="found 'vmap', expected pmap or shard_map"):
+            use(batch, how="vmap")
+
+
+def test_unmapped_a_sum_is_the_value():
+    import jax
+
+    from avsi_jax import parallel
+
+    assert jax.jit(parallel.sum_over_devices)(3.0) == 3 == parallel.sum_over_devices(3.0)
+
+
+def test_a_mistake_is_not_taken_for_an_unmapped_step(monkeypatch):
+    """Both are a NameError."""
+    import jax
+
+    from avsi_jax import parallel
+
+    def mistaken(*_):
+        raise NameError("forgotten")
+
+    monkeypatch.setattr(jax.lax, "psum", mistaken)
+    with pytest.raises(NameError, match="forgotten"):
+        parallel.map_evaluation_step(lambda p, b: parallel.sum_over_devices(p))(np.float32(1), {"x": np.zeros((4, 1))})
+
+
+def test_one_process_agrees_with_itself_without_a_device():
+    """Any value, to the last bit on the host."""
+    from avsi_jax import parallel
+
+    assert parallel.sum_over_processes([0.1, 1e300]) == [0.1, 1e300]
+    assert np.asarray(parallel.agree([1, 0, 2.5], wait=False)).tolist() == [1, 0, 2.5]
+    parallel.barrier("nobody else comes")
 
 
 # ------------------------------------------------------------------------------------------------------------------- batches

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import configs
-from avsi_jax import experiment, steps, train, workdir
+from avsi_jax import experiment, phases, steps, train, workdir
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,7 +42,8 @@ def test_metrics_of_every_epoch(trained):
     rows = metrics_of(trained)
     assert [(row["step"], row["epoch"]) for row in rows] == [("2", "1"), ("4", "2")]  # 9 clips in batches of 4: 2 steps an epoch
     terms = {"loss", "whole", "gap", "ctc", "ctc_infeasible", "gap_l1_db"}
-    assert set(rows[0]) == {"step", "epoch", "lr_scale", "train_grad_norm"} | {f"{s}_{t}" for s in ("train", "val") for t in terms}
+    others = {"step", "epoch", "lr", "lr_scale", "train_grad_norm", "val_cer"}
+    assert set(rows[0]) == others | {f"{s}_{t}" for s in ("train", "val") for t in terms}
     for row in rows:
         values = {k: float(v) for k, v in row.items()}
         assert all(map(math.isfinite, values.values()))
@@ -55,9 +56,13 @@ def test_metrics_of_every_epoch(trained):
 def test_timing_of_every_epoch(trained):
     with (trained / "timing.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["step", "steps_per_s", "clips_per_s", "waiting_share", "epoch_s", "peak_rss_mb"]
+    measured = ["step", "steps_per_s", "clips_per_s", "waiting_share", "epoch_s", "peak_rss_mb", "device_mb", "goodput"]
+    assert list(rows[0]) == [*measured, *(f"{cause}_s" for cause in phases.CAUSES)]
     for row in rows:
         values = {k: float(v) for k, v in row.items()}
+        spent = {cause: values[f"{cause}_s"] for cause in phases.CAUSES}
+        assert values["goodput"] == pytest.approx(spent["step"] / sum(spent.values()), abs=1e-3) and spent["lost"] == 0
+        assert spent["compile"] > 0 and spent["validation"] > 0
         assert values["clips_per_s"] == pytest.approx(4 * values["steps_per_s"], rel=0.05, abs=0.02)
         assert 0 <= values["waiting_share"] <= 1 and values["epoch_s"] > 0 and values["peak_rss_mb"] > 100
 
@@ -84,8 +89,10 @@ def test_validation_can_be_done_again(trained, tiny_config):
     records = input_pipeline.Records(input_pipeline.find_dataset(config.data_dir), "validation")
     (batch,) = input_pipeline.eval_batches(records, 4)
     turned = {k: v[::-1].copy() for k, v in batch.items() if isinstance(v, np.ndarray)}
-    step, means = parallel.map_evaluation_step(steps.make_validation_step(config)), steps.Means()
-    means.add(jax.device_get(step(parallel.replicate(params_of(trained)), parallel.split(turned))))
+    step, means = parallel.map_evaluation_step(steps.make_validation_step(config), per_clip=True), steps.Means()
+    sums, clips = step(parallel.replicate(params_of(trained)), parallel.split(turned))
+    means.add(jax.device_get(sums))
+    means.add(steps.reading_errors(config, turned, clips))
     again, last = means.result(config, "val"), metrics_of(trained)[-1]
     assert again == pytest.approx({k: float(last[k]) for k in again}, rel=1e-5)
 

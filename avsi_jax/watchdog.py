@@ -1,0 +1,115 @@
+"""A thread a process that ends it where a step, a restore or a barrier takes too long, and says who is missing.
+
+jax ends a process whose peer is dead, but not one whose peer is alive and stuck: all others would wait for it for ever. Every
+process writes a heartbeat into the workdir, which all share; who waits too long reads those of the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from avsi_jax import phases as phases_lib
+from avsi_jax import storage
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command may well go on
+FOLDER = "heartbeats"
+STATUS = "status.json"
+SLOW = {phases_lib.START: 10, phases_lib.COMPILE: 10}  # times the bound: others wait there for a compiler, or for files
+BEATS_S = 5.0
+
+
+class Watchdog:
+    """Watches `phases` and ends the process where one lasts longer than `bound_s` (times SLOW); 0: only writes heartbeats."""
+
+    def __init__(self, workdir, phases: phases_lib.Phases, bound_s: float, say: Callable[[str], None], *, rank=0, count=1):
+        self.workdir, self.phases, self.bound_s, self.say, self.rank, self.count = workdir, phases, bound_s, say, rank, count
+        self.beats_s = min(BEATS_S, bound_s / 5) if bound_s else BEATS_S
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> Watchdog:
+        (self.workdir / FOLDER).mkdir(parents=True, exist_ok=True)
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Ends the thread after a last heartbeat."""
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        looked = time.monotonic()
+        while not self._over.wait(self.beats_s):
+            asleep = time.monotonic() - looked - self.beats_s
+            if asleep > self.beats_s:  # this thread was late too: the process stood still, not its peers
+                self.phases.pardon(asleep)
+            looked = time.monotonic()
+            self._beat()
+            phase, waited = self.phases.now, time.monotonic() - self.phases.since
+            if self.bound_s and waited > self.bound_s * SLOW.get(phase, 1):
+                self._end(phase, waited)
+        self._beat()
+
+    def _beat(self) -> None:
+        """A full disk or a bucket out of reach must not end the watch."""
+        with contextlib.suppress(OSError):
+            status = self.phases.status()
+            storage.write_text(self._heartbeat(self.rank), json.dumps(status))
+            if self.rank == 0:
+                storage.write_text(self.workdir / STATUS, json.dumps(status, indent=2) + "\n")
+
+    def _heartbeat(self, rank: int):
+        return self.workdir / FOLDER / f"{rank}.json"
+
+    def _end(self, phase: str, waited: float) -> None:
+        stacks = f"stacks-{self.rank}.txt"
+        try:
+            with open(self.workdir / stacks, "w") as file:
+                faulthandler.dump_traceback(file)
+        except OSError:
+            stacks = "stderr"
+        faulthandler.dump_traceback(sys.stderr)
+        self.say(
+            f"watchdog: process {self.rank} of {self.count} waited {waited:.0f} s in {phase!r} after step {self.phases.step}, "
+            f"bound {self.bound_s:g} s (config.watchdog_s); {self._missing()}; stacks in {stacks}; the same command goes on"
+        )
+        sys.stderr.flush()
+        os._exit(EXIT_CODE)
+
+    def _missing(self) -> str:
+        """Which processes it waits for: those that write no heartbeat any more, else those that are behind."""
+        if self.count == 1:
+            return "it is the only process"
+        first = self._read_all()
+        time.sleep(2.5 * self.beats_s)
+        then = self._read_all()
+        silent = [r for r in then if r != self.rank and (then[r] is None or then[r] == first[r])]
+        if silent:
+            return "missing: " + ", ".join(self._described(r, then[r]) for r in silent)
+        least = min(status["step"] for status in then.values())
+        behind = [r for r, status in then.items() if status["step"] == least and r != self.rank]
+        return "all are alive, behind: " + (", ".join(self._described(r, then[r]) for r in behind) or "none")
+
+    def _read_all(self) -> dict[int, dict | None]:
+        found = {}
+        for rank in range(self.count):
+            try:
+                found[rank] = phases_lib.read_status(self._heartbeat(rank).read_text())
+            except OSError:
+                found[rank] = None
+        return found
+
+    @staticmethod
+    def _described(rank: int, status: dict | None) -> str:
+        if status is None:
+            return f"process {rank} (no heartbeat)"
+        at = time.strftime("%H:%M:%S", time.localtime(status["time"]))
+        where = f"pid {status['pid']} on {status['host']}"
+        return f"process {rank} ({where}, last seen {at} in {status['phase']!r} after step {status['step']})"
