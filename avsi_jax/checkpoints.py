@@ -35,7 +35,7 @@ class Checkpoints:
     """The checkpoints of one workdir. `keep` last ones stay, and the best by METRIC. Of several processes each makes one."""
 
     def __init__(self, workdir, *, keep: int = 2, read_only: bool = False):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step of every save otherwise
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every step of every save; what it raises is told here
         self.folder = _folder(workdir)
         if read_only and not self.folder.is_dir():
             raise CheckpointError(f"no {FOLDER}/ in {workdir}; expected the workdir of a training (avsi-train --workdir=DIR)")
@@ -99,7 +99,8 @@ class Checkpoints:
         self._manager.delete(step)
 
     def all_steps(self) -> list[int]:
-        return sorted(self._manager.all_steps())
+        """By what lies there: Orbax no longer counts what it will delete once the save on its way has ended well."""
+        return _steps(self.folder)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -183,6 +184,10 @@ def _folder(workdir) -> epath.Path:
     return storage.folder(workdir) / FOLDER
 
 
+def _steps(folder) -> list[int]:
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
 class _said:
     """Turns what Orbax raises in the block into a CheckpointError of one line that names the folder."""
 
@@ -238,9 +243,8 @@ def set_damaged_aside(workdir) -> list[str]:
     Before anything else opens them, and by one process. CheckpointError where none is whole: then nothing is moved.
     """
     folder = _folder(workdir)
-    steps = sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True) if folder.is_dir() else []
-    faults = {}
-    for step in steps:
+    steps, faults = _steps(folder), {}
+    for step in reversed(steps):
         if (fault := find_fault(folder / str(step))) is None:
             break
         faults[step] = fault
@@ -255,5 +259,5 @@ def set_damaged_aside(workdir) -> list[str]:
         name = next(n for n in (f"{step}{'-' * bool(i)}{i or ''}" for i in range(10_000)) if not (target / n).exists())
         (folder / str(step)).rename(target / name)
     left = [step for step in steps if step not in faults]
-    moved = f"moved to {folder.parent / DAMAGED}, going on from {left[0] if left else None}"
+    moved = f"moved to {folder.parent / DAMAGED}, going on from {left[-1] if left else None}"
     return [f"checkpoint {step} is damaged ({fault}); {moved}" for step, fault in faults.items()]

@@ -191,6 +191,12 @@ def _keep_signals() -> None:
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
 
+def is_joined() -> bool:
+    """Whether this is one of several processes."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
 def leave(code: int, *, wait_s: float | None = None) -> None:
     """Ends a process of several with its own exit code; returns where there is one process alone.
 
@@ -199,8 +205,7 @@ def leave(code: int, *, wait_s: float | None = None) -> None:
     None: 50 s after a success, which is everybody's, else 5 s. Where process 0 is gone first, jax aborts the others at once.
     """
     wait_s = (5 if code else 50) if wait_s is None else wait_s
-    jax = sys.modules.get("jax")
-    if jax is None or not jax.distributed.is_initialized():
+    if not is_joined():
         return
     thread = threading.Thread(target=_shut_down, daemon=True)
     thread.start()

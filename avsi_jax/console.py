@@ -7,8 +7,6 @@ import datetime
 import sys
 import time
 
-from avsi_jax import storage
-
 LOG = "train.log"
 
 
@@ -39,6 +37,8 @@ class Console:
         if self._path is None:
             self._waiting.append(line)
             return
+        from avsi_jax import storage
+
         with contextlib.suppress(OSError):  # a full disk is told by what has to be kept
             storage.append_line(self._path, line)
 

@@ -114,8 +114,7 @@ def train_batches(
 
     if len(records) == 0:
         raise RecordError("no clip to train on: the split is empty")
-    rows = _rows_of_one(batch_size, process_count)
-    passes = grain.MapDataset.range(len(records)).seed(seed).shuffle()  # may be asked beyond its length: the next pass
+    rows, passes = _rows_of_one(batch_size, process_count), _passes(records, seed)
 
     def batch_at(step: int) -> dict:
         begin = step * batch_size + process_index * rows
@@ -124,6 +123,19 @@ def train_batches(
     batches = iter(_ahead(grain.MapDataset.range(sys.maxsize).map(batch_at)))  # grain's own endless batches fail at batch_size 1
     batches.set_state(batches.get_state() | {"next_index": start_step})
     return batches
+
+
+def clip_ids_of_step(records: Records, batch_size: int, seed: int, step: int) -> list[str]:
+    """The ids of the global batch that `train_batches` gives at a step, counted from 0."""
+    passes = _passes(records, seed)
+    return [records.clip_ids[int(passes[i])] for i in range(step * batch_size, (step + 1) * batch_size)]
+
+
+def _passes(records: Sequence[dict], seed: int):
+    """The order of the clips, pass after pass; may be asked beyond its length: the next pass."""
+    import grain.python as grain
+
+    return grain.MapDataset.range(len(records)).seed(seed).shuffle()
 
 
 def eval_batches(records: Records, batch_size: int, *, process_index: int = 0, process_count: int = 1) -> Iterator[dict]:

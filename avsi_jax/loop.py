@@ -29,7 +29,7 @@ from avsi_jax.steps import (
     reading_errors,
 )
 from avsi_jax.stopping import Stopped
-from avsi_jax.watchdog import STATUS, Watchdog
+from avsi_jax.watchdog import STATUS, Watchdog, check_alone
 from avsi_jax.workdir import METRICS, TIMING, add_row, check_config, cut_rows, read_rows, timing, write_run
 
 NONFINITE = "nonfinite.json"
@@ -147,7 +147,8 @@ class Asked:
 def train(config, workdir, *, how: str = "pmap", cache_dir: str = "", stopping=None, console=None, phases=None) -> dict[str, float]:
     """Trains until config.epochs or early stop, resuming from the workdir's newest whole checkpoint; returns the last metrics.
 
-    how: 'pmap' or 'shard_map'. stopping: the Stopping that is told of signals; then Stopped ends the training once all is saved.
+    how: 'pmap' or 'shard_map' (config.debug_nans: neither).
+    stopping: the Stopping that is told of signals; then Stopped ends the training once all is saved.
     """
     from avsi_jax import parallel
 
@@ -159,6 +160,7 @@ def train(config, workdir, *, how: str = "pmap", cache_dir: str = "", stopping=N
 
     # 1. What was asked for, refused before any work where it cannot be.
     workdir, rank, count = storage.folder(workdir), jax.process_index(), jax.process_count()
+    how = parallel.UNMAPPED if config.debug_nans else how
     console, phases = console or Console(rank), phases or Phases()
     data = open_data(config, cache_dir)
     steps_per_epoch, normalisation = data.steps_per_epoch, data.normalisation
@@ -172,6 +174,8 @@ def train(config, workdir, *, how: str = "pmap", cache_dir: str = "", stopping=N
     # 2. State: fresh, then over it the newest whole checkpoint; on all devices only once it is what training starts with.
     phases.enter(RESTORE)
     before = read_status((workdir / STATUS).read_text() if (workdir / STATUS).exists() else None)
+    if rank == 0:
+        check_alone(workdir, before)
     watchdog = Watchdog(workdir, phases, config.watchdog_s, console.warn, rank=rank, count=count).start()
     for warning in set_damaged_aside(workdir) if rank == 0 else ():
         console.say(f"warning: {warning}")

@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "batch"
 WAYS = ("pmap", "shard_map")
+UNMAPPED = "unmapped"  # a third: one device and nothing mapped, which alone jax_debug_nans looks into
 
 # ------------------------------------------------------------------------------------------------------------- CPU and its cores
 
@@ -85,7 +86,8 @@ def replicate(state, how: str = "pmap", devices=None):
     The tree's arrays may lie anywhere, on the host too; on several processes they must be the same on each: nothing is sent.
     `devices`: None is all of all processes.
     """
-    is_local, mesh = _known(how) == "pmap" or jax.process_count() == 1, _mesh(devices)
+    is_local = _known(how) != "shard_map" or jax.process_count() == 1
+    mesh = _mesh(jax.devices()[:1] if how == UNMAPPED else devices)
     state = jax.device_put(jax.tree.map(_local, state), NamedSharding(mesh.local_mesh, PartitionSpec()))
     if is_local:
         return state
@@ -107,12 +109,14 @@ def split(batch: dict, how: str = "pmap", devices=None) -> dict:
     mesh = _mesh(devices)
     if _known(how) == "pmap":
         return {k: v.reshape(mesh.local_mesh.size, -1, *v.shape[1:]) for k, v in arrays.items()}
-    return _rows_of_all(arrays, mesh)
+    return arrays if how == UNMAPPED else _rows_of_all(arrays, mesh)
 
 
 def _known(how: str) -> str:
-    if how not in WAYS:
+    if how not in (*WAYS, UNMAPPED):
         raise ValueError(f"parallel: found {how!r}, expected {' or '.join(WAYS)}")
+    if how == UNMAPPED and jax.process_count() > 1:
+        raise ValueError(f"parallel: found {jax.process_count()} processes, expected one where steps are not mapped (debug_nans)")
     return how
 
 
@@ -161,6 +165,8 @@ def map_train_step(step: Callable, devices=None, how: str = "pmap") -> Callable:
     """
     if _known(how) == "pmap":
         return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=devices)
+    if how == UNMAPPED:
+        return jax.jit(step)  # nothing donated: jax does a step with NaN again, operation by operation
     return jax.jit(_sharded(step, PartitionSpec(), devices), donate_argnums=0)
 
 
@@ -173,6 +179,8 @@ def map_evaluation_step(step: Callable, per_clip: bool = False, how: str = "pmap
     if _known(how) == "pmap":
         out_axes = (None, 0) if per_clip else None
         mapped = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=out_axes, devices=devices)
+    elif how == UNMAPPED:
+        mapped = jax.jit(step)
     else:
         out_specs = (PartitionSpec(), PartitionSpec(AXIS)) if per_clip else PartitionSpec()
         mapped = jax.jit(_sharded(step, out_specs, devices))

@@ -51,7 +51,8 @@ def replay(config, workdir, step: int, *, how: str = "pmap", cache_dir: str = ""
         jax.block_until_ready((state, metrics))
         if done in scales:  # what the validation of that epoch made of the rate
             state = state._replace(lr_scale=parallel.replicate(np.float32(scales[done]), how))
-    found = diagnose(config, data.normalisation, jax.tree.map(lambda a: np.asarray(a.addressable_data(0)), state), next(batches))
+    here = jax.tree.map(lambda a: np.asarray(a.addressable_data(0)), state)
+    found = diagnose(config, data.normalisation, here, next(batches)) | {"step": step}  # counted from 1, as in nonfinite.json
     checkpoints.close()
     for name, value in found["metrics"].items():
         console.say(f"  {name} {value:.6g}")

@@ -7,18 +7,24 @@ last three the same command goes on from the newest checkpoint.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 
 import configs
-from avsi_jax import cluster, watchdog
+from avsi_jax import cluster
 from avsi_jax.console import Console
-from avsi_jax.experiment import count_of, example_features, make_model
-from avsi_jax.loop import Progress, train
 from avsi_jax.phases import Phases
 from avsi_jax.stopping import Stopped, Stopping
 
-__all__ = ["Progress", "main", "show", "train"]
+
+def __getattr__(name: str):
+    """The loop's train and Progress, loaded when they are asked for: --help is to answer at once."""
+    if name in ("Progress", "train"):
+        from avsi_jax import loop
+
+        return getattr(loop, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def show(config) -> None:
@@ -29,6 +35,7 @@ def show(config) -> None:
     import jax
 
     from avsi_jax import spec
+    from avsi_jax.experiment import count_of, example_features, make_model
 
     signal = [f"{k}: {v}" for k, v in dataclasses.asdict(spec.get(config.preset)).items()]
     table = nn.tabulate(make_model(config), jax.random.key(0), depth=2, console_kwargs={"width": 160})(example_features(config))
@@ -72,27 +79,31 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         console.warn(f"avsi-train: {error}")
         code = getattr(error, "exit_code", 2)
-    except RuntimeError as error:
-        if not of_a_lost_peer(error):
-            raise
-        console.warn(f"avsi-train: another process is gone ({str(error).strip().splitlines()[0][:200]}); the same command goes on")
-        code = watchdog.EXIT_CODE
     except KeyboardInterrupt:
         console.warn("\navsi-train: stopped; the same command goes on from the last checkpoint")
         code = 130
-    except Exception:  # a fault of ours: shown whole, and other processes are not left waiting
-        traceback.print_exc()
-        cluster.leave(1)
-        raise
+    except Exception as error:
+        code = alone_or_left(error, console)
     cluster.leave(code)
     return code
 
 
-def of_a_lost_peer(error: RuntimeError) -> bool:
-    """Whether jax raises it where there are several processes: what it says of a broken collective differs by device."""
+def alone_or_left(error: Exception, console: Console) -> int:
+    """The exit code where another process is gone: what jax says of a broken collective differs by device. Else raises the error,
+    a fault of ours, or ends one of several processes with it: the others are not to wait.
+    """
+    if not cluster.is_joined():
+        raise error
     import jax
 
-    return isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1
+    from avsi_jax import watchdog
+
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        said = str(error).strip().splitlines()[0][:200]
+        console.warn(f"avsi-train: another process is gone ({said}); the same command goes on")
+        return watchdog.EXIT_CODE
+    traceback.print_exc()
+    return 1
 
 
 def run(config, known, console: Console) -> int:
@@ -102,25 +113,38 @@ def run(config, known, console: Console) -> int:
         topology = cluster.start(known.distributed, known.coordinator, known.num_processes, known.process_id)
         import jax
 
-        from avsi_jax import parallel
+        from avsi_jax import loop, parallel
 
         parallel.use_every_core(config.batch_size // (topology.expected or 1))
         topology.check()
         console.rank = jax.process_index()
         if jax.process_count() > 1:
             console.say(str(topology))
-        jax.config.update("jax_debug_nans", config.debug_nans)
         options = {"how": known.parallel, "cache_dir": known.cache_dir, "console": console}
         if known.replay:
             from avsi_jax.replay import replay
 
             replay(config, known.workdir, known.replay, **options)
         else:
-            train(config, known.workdir, stopping=stopping, phases=phases, **options)
+            with jax.debug_nans(config.debug_nans):
+                loop.train(config, known.workdir, stopping=stopping, phases=phases, **options)
+    except FloatingPointError:
+        if config.debug_nans:  # the line that made it is what one looks for
+            traceback.print_exc()
+        raise
     finally:
         stopping.uninstall()
     return 0
 
 
+def command() -> None:
+    """What the shell runs. A training that failed leaves at once: libraries in the middle of a save would say so for pages."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -23,6 +24,26 @@ FOLDER = "heartbeats"
 STATUS = "status.json"
 SLOW = {phases_lib.START: 10, phases_lib.COMPILE: 10}  # times the bound: others wait there for a compiler, or for files
 BEATS_S = 5.0
+
+
+def check_alone(workdir, before: dict | None) -> None:
+    """ValueError where the process of the workdir's status `before` lives: two trainings would overwrite each other's checkpoints.
+
+    Takes no time where it is known to be dead, which is on this host or long ago; else waits whether its status moves.
+    """
+    if not before or before["pid"] == os.getpid() or time.time() - before["time"] > 12 * BEATS_S:
+        return
+    if before["host"] == socket.gethostname() and not os.path.exists(f"/proc/{before['pid']}"):
+        return
+    until = time.monotonic() + 2.2 * BEATS_S
+    while time.monotonic() < until:
+        time.sleep(0.2)
+        now = phases_lib.read_status((workdir / STATUS).read_text())
+        if now and now["time"] != before["time"]:
+            raise ValueError(
+                f"{workdir}: found a training that is running in it (process {now['pid']} on {now['host']}, {now['phase']!r} after "
+                f"step {now['step']}), expected none; end that one, or take another --workdir"
+            )
 
 
 class Watchdog:

@@ -89,14 +89,14 @@ def measure_step(config, folder, seconds: float) -> float:
     for _ in range(2):  # the first compiles
         state, metrics = step(state, parallel.split(batch))
         jax.block_until_ready(state)
-    steps, began = 0, time.perf_counter()
-    while steps < 3 or time.perf_counter() - began < seconds:
+    done, began = 0, time.perf_counter()
+    while done < 3 or time.perf_counter() - began < seconds:
         state, metrics = step(state, parallel.split(batch))
         if parallel.devices_share_cores():
             jax.block_until_ready(state)
-        steps += 1
+        done += 1
     jax.block_until_ready((state, metrics))
-    return steps / (time.perf_counter() - began)
+    return done / (time.perf_counter() - began)
 
 
 def main(argv=None) -> int:

@@ -5,6 +5,7 @@ A value that is already set wins (JAX_PLATFORMS=cuda runs the tests on a GPU).
 """
 
 import atexit
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -49,23 +50,46 @@ def grid_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def synthetic_dir(tmp_path_factory) -> Path:
-    """A raw folder of the synthetic corpus: s1 and s2 with three clips each, as .mpg, .wav and .align. Not to be changed."""
-    if not all(map(importlib.util.find_spec, ("espeakng_loader", "skimage"))):
-        pytest.skip("the synthetic corpus needs the extra: pip install '.[synth]'")
-    folder = tmp_path_factory.mktemp("synthetic") / "raw"
-    command = [sys.executable, "-m", "tfds_grid.synthetic", "--out", str(folder), "--speakers=2", "--clips=3", "--seed=0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return folder
+def once(tmp_path_factory):
+    """once(name, make) -> a folder that make(folder) fills once a session, by whichever of its processes comes first."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, make) -> Path:
+        folder, whole = base / name, base / f"{name}.whole"
+        with (base / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not whole.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                whole.touch()
+        return folder
+
+    return made
 
 
 @pytest.fixture(scope="session")
-def tiny_dir(tmp_path_factory) -> Path:
+def synthetic_dir(once) -> Path:
+    """A raw folder of the synthetic corpus: s1 and s2 with three clips each, as .mpg, .wav and .align. Not to be changed."""
+    if not all(map(importlib.util.find_spec, ("espeakng_loader", "skimage"))):
+        pytest.skip("the synthetic corpus needs the extra: pip install '.[synth]'")
+
+    def make(folder: Path) -> None:
+        wanted = ["--out", str(folder / "raw"), "--speakers=2", "--clips=3", "--seed=0"]
+        command = [sys.executable, "-m", "tfds_grid.synthetic", *wanted]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+
+    return once("synthetic", make) / "raw"
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(once) -> Path:
     """config.data_dir of the made-up dataset of tests/tiny_data.py: 9 clips to train on, 3 to validate, 3 to test."""
     import tiny_data
 
-    return tiny_data.build(tmp_path_factory.mktemp("tiny_data"))
+    return once("tiny_data", tiny_data.build) / "data"
 
 
 @pytest.fixture(scope="session")
@@ -81,13 +105,11 @@ def tiny_config(tiny_dir):
 
 
 @pytest.fixture(scope="session")
-def trained(tiny_config, tmp_path_factory) -> Path:
+def trained(tiny_config, once) -> Path:
     """The workdir of two epochs of `tiny`, uninterrupted. Not to be changed by a test."""
     from avsi_jax import train
 
-    workdir = tmp_path_factory.mktemp("trained") / "run"
-    train.train(tiny_config(), workdir)
-    return workdir
+    return once("trained", lambda folder: train.train(tiny_config(), folder / "run")) / "run"
 
 
 @pytest.fixture(scope="session")

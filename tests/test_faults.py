@@ -146,7 +146,8 @@ LIMITED = """
 import resource, sys
 from avsi_jax import train
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)  # a write beyond it fails as one to a full disk does
-sys.exit(train.main(sys.argv[2:]))
+sys.argv[1:] = sys.argv[2:]
+train.command()
 """
 
 
@@ -210,7 +211,7 @@ def test_a_step_to_nowhere_can_be_replayed(run, tiny_config, tiny_dir, monkeypat
     before = {p: p.read_bytes() for p in files_of(run)}
     assert train.main([*arguments(run, tiny_dir, epochs=3), "--replay=5"]) == 0
     said = capsys.readouterr().err
-    assert f"step 5: not finite first: landmarks of {victim} in the dataset" in said
+    assert f"step 5: not finite first of all: landmarks of {victim} in the dataset" in said
     assert before == {p: p.read_bytes() for p in files_of(run)}, "a replay writes nothing"
 
 
@@ -236,18 +237,20 @@ def test_a_replay_without_a_checkpoint_before_it(run, tiny_dir, capsys):
 # ------------------------------------------------------------------------------------------------------------------ stuck
 
 
-def test_a_process_that_stands_still_is_named_by_the_others(tiny_dir, tmp_path):
-    """One of two is stopped (SIGSTOP): jax never notices. The other dumps its stacks, names it and leaves with 75."""
+def test_a_process_that_stands_still_is_named_by_the_others(tiny_dir, tiny_config, tmp_path):
+    """One of two is stopped (SIGSTOP): the other dumps its stacks, names it and leaves with 75. A third who comes is refused."""
     fields = {"epochs": 400, "watchdog_s": 5, "checkpoint_every": 400, "checkpoint_seconds": 0}
     with processes.popen(["-m", "avsi_jax.train", *arguments(tmp_path / "run", tiny_dir, **fields)]) as (first, second):
-        wait_for(lambda: (tmp_path / "run" / "metrics.csv").exists(), 120)
+        wait_for(lambda: (tmp_path / "run" / "metrics.csv").exists(), 240)
+        with pytest.raises(ValueError, match=rf"a training that is running in it \(process {first.pid} on .*another --workdir"):
+            train.train(tiny_config(**fields), tmp_path / "run")
         second.send_signal(signal.SIGSTOP)
         began = time.monotonic()
         assert first.wait(60) == 75, first.stderr_text()
         assert time.monotonic() - began < 40
         said = first.stderr_text()
         second.send_signal(signal.SIGCONT)
-    assert "watchdog: process 0 of 2 waited" in said and f"missing: process 1 (pid {second.pid} on" in said
+    assert "watchdog: process 0 of 2 waited" in said and f"missing: process 1 (pid {second.pid} on" in said, said[-3000:]
     assert "Thread 0x" in said and "loop.py" in said, "all stacks"
     assert "loop.py" in (tmp_path / "run" / "stacks-0.txt").read_text()
 

@@ -1,4 +1,4 @@
-"""A folder's manifest: any byte that is changed in it, by whomever, is found and its file named; a copy is as good as the folder."""
+"""A folder's manifest: any byte that is changed in it, by whomever, is found, its file named; a copy is as good as the folder."""
 
 import shutil
 from pathlib import Path

@@ -215,8 +215,8 @@ def test_a_last_step_to_nowhere_is_not_saved(tiny_config, tmp_path, monkeypatch)
 
     mapped, done = parallel.map_train_step, []
 
-    def exploding(step):
-        run = mapped(step)
+    def exploding(step, **options):
+        run = mapped(step, **options)
 
         def explode_at_the_second(state, batch):
             state, metrics = run(state, batch)
@@ -233,16 +233,16 @@ def test_a_last_step_to_nowhere_is_not_saved(tiny_config, tmp_path, monkeypatch)
 
 def test_a_stopped_run_keeps_its_checkpoints_and_goes_on(trained, tiny_config, tmp_path, monkeypatch, capsys):
     """Ctrl-C in the second epoch, while the first one's checkpoint is still being written."""
-    from avsi_jax import checkpoints
+    from avsi_jax import checkpoints, console
 
-    def stop_in_the_second(epoch, *_):
+    def stop_in_the_second(_, epoch, *__):
         if epoch == 2:
             raise KeyboardInterrupt
 
     fields = {k: v for k, v in tiny_config().items() if k in ("data_dir", "units", "bottleneck")}
     arguments = ["--config=tiny", f"--workdir={tmp_path / 'run'}", *(f"--config.{k}={v}" for k, v in fields.items())]
     with monkeypatch.context() as patched:
-        patched.setattr(train, "tick", stop_in_the_second)
+        patched.setattr(console.Console, "tick", stop_in_the_second)
         try:
             code = train.main(arguments)
         except KeyboardInterrupt:  # would end pytest
