@@ -1,6 +1,6 @@
 # Every target sets itself up: a Python 3.11 or 3.12 with its headers, a C compiler and make are all a fresh machine needs.
 #   PYTHON=/path/to/python  which Python makes the environment      VENV=.venv-312  where it lies
-#   ARGS="-k stft"          more words for pytest, or for the benchmark
+#   ARGS="-k stft"          more words for pytest, or for the benchmark      WORKERS=0  all tests in one process
 #   TPU_CACHE=DIR           where `make tpu` keeps what it compiled: a rerun does what is missing
 #   GRID=DIR OUT=DIR EPOCHS=N for `make demo`
 
@@ -60,11 +60,15 @@ venv:
 lint: venv
 	"$(BIN)/ruff" check .
 
+# Two workers: half of a test's time is one thread's. A file's tests stay together, and so do what they share.
+WORKERS ?= 2
+PYTEST = "$(BIN)/python" -m pytest -n $(WORKERS) --dist loadfile --durations=20
+
 test: lint
-	"$(BIN)/python" -m pytest -m "not slow" --durations=20 $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: venv
-	"$(BIN)/python" -m pytest -m slow --durations=20 $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 test-beam:
 	@$(MAKE) venv VENV=.venv-beam CONSTRAINTS=constraints/beam.txt WANTED="'.[prepare,beam,synth,test]'"

@@ -239,6 +239,7 @@ def find_fault(folder) -> str | None:
 
 def set_damaged_aside(workdir) -> list[str]:
     """Moves checkpoints that are newer than the newest whole one, and damaged, into the workdir's damaged/; says of each why.
+    What killed saves left half written is removed.
 
     Before anything else opens them, and by one process. CheckpointError where none is whole: then nothing is moved.
     """
@@ -253,6 +254,8 @@ def set_damaged_aside(workdir) -> list[str]:
             f"no whole checkpoint in {folder}: {'; '.join(f'{k}: {v}' for k, v in faults.items())}; "
             "expected a copy of one of them, or another --workdir"
         )
+    for half in folder.glob("*.orbax-checkpoint-tmp*") if steps else ():
+        half.rmtree()
     for step in faults:
         target = folder.parent / DAMAGED
         target.mkdir(parents=True, exist_ok=True)

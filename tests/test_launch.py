@@ -166,7 +166,7 @@ def test_help_and_wrong_arguments(place, script):
         ("tpu_vm.sh", ["create", "--name=n", "--zone=z"], "--type"),
         ("tpu_vm.sh", ["create", "--name=n", "--zone=z", "--type=h100-8"], "h100-8"),
         ("tpu_vm.sh", ["run", *SLICE], "--workdir"),
-        ("tpu_vm.sh", ["run", *SLICE, "--", "--workdir=/home/me/run", "--config.data_dir=gs://b/d"], "/home/me/run"),
+        ("tpu_vm.sh", ["run", *SLICE, "--", "--workdir=/srv/run", "--config.data_dir=gs://b/d"], "/srv/run"),
         ("tpu_vm.sh", ["run", *SLICE, "--", "--workdir=gs://b/run"], "--config.data_dir"),
         ("tpu_vm.sh", ["create", *SLICE], "gcloud"),
         ("gke.sh", ["apply", *GKE[:1], "--", *TRAIN], "kubectl"),
