@@ -6,6 +6,7 @@ config.json, run.json (versions, devices, data), metrics.csv (identical after a 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
@@ -150,6 +151,11 @@ def train(config, workdir, *, how: str = "pmap", cache_dir: str = "", stopping=N
     how: 'pmap' or 'shard_map' (config.debug_nans: neither).
     stopping: the Stopping that is told of signals; then Stopped ends the training once all is saved.
     """
+    with contextlib.ExitStack() as at_end:  # whatever ends the run: what is being saved is saved
+        return _train(config, workdir, how, cache_dir, stopping, console, phases, at_end)
+
+
+def _train(config, workdir, how, cache_dir, stopping, console, phases, at_end: contextlib.ExitStack) -> dict[str, float]:
     from avsi_jax import parallel
 
     parallel.use_every_core(config.batch_size)
@@ -176,20 +182,21 @@ def train(config, workdir, *, how: str = "pmap", cache_dir: str = "", stopping=N
     before = read_status((workdir / STATUS).read_text() if (workdir / STATUS).exists() else None)
     if rank == 0:
         check_alone(workdir, before)
-    watchdog = Watchdog(workdir, phases, config.watchdog_s, console.warn, rank=rank, count=count).start()
+    at_end.callback(Watchdog(workdir, phases, config.watchdog_s, console.warn, rank=rank, count=count).start().stop)
     for warning in set_damaged_aside(workdir) if rank == 0 else ():
         console.say(f"warning: {warning}")
     parallel.barrier("damaged checkpoints are set aside")
     checkpoints, progress, means = Checkpoints(workdir, keep=config.keep), Progress(config), Means()
-    step, first, stop = 0, 0, False
+    at_end.callback(checkpoints.close)
+    step, first, stop, saved, host = 0, 0, False, None, {}
     if (newest := checkpoints.latest_step()) is not None:
         state, host = checkpoints.restore(newest, state)
-        step, first = newest, host.get("epoch", newest // steps_per_epoch)
+        step, first, saved = newest, host.get("epoch", newest // steps_per_epoch), newest
         progress.load(host["progress"])
         means.load(host.get("means", {}))
-        phases.go_on(host.get("seconds", {}), before)
         stop = progress.is_over()
         console.say(f"resumed at step {step}, epoch {step // steps_per_epoch}")
+    phases.go_on(host.get("seconds", {}), before)
     phases.step = step
     if rank == 0:
         cut_rows(workdir / METRICS, step)
@@ -206,16 +213,20 @@ def train(config, workdir, *, how: str = "pmap", cache_dir: str = "", stopping=N
     batches = input_pipeline.train_batches(data.training, config.batch_size, config.seed, start_step=step, **share)
     asked, rate = Asked(stopping, config.checkpoint_seconds, rank, count), learning_rate(config, steps_per_epoch)
     look = Looks(config, workdir, data.validation, normalisation, step, console.warn) if rank == 0 else None
+    if look:
+        at_end.callback(look.close)
 
     def save(epoch: int, monitor: float | None = None) -> None:
         """epoch: the one that is being trained; monitor: of the validation that was just done."""
+        nonlocal saved
         with phases.during(CHECKPOINT):
             host = {"progress": progress.save(), "epoch": epoch, "means": means.save(), "seconds": phases.seconds()}
             check_parameters(state.params, step)
-            if monitor is not None and step in checkpoints.all_steps():  # as it was before its validation
+            if monitor is not None and step == saved:  # as it was before its validation
                 checkpoints.delete(step)
-            if step not in checkpoints.all_steps():
+            if monitor is not None or step != saved:
                 checkpoints.save(step, parallel.to_global(state), host, monitor)
+            saved = step
             asked.saved()
 
     def leave(signum: int) -> None:
@@ -297,11 +308,6 @@ def train(config, workdir, *, how: str = "pmap", cache_dir: str = "", stopping=N
             checkpoints.close()
     except NonFinite as error:
         raise FloatingPointError(told_of(error, config, workdir, data, step, rank)) from error
-    finally:  # whatever ends the run: what is being saved is saved
-        checkpoints.close()
-        watchdog.stop()
-        if look:
-            look.close()
     console.say(f"done: best {config.monitor} {progress.best:.5f} in epoch {progress.best_epoch}; everything is in {workdir}")
     return row
 

@@ -288,7 +288,7 @@ def test_a_damaged_description_is_named(copy, name):
         Records(copy, "train")
 
 
-@pytest.mark.parametrize("name", set(records.FEATURES) - records.OPTIONAL)
+@pytest.mark.parametrize("name", sorted(set(records.FEATURES) - records.OPTIONAL))
 def test_a_lacking_feature_is_named(copy, name):
     parts = dict(features())
     if "/" in name:
