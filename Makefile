@@ -5,7 +5,7 @@
 #   GRID=DIR OUT=DIR EPOCHS=N for `make demo`
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint test test-slow test-beam demo bench tpu clean
+.PHONY: help venv lint test test-slow test-beam test-gcs demo bench tpu clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -30,6 +30,7 @@ help:
 	@echo "make test           lint and all tests but the slow ones"
 	@echo "make test-slow      the slow tests"
 	@echo "make test-beam      the build by Apache Beam, in an environment of its own (.venv-beam: Beam takes an older protobuf)"
+	@echo "make test-gcs       gs:// workdirs and data on a bucket of this machine's own, in an environment of its own (.venv-gcs)"
 	@echo "make bench          the training step beside PyTorch, flax and Keras, in an environment of its own (.venv-bench)"
 	@echo "make tpu            every system compiled by the TPU's own compiler, an hour of CPU or more -> docs/tpu.md"
 	@echo "make demo           the whole way on synthetic clips that it makes: build, train, evaluate, repair a clip"
@@ -74,6 +75,10 @@ test-beam:
 	@$(MAKE) venv VENV=.venv-beam CONSTRAINTS=constraints/beam.txt WANTED="'.[prepare,beam,synth,test]'"
 	.venv-beam/bin/python -m pytest tests/test_beam.py --durations=5 $(ARGS)
 
+test-gcs:
+	@$(MAKE) venv VENV=.venv-gcs WANTED="'.[gcs,test,test-gcs]'"
+	.venv-gcs/bin/python -m pytest tests/test_storage.py tests/test_board.py --durations=5 $(ARGS)
+
 demo: venv
 	@PATH="`cd "$(BIN)" && pwd`:$$PATH" GRID="$(GRID)" OUT="$(OUT)" EPOCHS="$(EPOCHS)" bash launch/demo.sh
 
@@ -90,5 +95,5 @@ tpu:
 	.venv-tpu/bin/python benchmarks/tpu_compile.py --cache="$(TPU_CACHE)" $(ARGS)
 
 clean:
-	rm -rf "$(VENV)" .venv-beam .venv-bench .venv-tpu build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf "$(VENV)" .venv-beam .venv-bench .venv-gcs .venv-tpu build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

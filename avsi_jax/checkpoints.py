@@ -18,10 +18,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from avsi_jax import manifest, storage
+from avsi_jax import manifest, parallel, storage
 
 FOLDER = "checkpoints"
 DAMAGED = "damaged"
+REPLACED = "replaced"  # in the workdir: a checkpoint whose step is being saved anew
 LATE_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")  # what Orbax writes or changes while it commits
 METRIC = "monitor"  # lower is better: the value of the run's config.monitor, which decides what 'best' means
 ROOM = 1.2  # times a state's bytes are to be free before it is saved: Orbax compresses, but little
@@ -59,15 +60,17 @@ class Checkpoints:
         with _said(self.folder, "could not be opened"):
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def save(self, step: int, state: Any, host: dict, monitor: float | None = None) -> None:
+    def save(self, step: int, state: Any, host: dict, monitor: float | None = None, anew: bool = False) -> None:
         """Starts saving and returns; an earlier save that failed raises here. `monitor`: lower is better; None: not validated.
 
-        CheckpointError names the path and the bytes where there is no room or the folder can't be written; what was saved before
-        stays.
+        anew: in place of the checkpoint that this step has. CheckpointError names the path and the bytes where there is no room or
+        the folder can't be written; what was saved before stays.
         """
         self.wait()
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         self._check_room(step, size)
+        if anew:
+            self._set_aside(step)
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host))
         metrics = None if monitor is None else {METRIC: float(monitor)}
         self._saving = step, size
@@ -93,10 +96,13 @@ class Checkpoints:
         finally:
             self._manager.close()
 
-    def delete(self, step: int) -> None:
-        """Drops a checkpoint, to save its step anew."""
-        self.wait()
-        self._manager.delete(step)
+    def _set_aside(self, step: int) -> None:
+        """Makes place to save a step anew. What was there goes once that is done; where it never is, a restart takes it back."""
+        if jax.process_index() == 0:
+            (self.folder.parent / REPLACED).mkdir(parents=True, exist_ok=True)
+            (self.folder / str(step)).rename(self.folder.parent / REPLACED / str(step))
+        parallel.barrier(f"checkpoint {step} is set aside")
+        self._manager.reload()
 
     def all_steps(self) -> list[int]:
         """By what lies there: Orbax no longer counts what it will delete once the save on its way has ended well."""
@@ -150,7 +156,8 @@ class Checkpoints:
     def _write_manifest(self) -> None:
         """Called by Orbax when all is written and nothing committed yet, on the process that commits."""
         step, _ = self._saving
-        for folder in self.folder.glob(f"{step}.*tmp*"):
+        in_bucket = storage.in_bucket(self.folder)  # there Orbax writes under the final name, and a marker at the end
+        for folder in [self.folder / str(step)] if in_bucket else self.folder.glob(f"{step}.*tmp*"):
             manifest.write(folder, besides=LATE_FILES)
 
     def _seal(self) -> None:
@@ -160,9 +167,10 @@ class Checkpoints:
         folder, self._saving = self.folder / str(self._saving[0]), None
         if jax.process_index() == 0:
             manifest.seal(folder, LATE_FILES)
+            take_back(self.folder.parent)
 
     def _check_room(self, step: int, size: int) -> None:
-        if storage.in_bucket(self.folder) or jax.process_index():
+        if storage.in_bucket(self.folder):
             return
         try:
             free = shutil.disk_usage(self.folder).free
@@ -185,7 +193,14 @@ def _folder(workdir) -> epath.Path:
 
 
 def _steps(folder) -> list[int]:
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and _is_committed(p))
+
+
+def _is_committed(folder) -> bool:
+    """A folder with a step's name is whole on a disk, where Orbax renames it at the end; in a bucket it has a marker then."""
+    return folder.is_dir() and (not storage.in_bucket(folder) or (folder / LATE_FILES[1]).exists())
 
 
 class _said:
@@ -198,6 +213,8 @@ class _said:
         pass
 
     def __exit__(self, kind, error, _) -> None:
+        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+            return  # another process is gone
         if isinstance(error, (OSError, ValueError, RuntimeError)) and not isinstance(error, CheckpointError):
             raise CheckpointError(f"{self.folder}: {self.what} ({_first_line(error)}){self.more()}") from error
 
@@ -237,12 +254,26 @@ def find_fault(folder) -> str | None:
     return fault
 
 
+def take_back(workdir) -> None:
+    """Puts a checkpoint back that was to be replaced and never was; removes it where it was."""
+    aside = storage.folder(workdir) / REPLACED
+    for old in aside.iterdir() if aside.is_dir() else ():
+        new = _folder(workdir) / old.name
+        if _is_committed(new):
+            old.rmtree()
+        else:
+            old.rename(new)
+    if aside.is_dir():
+        aside.rmdir()
+
+
 def set_damaged_aside(workdir) -> list[str]:
     """Moves checkpoints that are newer than the newest whole one, and damaged, into the workdir's damaged/; says of each why.
     What killed saves left half written is removed.
 
     Before anything else opens them, and by one process. CheckpointError where none is whole: then nothing is moved.
     """
+    take_back(workdir)
     folder = _folder(workdir)
     steps, faults = _steps(folder), {}
     for step in reversed(steps):

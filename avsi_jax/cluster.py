@@ -96,7 +96,7 @@ def start(
     process_id: int | None = None,
     *,
     timeout_s: float = 300,
-    heartbeat_s: int = 60,
+    heartbeat_s: int = 120,
 ) -> Topology:
     """Joins the other processes, where there are any.
 

@@ -34,6 +34,9 @@ from avsi_jax.watchdog import STATUS, Watchdog, check_alone
 from avsi_jax.workdir import METRICS, TIMING, add_row, check_config, cut_rows, read_rows, timing, write_run
 
 NONFINITE = "nonfinite.json"
+LEAST = dict.fromkeys(("batch_size", "epochs", "validate_every", "checkpoint_every", "keep"), 1) | dict.fromkeys(
+    ("watchdog_s", "checkpoint_seconds", "pictures_every", "early_stop_patience"), 0
+)
 
 
 # ---- set-up --------------------------------------------------------------------------------------------------------------------
@@ -55,6 +58,9 @@ def open_data(config, cache_dir: str = "") -> Data:
 
     from avsi_jax import input_pipeline, models, parallel
 
+    for name, least in LEAST.items():
+        if config[name] < least:
+            raise ValueError(f"config.{name}: found {config[name]}, expected {least} or more")
     parallel.check_batch(config.batch_size)
     check_accumulation(config, jax.device_count())
     if config.monitor not in ("val_loss", "val_gap_l1_db"):
@@ -111,6 +117,21 @@ class Progress:
         vars(self).update({k: saved[k] for k in self.save()})
 
 
+def first_refuses(look, rank: int):
+    """What look() returns, on the first of all processes; where it raises there, all do, and none is left waiting."""
+    from avsi_jax import parallel
+
+    found = fault = None
+    if rank == 0:
+        try:
+            found = look()
+        except (ValueError, OSError) as error:
+            fault = error
+    if parallel.agree([float(fault is not None)])[0]:
+        raise fault or ValueError("process 0 refused to go on; its message says why")
+    return found
+
+
 class Asked:
     """What any process was asked to do, agreed on by all before the same step: to stop (a signal), to save (the first one's clock).
 
@@ -126,9 +147,10 @@ class Asked:
         self._agree = parallel.agree
         self._saved, self._pending = time.monotonic(), []
         self._late = 0 if parallel.devices_share_cores() else self.LATE
+        self._old = 0  # answers on their way that were asked for before the last save
 
     def saved(self) -> None:
-        self._saved = time.monotonic()
+        self._saved, self._old = time.monotonic(), len(self._pending)
 
     def now(self) -> tuple[int, bool]:
         """(the signal to stop for or 0, whether to save); to be called by all processes alike."""
@@ -137,7 +159,9 @@ class Asked:
         flags = [told == signal.SIGTERM, told == signal.SIGINT, due]
         if self._count > 1:
             self._pending.append(self._agree(flags, wait=False))
-            flags = self._pending.pop(0) if len(self._pending) > self._late else [0, 0, 0]
+            flags = np.asarray(self._pending.pop(0)) if len(self._pending) > self._late else [0, 0, 0]
+            if self._old:
+                self._old, flags = self._old - 1, [*flags[:2], 0]
         term, interrupt, save = (bool(flag) for flag in np.asarray(flags))
         return signal.SIGTERM * term or signal.SIGINT * interrupt, save
 
@@ -172,6 +196,8 @@ def _train(config, workdir, how, cache_dir, stopping, console, phases, at_end: c
     steps_per_epoch, normalisation = data.steps_per_epoch, data.normalisation
     optimiser = make_optimiser(config, steps_per_epoch)
     state = init_state(config, steps_per_epoch)
+    before = read_status((workdir / STATUS).read_text() if (workdir / STATUS).exists() else None)
+    first_refuses(lambda: check_alone(workdir, before), rank)
     check_config(config, workdir, normalisation, data.described, write=rank == 0)
     console.keep_in(workdir)
     console.say(f"{config.system}: {len(data.training)} clips to train on, {len(data.validation)} to validate, {steps_per_epoch} "
@@ -179,13 +205,9 @@ def _train(config, workdir, how, cache_dir, stopping, console, phases, at_end: c
 
     # 2. State: fresh, then over it the newest whole checkpoint; on all devices only once it is what training starts with.
     phases.enter(RESTORE)
-    before = read_status((workdir / STATUS).read_text() if (workdir / STATUS).exists() else None)
-    if rank == 0:
-        check_alone(workdir, before)
     at_end.callback(Watchdog(workdir, phases, config.watchdog_s, console.warn, rank=rank, count=count).start().stop)
-    for warning in set_damaged_aside(workdir) if rank == 0 else ():
+    for warning in first_refuses(lambda: set_damaged_aside(workdir), rank) or ():
         console.say(f"warning: {warning}")
-    parallel.barrier("damaged checkpoints are set aside")
     checkpoints, progress, means = Checkpoints(workdir, keep=config.keep), Progress(config), Means()
     at_end.callback(checkpoints.close)
     step, first, stop, saved, host = 0, 0, False, None, {}
@@ -199,8 +221,8 @@ def _train(config, workdir, how, cache_dir, stopping, console, phases, at_end: c
     phases.go_on(host.get("seconds", {}), before)
     phases.step = step
     if rank == 0:
-        cut_rows(workdir / METRICS, step)
-        cut_rows(workdir / TIMING, step)
+        for table in (METRICS, TIMING):  # of an epoch that was saved before its validation the row is written again
+            cut_rows(workdir / table, first * steps_per_epoch)
         described = {"devices": [str(d.device_kind) for d in jax.devices()], "dataset": data.described, "parallel": how}
         write_run(workdir, parameters=models.count_parameters(state.params), processes=count, **described)
     state = parallel.replicate(state, how)
@@ -222,10 +244,8 @@ def _train(config, workdir, how, cache_dir, stopping, console, phases, at_end: c
         with phases.during(CHECKPOINT):
             host = {"progress": progress.save(), "epoch": epoch, "means": means.save(), "seconds": phases.seconds()}
             check_parameters(state.params, step)
-            if monitor is not None and step == saved:  # as it was before its validation
-                checkpoints.delete(step)
-            if monitor is not None or step != saved:
-                checkpoints.save(step, parallel.to_global(state), host, monitor)
+            if monitor is not None or step != saved:  # saved already: as it was before its validation
+                checkpoints.save(step, parallel.to_global(state), host, monitor, anew=step == saved)
             saved = step
             asked.saved()
 
@@ -251,7 +271,7 @@ def _train(config, workdir, how, cache_dir, stopping, console, phases, at_end: c
         return found.result(config, "val")
 
     # 4. Epochs. Where CPU devices share cores one step is in flight, no more (see parallel.devices_share_cores).
-    row = (read_rows(workdir / METRICS) or [{}])[-1]
+    row = (read_rows(workdir / METRICS) or [{}])[-1] if look else {}
     compiled, began = False, time.monotonic()
     try:
         for epoch in range(first, config.epochs):

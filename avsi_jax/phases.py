@@ -21,10 +21,13 @@ CAUSES = (START, COMPILE, RESTORE, DATA, STEP, VALIDATION, CHECKPOINT, BARRIER, 
 
 
 class Phases:
-    """now: what is being done, since when (`time.monotonic`) and as how manieth thing; step: the last one done."""
+    """now: what is being done, since when (`time.monotonic`) and as how manieth thing; step: the last one done; longest: s a phase
+    took at most, its first time aside.
+    """
 
     def __init__(self):
         self.now, self.since, self.entered, self.step = START, time.monotonic(), 0, 0
+        self.longest: dict[str, float] = {}
         self._seconds = dict.fromkeys(CAUSES, 0.0)
 
     def enter(self, phase: str) -> None:
@@ -32,7 +35,9 @@ class Phases:
         if phase not in self._seconds:
             raise ValueError(f"phase: found {phase!r}, expected one of {', '.join(CAUSES)}")
         now = time.monotonic()
-        self._seconds[self.now] += now - self.since
+        took = now - self.since
+        self._seconds[self.now] += took
+        self.longest[self.now] = max(took, self.longest[self.now]) if self.now in self.longest else 0.0  # the first may compile
         self.now, self.since = phase, now
         self.entered += 1
 
@@ -48,7 +53,7 @@ class Phases:
 
     def pardon(self, seconds: float) -> None:
         """Takes from the phase time in which the whole process stood still (stopped, or the machine asleep)."""
-        self.since += seconds
+        self.since = min(self.since + seconds, time.monotonic())
 
     def seconds(self) -> dict[str, float]:
         """Seconds by cause until now, those of earlier processes of this run included."""

@@ -24,6 +24,8 @@ def replay(config, workdir, step: int, *, how: str = "pmap", cache_dir: str = ""
     from avsi_jax import input_pipeline
     from avsi_jax.checkpoints import Checkpoints, find_fault
 
+    if step < 1:
+        raise ValueError(f"--replay: found {step}, expected a step counted from 1")
     if jax.process_count() > 1:
         raise ValueError(f"--replay: found {jax.process_count()} processes, expected one (--distributed=off)")
     workdir = storage.folder(workdir)
@@ -46,9 +48,10 @@ def replay(config, workdir, step: int, *, how: str = "pmap", cache_dir: str = ""
     state = parallel.replicate(state, how)
     run = parallel.map_train_step(make_train_step(config, optimiser, data.normalisation), how=how)
     batches = input_pipeline.train_batches(data.training, config.batch_size, config.seed, start_step=start)
-    for done in range(start + 1, step):
-        state, metrics = run(state, parallel.split(next(batches), how))
-        jax.block_until_ready((state, metrics))
+    for done in range(start, step):
+        if done > start:
+            state, metrics = run(state, parallel.split(next(batches), how))
+            jax.block_until_ready((state, metrics))
         if done in scales:  # what the validation of that epoch made of the rate
             state = state._replace(lr_scale=parallel.replicate(np.float32(scales[done]), how))
     here = jax.tree.map(lambda a: np.asarray(a.addressable_data(0)), state)

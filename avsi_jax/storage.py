@@ -141,6 +141,7 @@ def append_bytes(path, data: bytes) -> None:
             before = os.fstat(file.fileno()).st_size
             try:
                 _write_all(file, data)
+                os.fsync(file.fileno())  # a row of a table is not to be lost beside a checkpoint that isn't
             except OSError:
                 with contextlib.suppress(OSError):
                     os.ftruncate(file.fileno(), before)

@@ -92,14 +92,18 @@ def alone_or_left(error: Exception, console: Console) -> int:
     """The exit code where another process is gone: what jax says of a broken collective differs by device. Else raises the error,
     a fault of ours, or ends one of several processes with it: the others are not to wait.
     """
-    if not cluster.is_joined():
-        raise error
     import jax
 
     from avsi_jax import watchdog
 
+    said = (str(error).strip().splitlines() or [""])[0][:200]
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in said:
+        console.warn(f"avsi-train: out of memory ({said}); expected room for a step: a smaller --config.batch_size, or "
+                     "--config.accumulate=2")  # fmt: skip
+        return 2
+    if not cluster.is_joined():
+        raise error
     if isinstance(error, jax.errors.JaxRuntimeError):
-        said = str(error).strip().splitlines()[0][:200]
         console.warn(f"avsi-train: another process is gone ({said}); the same command goes on")
         return watchdog.EXIT_CODE
     traceback.print_exc()
@@ -121,7 +125,7 @@ def run(config, known, console: Console) -> int:
         if jax.process_count() > 1:
             console.say(str(topology))
         options = {"how": known.parallel, "cache_dir": known.cache_dir, "console": console}
-        if known.replay:
+        if known.replay is not None:
             from avsi_jax.replay import replay
 
             replay(config, known.workdir, known.replay, **options)

@@ -22,7 +22,8 @@ from avsi_jax import storage
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command may well go on
 FOLDER = "heartbeats"
 STATUS = "status.json"
-SLOW = {phases_lib.START: 10, phases_lib.COMPILE: 10}  # times the bound: others wait there for a compiler, or for files
+SLOW = 10  # times the bound: what waits for a compiler or for files, and what was never done before
+QUICK = (phases_lib.STEP, phases_lib.VALIDATION, phases_lib.BARRIER)
 BEATS_S = 5.0
 
 
@@ -31,7 +32,8 @@ def check_alone(workdir, before: dict | None) -> None:
 
     Takes no time where it is known to be dead, which is on this host or long ago; else waits whether its status moves.
     """
-    if not before or before["pid"] == os.getpid() or time.time() - before["time"] > 12 * BEATS_S:
+    ours = before and (before["host"], before["pid"]) == (socket.gethostname(), os.getpid())
+    if not before or ours or time.time() - before["time"] > 12 * BEATS_S:
         return
     if before["host"] == socket.gethostname() and not os.path.exists(f"/proc/{before['pid']}"):
         return
@@ -47,7 +49,11 @@ def check_alone(workdir, before: dict | None) -> None:
 
 
 class Watchdog:
-    """Watches `phases` and ends the process where one lasts longer than `bound_s` (times SLOW); 0: only writes heartbeats."""
+    """Watches `phases` and ends the process where one lasts too long; bound_s 0: only writes heartbeats.
+
+    Too long is `bound_s` for a step, a batch of a validation or a barrier, SLOW times that for all else and for the first of each,
+    and never less than SLOW times the longest of its kind so far.
+    """
 
     def __init__(self, workdir, phases: phases_lib.Phases, bound_s: float, say: Callable[[str], None], *, rank=0, count=1):
         self.workdir, self.phases, self.bound_s, self.say, self.rank, self.count = workdir, phases, bound_s, say, rank, count
@@ -57,6 +63,7 @@ class Watchdog:
 
     def start(self) -> Watchdog:
         (self.workdir / FOLDER).mkdir(parents=True, exist_ok=True)
+        self._beat()
         self._thread.start()
         return self
 
@@ -74,8 +81,8 @@ class Watchdog:
             looked = time.monotonic()
             self._beat()
             phase, waited = self.phases.now, time.monotonic() - self.phases.since
-            if self.bound_s and waited > self.bound_s * SLOW.get(phase, 1):
-                self._end(phase, waited)
+            if self.bound_s and waited > (bound := self._bound(phase)):
+                self._end(phase, waited, bound)
         self._beat()
 
     def _beat(self) -> None:
@@ -89,7 +96,12 @@ class Watchdog:
     def _heartbeat(self, rank: int):
         return self.workdir / FOLDER / f"{rank}.json"
 
-    def _end(self, phase: str, waited: float) -> None:
+    def _bound(self, phase: str) -> float:
+        longest = self.phases.longest.get(phase)
+        times = 1 if phase in QUICK and longest is not None else SLOW
+        return max(times * self.bound_s, SLOW * (longest or 0.0))
+
+    def _end(self, phase: str, waited: float, bound: float) -> None:
         stacks = f"stacks-{self.rank}.txt"
         try:
             with open(self.workdir / stacks, "w") as file:
@@ -99,7 +111,7 @@ class Watchdog:
         faulthandler.dump_traceback(sys.stderr)
         self.say(
             f"watchdog: process {self.rank} of {self.count} waited {waited:.0f} s in {phase!r} after step {self.phases.step}, "
-            f"bound {self.bound_s:g} s (config.watchdog_s); {self._missing()}; stacks in {stacks}; the same command goes on"
+            f"bound {bound:.0f} s (by config.watchdog_s); {self._missing()}; stacks in {stacks}; the same command goes on"
         )
         sys.stderr.flush()
         os._exit(EXIT_CODE)
@@ -109,7 +121,9 @@ class Watchdog:
         if self.count == 1:
             return "it is the only process"
         first = self._read_all()
-        time.sleep(2.5 * self.beats_s)
+        for _ in range(5):  # others look at this one meanwhile
+            time.sleep(self.beats_s / 2)
+            self._beat()
         then = self._read_all()
         silent = [r for r in then if r != self.rank and (then[r] is None or then[r] == first[r])]
         if silent:

@@ -101,7 +101,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.pictures_every = 0  # steps from one set of spectrogram pictures to the next, in pictures/ and TensorBoard; 0: never
 
     # Faults.
-    # A step, restore or wait for the other processes that takes more seconds ends the process, every stack dumped; 0: never.
-    config.watchdog_s = 600.0
+    # A step that takes more seconds, or what compiles, reads or writes and takes ten times as many, ends the process with every
+    # stack dumped and the missing process named, to be started again; never before ten times the longest of its kind; 0: never.
+    config.watchdog_s = 60.0
     config.debug_nans = False  # stop at the operation that first gives NaN (jax_debug_nans); slow
     return config

@@ -65,7 +65,8 @@ follow() {
     echo "$*" > "$folder/arguments"
     echo "$attempt" > "$folder/attempt"
     read -ra trainer <<< "${AVSI_TRAIN:-$HOME/avsi_env/bin/avsi-train}"
-    setsid nohup bash "$0" supervise "${trainer[@]}" "$@" >> "$log" 2>&1 < /dev/null &
+    # jax would train on the CPU, in silence, where the TPU doesn't answer
+    JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu} setsid nohup bash "$0" supervise "${trainer[@]}" "$@" >> "$log" 2>&1 < /dev/null &
     until [ -f "$folder/pid" ] || ((++tries > 100)); do sleep 0.1; done
   fi
   tail -c "+$from" --pid=$$ -f "$log" & # --pid: it ends with this script, however that ends

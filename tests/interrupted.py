@@ -29,8 +29,8 @@ def arrange(name: str, phase: str, nth: float, put=setattr) -> None:
         if phase == "after" and entered.count(phases.STEP) == 1 and now == phases.STEP:
             threading.Timer(nth, send, [name]).start()
 
-    def saving(self, step, *args) -> None:
-        save(self, step, *args)
+    def saving(self, step, *args, **options) -> None:
+        save(self, step, *args, **options)
         saves.append(step)
         if len(saves) == nth:
             until = time.monotonic() + 10

@@ -239,9 +239,9 @@ def test_a_replay_without_a_checkpoint_before_it(run, tiny_dir, capsys):
 
 def test_a_process_that_stands_still_is_named_by_the_others(tiny_dir, tiny_config, tmp_path):
     """One of two is stopped (SIGSTOP): the other dumps its stacks, names it and leaves with 75. A third who comes is refused."""
-    fields = {"epochs": 400, "watchdog_s": 5, "checkpoint_every": 400, "checkpoint_seconds": 0}
+    fields = {"epochs": 9999, "early_stop_patience": 0, "watchdog_s": 5, "checkpoint_every": 9999, "checkpoint_seconds": 0}
     with processes.popen(["-m", "avsi_jax.train", *arguments(tmp_path / "run", tiny_dir, **fields)]) as (first, second):
-        wait_for(lambda: (tmp_path / "run" / "metrics.csv").exists(), 240)
+        wait_for(lambda: (tmp_path / "run" / "metrics.csv").exists(), 240, first, second)
         with pytest.raises(ValueError, match=rf"a training that is running in it \(process {first.pid} on .*another --workdir"):
             train.train(tiny_config(**fields), tmp_path / "run")
         second.send_signal(signal.SIGSTOP)
@@ -255,10 +255,12 @@ def test_a_process_that_stands_still_is_named_by_the_others(tiny_dir, tiny_confi
     assert "loop.py" in (tmp_path / "run" / "stacks-0.txt").read_text()
 
 
-def wait_for(condition, seconds: float) -> None:
+def wait_for(condition, seconds: float, *started) -> None:
     until = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < until, "it did not come"
+        ended = [process.poll() for process in started]
+        said = "\n".join(process.stderr_text()[-3000:] for process in started)
+        assert ended == [None] * len(started) and time.monotonic() < until, f"it did not come; {ended}\n{said}"
         time.sleep(0.1)
 
 
@@ -284,3 +286,87 @@ phases.enter("step")
 time.sleep(0.5)
 dog.stop()
 """
+
+
+def test_the_bound_of_a_phase(tmp_path):
+    """A step's is the config's, what was never done or reads and writes has ten times that; a slow kind has ten of its longest."""
+    from avsi_jax import phases as phases_lib
+    from avsi_jax.watchdog import Watchdog
+
+    told = phases_lib.Phases()
+    dog = Watchdog(tmp_path, told, 6.0, print)
+    assert [dog._bound(phase) for phase in ("step", "compile", "checkpoint")] == [60, 60, 60]
+    told.longest |= {"step": 0.1, "validation": 2.0, "checkpoint": 9.0, "barrier": 0.0}
+    assert [dog._bound(phase) for phase in ("step", "validation", "checkpoint", "barrier", "data")] == [6, 20, 90, 6, 60]
+
+
+# -------------------------------------------------------------------------------------------------------------- on one's own
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (["--config.batch_size=-4"], "config.batch_size: found -4, expected 1 or more"),
+        (["--config.batch_size=0"], "config.batch_size: found 0, expected 1 or more"),
+        (["--config.validate_every=0"], "config.validate_every: found 0"),
+        (["--config.checkpoint_every=0"], "config.checkpoint_every: found 0"),
+        (["--config.keep=0"], "config.keep: found 0"),
+        (["--config.watchdog_s=-1"], "config.watchdog_s: found -1.0, expected 0 or more"),
+        (["--config.accumulate=3"], "config.accumulate: found 3, expected a divisor of 1"),
+        (["--config.ema=1"], "config.ema: found 1.0"),
+        (["--replay=0"], "--replay: found 0, expected a step counted from 1"),
+        (["--distributed=on"], "--distributed=on, but no cluster found"),
+        (["--distributed=off", "--num_processes=2"], "--distributed=off, but --num_processes given"),
+        (["--workdir=s3://bucket/run"], "found s3://, expected a folder or gs://"),
+    ],
+)
+def test_a_mistake_takes_one_line_and_nothing_is_written(tiny_dir, tmp_path, capsys, fields, says):
+    assert train.main([*arguments(tmp_path / "run", tiny_dir), *fields]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("avsi-train: ") and said.count("\n") == 1 and says in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_row_is_not_written_twice(run, tiny_dir, trained, tmp_path, capsys, monkeypatch):
+    """Stopped in a validation, gone on, killed before the next checkpoint, gone on: the epoch's row is there once."""
+    import interrupted
+
+    command = arguments(tmp_path / "new", tiny_dir, checkpoint_every=2, checkpoint_seconds=0)
+    with monkeypatch.context() as patched:
+        interrupted.arrange("SIGTERM", "validation", 1, put=patched.setattr)
+        assert train.main(command) == 143
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    with monkeypatch.context() as patched:  # after the row of the first epoch, in the first step of the second
+        patched.setattr("avsi_jax.console.Console.report", die)
+        with pytest.raises(Killed):
+            train.main(command)
+    assert train.main(command) == 0
+    assert (tmp_path / "new" / "metrics.csv").read_bytes() == (trained / "metrics.csv").read_bytes()
+    assert len((tmp_path / "new" / "timing.csv").read_text().splitlines()) == 3
+
+
+def test_a_checkpoint_that_is_saved_anew_is_never_gone(run, tiny_config):
+    """Between the old one's leaving and the new one's coming: a restart takes the old one back; after it the old one goes."""
+    from avsi_jax import steps
+
+    config = tiny_config()
+    saved = Checkpoints(run)
+    state, host = saved.restore(4, steps.init_state(config, 2))
+    saved._set_aside(4)
+    assert saved.all_steps() == [2] and (run / "replaced" / "4").is_dir()
+    saved.close()
+    assert set_damaged_aside(run) == [] and not (run / "replaced").exists()
+    saved = Checkpoints(run)
+    assert saved.all_steps() == [2, 4] == sorted([2, saved.latest_step()])
+    import jax
+
+    saved.save(4, jax.tree.map(jax.numpy.asarray, state), host | {"anew": 1}, 0.5, anew=True)
+    saved.close()
+    assert not (run / "replaced").exists() and find_fault(run / "checkpoints" / "4") is None
+    assert Checkpoints(run, read_only=True).restore(4, state)[1]["anew"] == 1

@@ -180,7 +180,7 @@ def declared(*extras: str) -> set[str]:
         ("avsi_jax", ["app", "tpu"]),
         ("configs", []),
         ("tfds_grid", ["prepare", "synth", "beam"]),
-        ("tests", ["prepare", "beam", "test"]),
+        ("tests", ["prepare", "beam", "gcs", "test", "test-gcs"]),
     ],
 )
 def test_every_import_is_declared(package, extras):

@@ -73,6 +73,8 @@ def test_time_in_which_the_process_stood_still_is_not_the_phases(clock):
     told = run(clock, (STEP, 50))
     told.pardon(45)
     assert clock.now - told.since == 5
+    told.pardon(60)
+    assert told.since == clock.now, "never in the future"
 
 
 def test_a_status_says_where_the_run_is():

@@ -120,7 +120,7 @@ import sys, time
 import interrupted
 from avsi_jax import checkpoints, train
 
-def save(*_):
+def save(*_, **__):
     interrupted.send("SIGTERM")
     time.sleep(3)
     print("still saving", file=sys.stderr)
