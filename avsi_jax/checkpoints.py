@@ -285,7 +285,7 @@ def set_damaged_aside(workdir) -> list[str]:
             f"no whole checkpoint in {folder}: {'; '.join(f'{k}: {v}' for k, v in faults.items())}; "
             "expected a copy of one of them, or another --workdir"
         )
-    for half in folder.glob("*.orbax-checkpoint-tmp*") if steps else ():
+    for half in folder.glob("*.orbax-checkpoint-tmp*") if folder.is_dir() else ():
         half.rmtree()
     for step in faults:
         target = folder.parent / DAMAGED

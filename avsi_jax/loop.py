@@ -293,7 +293,8 @@ def _train(config, workdir, how, cache_dir, stopping, console, phases, at_end: c
                 if stopping:
                     stopping.there_is_work()
                 means.add(metrics, step)
-                console.tick(epoch + 1, step - epoch * steps_per_epoch, steps_per_epoch, epoch_began)
+                speed = (step - steps_begun) / (time.monotonic() - epoch_began)
+                console.tick(epoch + 1, step - epoch * steps_per_epoch, steps_per_epoch, speed)
                 signum, due = asked.now()
                 if signum or (due and step < (epoch + 1) * steps_per_epoch):
                     save(epoch)

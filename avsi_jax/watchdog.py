@@ -128,8 +128,9 @@ class Watchdog:
         silent = [r for r in then if r != self.rank and (then[r] is None or then[r] == first[r])]
         if silent:
             return "missing: " + ", ".join(self._described(r, then[r]) for r in silent)
-        least = min(status["step"] for status in then.values())
-        behind = [r for r, status in then.items() if status["step"] == least and r != self.rank]
+        others = {r: status for r, status in then.items() if r != self.rank}  # its own may be unreadable: a full disk
+        least = min(status["step"] for status in others.values())
+        behind = [r for r, status in others.items() if status["step"] == least < self.phases.step]
         return "all are alive, behind: " + (", ".join(self._described(r, then[r]) for r in behind) or "none")
 
     def _read_all(self) -> dict[int, dict | None]:

@@ -32,12 +32,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--interval", type=float, default=60, help="seconds from save to save (default: %(default)s)")
     parser.add_argument("--folder", help="where checkpoints go; default: a temporary folder")
     args = parser.parse_args(argv)
+    if min(args.batch_size, args.steps, args.rounds, args.interval) <= 0:
+        parser.error("expected --batch_size, --steps, --rounds and --interval above 0")
+    try:
+        config = configs.load(args.config, [("batch_size", str(args.batch_size))], like="base")
+    except ValueError as error:
+        parser.error(str(error))
     parallel.use_every_core(args.batch_size)
     import jax
 
     from avsi_jax import experiment, steps
 
-    config = configs.load(args.config, [("batch_size", str(args.batch_size))], like="base")
     batch = raw_batch(args.batch_size)
     step = parallel.map_train_step(steps.make_train_step(config, experiment.make_optimiser(config, 1)))
     state = parallel.replicate(steps.init_state(config, 1))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -299,6 +300,39 @@ def test_the_bound_of_a_phase(tmp_path):
     assert [dog._bound(phase) for phase in ("step", "compile", "checkpoint")] == [60, 60, 60]
     told.longest |= {"step": 0.1, "validation": 2.0, "checkpoint": 9.0, "barrier": 0.0}
     assert [dog._bound(phase) for phase in ("step", "validation", "checkpoint", "barrier", "data")] == [6, 20, 90, 6, 60]
+
+
+@pytest.mark.parametrize(
+    ("then", "says"),
+    [
+        ({1: ("step", 7, True), 2: ("step", 9, True)}, r"all are alive, behind: process 1 \(pid 11 .* in 'step' after step 7\)$"),
+        ({1: ("step", 9, True), 2: ("checkpoint", 9, True)}, "all are alive, behind: none$"),
+        ({1: ("step", 9, False), 2: ("step", 9, True)}, r"missing: process 1 \(pid 11 .* after step 9\)$"),
+        ({2: ("step", 9, True)}, r"missing: process 1 \(no heartbeat\)$"),
+    ],
+)
+def test_who_is_missing(tmp_path, then, says):
+    """By the others' heartbeats alone: this process' own can't be written here, and nothing of that ends the watch."""
+    from avsi_jax import phases as phases_lib
+    from avsi_jax.watchdog import Watchdog
+
+    told = phases_lib.Phases()
+    told.step = 9
+    dog = Watchdog(tmp_path, told, 0.05, print, rank=0, count=3)
+    (tmp_path / "heartbeats" / "0.json").mkdir(parents=True)
+    beats = []
+
+    def beat():
+        for rank, (phase, step, lives) in then.items():
+            if beats and not lives:
+                continue
+            status = told.status() | {"phase": phase, "step": step, "pid": 10 + rank, "time": 1e9 + len(beats)}
+            (tmp_path / "heartbeats" / f"{rank}.json").write_text(json.dumps(status))
+        beats.append(1)
+
+    beat()
+    dog._beat = beat
+    assert re.match(says, dog._missing()), dog._missing()
 
 
 # -------------------------------------------------------------------------------------------------------------- on one's own
