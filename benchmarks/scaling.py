@@ -93,7 +93,7 @@ def hosts_of(n: int) -> int:
 
 def clip_bytes() -> int:
     """Of a clip as a step takes it: input_pipeline.to_example."""
-    return sum(math.prod(v.shape[2:]) * v.dtype.itemsize for v in tpu_compile.batch_shapes(1, 1).values())
+    return sum(math.prod(v.shape[1:]) * v.dtype.itemsize for v in tpu_compile.batch_shapes(1).values())
 
 
 def cost(points: dict[float, float], b: float) -> float:
@@ -441,24 +441,6 @@ WANTED = [
 ]
 
 
-def compile_over_all(config, topology: str, batch_per_chip: int):
-    """tpu_compile.compile_step by shard_map: jax.pmap, where no TPU is, maps over the first host's chips alone (4 of v5e)."""
-    os.environ["TPU_ACCELERATOR_TYPE"], _, options = tpu_compile.TOPOLOGIES[topology]
-    import jax
-    from jax.experimental import topologies
-
-    from avsi_jax import experiment, parallel, steps
-
-    devices = topologies.get_topology_desc(topology, platform="tpu", **options).devices
-    step = steps.make_train_step(config, experiment.make_optimiser(config, 1000), tpu_compile.made_up_normalisation(config))
-    state = jax.eval_shape(lambda: steps.init_state(config, 1000))
-    shares = tpu_compile.batch_shapes(len(devices), batch_per_chip)
-    rows = {k: jax.ShapeDtypeStruct((v.shape[0] * v.shape[1], *v.shape[2:]), v.dtype) for k, v in shares.items()}
-    lowered = parallel.map_train_step(step, devices, "shard_map").lower(state, rows)
-    began = time.perf_counter()
-    return lowered.compile(), devices, time.perf_counter() - began
-
-
 def reduced(text: str) -> list[dict]:
     """The sums over devices in a compiled program's text: how many arrays, bytes and devices each takes."""
     program, found = compiled_text.parse(text), []
@@ -478,9 +460,8 @@ def compile_one(system: str, topology: str, batch_per_chip: int, text: Path) -> 
     os.environ.update(tpu_compile.ALONE)
     clock = tpu_compile.TOPOLOGIES["v5e:2x4"][1]
     tpu_compile.TOPOLOGIES |= {name: (kind, clock, {}) for name, kind in SLICES.items()}
-    tpu_compile.compile_step = compile_over_all
     args = argparse.Namespace(
-        system=system, topology=topology, batch_per_chip=batch_per_chip, lstm="joined", dtype="", keep_text=text
+        system=system, topology=topology, batch_per_chip=batch_per_chip, lstm="joined", dtype="", keep_text=text, programs=None
     )
     return tpu_compile.measure(args) | {"sums": reduced(text.read_text())}
 

@@ -5,9 +5,9 @@
 
 The second (`make tpu`) compiles every system, topology and way, and writes docs/tpu.md.
 
-libtpu (extra `tpu`) holds the compiler; it is given the step that avsi-train maps over its devices, and shapes in place of data and
+libtpu (extra `tpu`) holds the compiler; it is given the step that avsi-train maps over all chips, and shapes in place of data and
 parameters. Nothing runs: bytes are what the program asks for, cycles are the compiler's own guess for each operation, times the
-trips of the loops around it. Each compilation has a process of its own; DIR keeps what came out until the code changes.
+trips of the loops around it. Each compilation has a process of its own; DIR keeps what came out until the program changes.
 """
 
 from __future__ import annotations
@@ -55,8 +55,11 @@ STEP_ROOMS = "spec text stft gaps features augment input_pipeline lstm models lo
 # ---- one compilation -----------------------------------------------------------------------------------------------------------
 
 
-def compile_step(config, topology: str, batch_per_chip: int):
-    """The step as avsi-train maps it, compiled for a topology: (compiled, devices, seconds). Only shapes are made."""
+def lower_step(config, topology: str, batch_per_chip: int):
+    """The step over all chips of a topology, as avsi-train --parallel=shard_map maps it: (lowered, devices). Only shapes are made.
+
+    Not by jax.pmap: where no TPU is, that maps over the first host's chips alone (4 of v5e:2x4's 8).
+    """
     os.environ["TPU_ACCELERATOR_TYPE"], _, options = TOPOLOGIES[topology]
     import jax
     from jax.experimental import topologies
@@ -67,14 +70,12 @@ def compile_step(config, topology: str, batch_per_chip: int):
     optimiser = experiment.make_optimiser(config, 1000)
     step = steps.make_train_step(config, optimiser, made_up_normalisation(config))
     state = jax.eval_shape(lambda: steps.init_state(config, 1000))
-    here = sum(d.process_index == jax.process_index() for d in devices)  # as on a pod: each host gives its own chips' share
-    lowered = parallel.map_train_step(step, devices).lower(state, batch_shapes(here, batch_per_chip))
-    began = time.perf_counter()
-    return lowered.compile(), devices, time.perf_counter() - began
+    batch = batch_shapes(len(devices) * batch_per_chip)
+    return parallel.map_train_step(step, devices, "shard_map").lower(state, batch), devices
 
 
-def batch_shapes(devices: int, batch_per_chip: int) -> dict:
-    """Shapes of a batch as parallel.split gives it."""
+def batch_shapes(batch_size: int) -> dict:
+    """Shapes of a global batch's arrays, (B, ...) each."""
     import jax
     import numpy as np
 
@@ -84,7 +85,7 @@ def batch_shapes(devices: int, batch_per_chip: int) -> dict:
             "audio": np.zeros(48_000, np.int16), "landmarks": np.zeros((75, 68, 2), np.float32),
             "landmarks_valid": np.ones(75, bool)}  # fmt: skip
     arrays = {k: np.asarray(v) for k, v in input_pipeline.to_example(clip).items() if not isinstance(v, str)}
-    return {k: jax.ShapeDtypeStruct((devices, batch_per_chip, *v.shape), v.dtype) for k, v in arrays.items()}
+    return {k: jax.ShapeDtypeStruct((batch_size, *v.shape), v.dtype) for k, v in arrays.items()}
 
 
 def made_up_normalisation(config):
@@ -100,10 +101,24 @@ def made_up_normalisation(config):
 
 
 def measure(args) -> dict:
-    """One compilation -> its row."""
+    """One compilation -> its row; kept in args.programs by what was to be compiled, and taken from there."""
     wanted = [("lstm", args.lstm)] + ([(dtype_field() or "dtype", args.dtype)] if args.dtype else [])
     config = configs.load(args.system, wanted, like="base")
-    compiled, devices, seconds = compile_step(config, args.topology, args.batch_per_chip)
+    lowered, devices = lower_step(config, args.topology, args.batch_per_chip)
+    kept = args.programs / f"{program_key(lowered, args)}.json" if args.programs else None
+    if kept and kept.is_file() and not args.keep_text:
+        return json.loads(kept.read_text())
+    row = compiled_row(args, config, lowered, devices)
+    if kept:
+        kept.write_text(json.dumps(row))
+    return row
+
+
+def compiled_row(args, config, lowered, devices) -> dict:
+    """What the compiler says of a lowered step."""
+    began = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - began
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     cost = cost[0] if isinstance(cost, list | tuple) else cost
     total = compiled_text.tally(compiled_text.parse(text := compiled.as_text()))
@@ -176,12 +191,25 @@ def dtype_field() -> str:
     return next((f for f in configs.fields(configs.load("base")) if f in ("dtype", "lstm_dtype")), "")
 
 
+def versions() -> list[str]:
+    """Of what the compiled program comes from."""
+    return [f"{p} {importlib.metadata.version(p)}" for p in ("jax", "jaxlib", "flax", "optax", "libtpu")]
+
+
+def program_key(lowered, args) -> str:
+    """Changes with the program that is to be compiled, and with what a row says beside it; another spelling of the same program
+    keeps it.
+    """
+    said = [args.system, args.topology, str(args.batch_per_chip), args.lstm, args.dtype, *versions(), lowered.as_text()]
+    reader = [ast.unparse(ast.parse(Path(f).read_text())) for f in (compiled_text.__file__,)]
+    return "program-" + hashlib.sha256("\n".join(said + reader).encode()).hexdigest()[:32]
+
+
 def code_key(system: str, command: list[str]) -> str:
     """Changes with whatever the compiled program is made from, comments left aside."""
     files = [ROOT / "avsi_jax" / f"{room}.py" for room in STEP_ROOMS] + [Path(__file__), Path(compiled_text.__file__)]
     code = [ast.unparse(ast.parse(f.read_text())) for f in files] + [configs.load(system, like="base").to_json()]
-    versions = [f"{p} {importlib.metadata.version(p)}" for p in ("jax", "jaxlib", "flax", "optax", "libtpu")]
-    return hashlib.sha256("\n".join([*command, *versions, *code]).encode()).hexdigest()[:32]
+    return hashlib.sha256("\n".join([*command, *versions(), *code]).encode()).hexdigest()[:32]
 
 
 def row_of(cache: Path, limit_s: float, until: float, **wanted) -> dict:
@@ -195,7 +223,8 @@ def row_of(cache: Path, limit_s: float, until: float, **wanted) -> dict:
     print(*command, end=": ", file=sys.stderr, flush=True)
     began = time.perf_counter()
     try:
-        done = subprocess.run([sys.executable, __file__, *command, "--json"], capture_output=True, text=True, timeout=limit_s)
+        child = [sys.executable, __file__, *command, f"--programs={cache}", "--json"]
+        done = subprocess.run(child, capture_output=True, text=True, timeout=limit_s)
     except subprocess.TimeoutExpired:
         row = wanted | {"failed": f"not done after {limit_s:.0f} s"}
     else:
@@ -224,9 +253,9 @@ def write_page(cache: Path, limit_s: float, budget_s: float, chosen: list[str]) 
     of_ways = [ask(system=HEADLINE, topology=first, **way) for way in ways()]
     rows |= {(s, t): system(s, t) for t in others for s in [HEADLINE, *chosen]}
     of_systems = [rows[s, t] for s in chosen for t in TOPOLOGIES]
-    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("jax", "libtpu"))
+    compiler = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("jax", "libtpu"))
     later = sum(row.get("failed") == NOT_YET for row in of_ways + of_systems)
-    lines = [BEGIN, f"\nCompiled with {versions}." + f" {later} more are not compiled yet." * bool(later) + "\n"]
+    lines = [BEGIN, f"\nCompiled with {compiler}." + f" {later} more are not compiled yet." * bool(later) + "\n"]
     lines += ["## Every system, 32 clips a chip, `lstm=joined`\n", *table(of_systems, ["system", "topology"])]
     lines += [f"\n## The ways to run the LSTM: {HEADLINE} on {first}\n", *table(of_ways, ["lstm", "dtype", "batch_per_chip"])]
     lines += ["", END]
@@ -268,6 +297,7 @@ def main(argv=None) -> int:
     parser.add_argument("--lstm", default="joined", help="config.lstm; auto would ask this machine's CPU (default: %(default)s)")
     parser.add_argument("--dtype", default="", help="of the LSTM's products, where configs have a field for it (default: theirs)")
     parser.add_argument("--json", action="store_true", help="only the row, as one line")
+    parser.add_argument("--programs", type=Path, help="one compilation: keep its row in this folder, by the lowered program")
     parser.add_argument("--keep_text", metavar="FILE", help="writes the compiled program's text there")
     parser.add_argument("--cache", type=Path, help="compile everything, keeping results in this folder, and write docs/tpu.md")
     parser.add_argument("--only", default="", help="with --cache: systems, separated by commas (default: all)")

@@ -187,8 +187,8 @@ def test_batches_have_the_shapes_of_real_ones(tpu_compile, tiny_dir):
     from avsi_jax import input_pipeline, parallel
 
     records = input_pipeline.Records(input_pipeline.find_dataset(tiny_dir), "train")
-    real = parallel.split(next(input_pipeline.train_batches(records, 8, seed=0)))
-    made_up = tpu_compile.batch_shapes(4, 2)
+    real = parallel.split(next(input_pipeline.train_batches(records, 8, seed=0)), "shard_map")
+    made_up = tpu_compile.batch_shapes(8)
     assert {k: (v.shape, v.dtype) for k, v in made_up.items()} == {k: (v.shape, v.dtype) for k, v in real.items()}
 
 
@@ -207,6 +207,20 @@ def test_a_failure_is_a_row_and_a_result_is_kept(tpu_compile, tmp_path, monkeypa
     assert ask(0.0) == {"system": "a_si", "failed": "not compiled yet"}
     assert ask() == {"system": "a_si", "failed": "RuntimeError: no such chip"}
     assert ask() == ask() == {"system": "a_si", "estimated_cycles": 7} and answers == []
+
+
+def test_a_row_is_kept_by_the_program_not_by_its_spelling(tpu_compile, monkeypatch):
+    import types
+
+    import jax
+
+    monkeypatch.setattr(tpu_compile, "versions", lambda: ["libtpu 1"])
+    args = types.SimpleNamespace(system="a_si", topology="v5e:2x4", batch_per_chip=8, lstm="joined", dtype="")
+    lowered = [jax.jit(f).lower(1.0) for f in (lambda x: x + 1, lambda other_name: 1 + other_name * 1 - 0, lambda x: x + 1)]
+    first, other, again = (tpu_compile.program_key(each, args) for each in lowered)
+    assert first == again != other
+    args.batch_per_chip = 16
+    assert tpu_compile.program_key(lowered[0], args) != first
 
 
 def test_the_reason_is_the_compilers_not_the_crash_handlers(tpu_compile):
