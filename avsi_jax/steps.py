@@ -5,7 +5,6 @@ A step sees one device's share of the batch; `parallel` maps it over devices, te
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -244,86 +243,3 @@ class Means:
             means["gap_l1_db"] = means.pop("gap_l1") * stft.db_per_level(spec.get(config.preset))
         loss = sum(config.loss[k] * means[k] for k in ("whole", "gap", "ctc") if k in means)
         return {f"{prefix}_{k}": v for k, v in ({"loss": loss} | means).items()}
-
-
-# ---- what was wrong ------------------------------------------------------------------------------------------------------------
-
-
-def diagnose(config, normalisation, state: TrainState, batch: dict) -> dict:
-    """Why a step came to no number: the step again, unmapped, clip by clip, by the state before it and its whole batch.
-
-    Returns, ready for JSON:
-      step; metrics {name: mean}, with loss and grad_norm;
-      clips [{clip_id, weight, loss (the clip's share of the step's), terms {name: [sum, count]}, not_finite [what of the clip isn't
-      finite: "feature NAME", "output NAME", "loss NAME" or "gradient"]}], in the batch's order;
-      batch {field: [clip ids]}, params [names], optimiser [names], gradients [names]: what isn't finite of them.
-    """
-    import jax
-    import jax.numpy as jnp
-
-    objective = make_objective(config, normalisation)
-    whole = lambda tree: functools.reduce(jnp.logical_and, [jnp.isfinite(a).all() for a in jax.tree.leaves(tree)])
-
-    def loss(params, batch, key, step, counts=None):
-        found = objective(params, batch, key, step, counts)
-        seen = {f"feature {k}": v for k, v in found.features._asdict().items()}
-        said = {f"output {k}": v for k, v in found.output._asdict().items() if v is not None}
-        sums = {f"loss {k}": s for k, (s, _) in found.terms.items()}
-        return found.total, (found.terms, {k: whole(v) for k, v in (seen | said | sums).items()})
-
-    def beside(total, aux, grads):
-        terms, finite = aux
-        return total, terms, finite | {"gradient": whole(grads)}
-
-    @jax.jit
-    def run(params, batch, step):
-        key = key_of(config, step)
-        counts = counts_of(objective(params, batch, key, step).terms)
-        return in_parts(loss, len(batch["weight"]), counts, params, batch, key, step, beside)
-
-    state = jax.device_get(state)
-    arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
-    with jax.debug_nans(False):
-        grads, (totals, terms, finite) = jax.device_get(run(state.params, arrays, state.step))
-    clips = [
-        {
-            "clip_id": clip_id,
-            "weight": float(batch["weight"][i]),
-            "loss": float(totals[i]),
-            "terms": {k: [float(s[i]), float(n[i])] for k, (s, n) in terms.items()},
-            "not_finite": [k for k, good in finite.items() if not good[i]],
-        }
-        for i, clip_id in enumerate(batch["clip_id"])
-    ]
-    means = {k: float(s.sum(dtype=np.float64)) / max(float(n.sum()), 1.0) for k, (s, n) in terms.items()}
-    norm = math.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in jax.tree.leaves(grads)))
-    rows = {k: ~np.isfinite(v).reshape(len(v), -1).all(1) for k, v in arrays.items()}
-    return {
-        "step": int(state.step),
-        "metrics": {"loss": float(totals.sum(dtype=np.float64))} | means | {"grad_norm": norm},
-        "clips": clips,
-        "batch": {k: [batch["clip_id"][i] for i in np.flatnonzero(bad)] for k, bad in rows.items() if bad.any()},
-        "params": _not_finite(state.params),
-        "optimiser": _not_finite(state.opt_state),
-        "gradients": _not_finite(grads),
-    }
-
-
-def _not_finite(tree) -> list[str]:
-    """Names of the leaves that hold what is not finite."""
-    import jax
-
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    return [name(path) for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if not np.isfinite(leaf).all()]
-
-
-def why(found: dict) -> str:
-    """What `diagnose` found, in one line: the first that was not finite on the way from the records to the gradient."""
-    listed = lambda names: ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    causes = [f"{field} of {listed(ids)} in the dataset" for field, ids in found["batch"].items()]
-    before = (("parameters", "params"), ("the optimiser's state", "optimiser"))
-    causes += [f"{of} before the step ({listed(found[k])})" for of, k in before if found[k]]
-    for stage in ("feature", "output", "loss", "gradient"):
-        named = dict.fromkeys(name for clip in found["clips"] for name in clip["not_finite"] if name.startswith(stage))
-        causes += [f"{n} of {listed([c['clip_id'] for c in found['clips'] if n in c['not_finite']])}" for n in named]
-    return f"step {found['step']}: " + (f"not finite first of all: {causes[0]}" if causes else "everything is finite")

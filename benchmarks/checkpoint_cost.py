@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 
-from train_step import raw_batch
+from contenders import raw_batch
 
 import configs
 from avsi_jax import parallel

@@ -8,6 +8,7 @@ import numpy as np
 import processes
 import pytest
 import test_parallel
+from eight_clips import make_batch
 
 from avsi_jax import cluster
 from avsi_jax.cluster import Found, detect, place
@@ -28,28 +29,28 @@ from test_input_pipeline import Clips
 parallel.use_every_core(8)
 topology.check()
 
-rank = jax.process_index()
+rank, how = jax.process_index(), sys.argv[1]
 batch, start = t.make_batch(), t.make_start(small=True)
 mine = {k: v[4 * rank : 4 * rank + 4] for k, v in batch.items()}
-found = {"topology": str(topology), "heard": len(heard)}
+state, metrics = t.train(parallel.map_train_step(t.make_step(small=True), how=how), start, mine, rate=0.1, count=3, how=how)
+found = {"topology": str(topology), "heard": len(heard), "metrics": metrics}
+saved = parallel.to_global(state)
 for how in parallel.WAYS:
-    state, metrics = t.train(parallel.map_train_step(t.make_step(small=True), how=how), start, mine, rate=0.1, count=3, how=how)
-    saved = parallel.to_global(state)
     again = parallel.replicate(saved, how)
     leaves = jax.tree.leaves(again.params)
-    found[how] = {
-        "metrics": metrics,
-        "pieces": [[np.asarray(s.data).ravel().tolist() for s in x.addressable_shards] for x in leaves],
-        "global": [len(x.sharding.device_set) for x in jax.tree.leaves(saved)],
-        "held": [len(x.sharding.device_set) for x in leaves],
-    }
     step = lambda params, batch: (parallel.sum_over_devices(batch["weight"].sum()), {"hash": batch["id_hash"]})
     evaluate, met, counted = parallel.map_evaluation_step(step, per_clip=True, how=how), [], 0
     for rows in input_pipeline.eval_batches(Clips(11), 8, process_index=rank, process_count=2):
         sums, clips = evaluate(again.params, parallel.split(rows, how))
         counted += float(sums)
         met += [int(h) for h, w in zip(clips["hash"], rows["weight"]) if w]
-    found[how] |= {"met": met, "counted": counted}
+    found[how] = {
+        "pieces": [[np.asarray(s.data).ravel().tolist() for s in x.addressable_shards] for x in leaves],
+        "global": [len(x.sharding.device_set) for x in jax.tree.leaves(saved)],
+        "held": [len(x.sharding.device_set) for x in leaves],
+        "met": met,
+        "counted": counted,
+    }
 found["agreed"] = parallel.agree([rank, 1, 5]).tolist(), np.asarray(parallel.agree([2], wait=False)).tolist()
 found["exact"] = parallel.sum_over_processes([0.1 * (rank + 1), [1.0, 1e-17][rank]])
 parallel.barrier("the end")
@@ -58,10 +59,10 @@ cluster.leave(143 if rank else 3)
 """
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    """What each of two processes of two devices found; they leave with codes of their own."""
-    finished = processes.run(TRAIN, processes=2, devices=2, timeout=400)
+@pytest.fixture(scope="module", params=["shard_map", pytest.param("pmap", marks=pytest.mark.slow)])
+def ranks(request):
+    """What each of two processes of two devices found, trained one way (by pmap: test_pod.py); each leaves with its code."""
+    finished = processes.run(["-c", TRAIN, request.param], 2, 2, timeout=400, JAX_DISABLE_MOST_OPTIMIZATIONS="true")
     assert [f.returncode for f in finished] == [3, 143], "\n".join(f.stderr[-3000:] for f in finished)
     return [json.loads(f.stdout.partition("RESULT ")[2].splitlines()[0]) for f in finished]
 
@@ -75,22 +76,24 @@ def alone():
 
     step = parallel.map_train_step(test_parallel.make_step(small=True))
     start = test_parallel.make_start(small=True)
-    state, metrics = test_parallel.train(step, start, test_parallel.make_batch(), rate=0.1, count=3, how="pmap")
+    jax.config.update("jax_disable_most_optimizations", True)  # as the two: compiling is most of it
+    state, metrics = test_parallel.train(step, start, make_batch(), rate=0.1, count=3, how="pmap")
+    jax.config.update("jax_disable_most_optimizations", False)
     return jax.device_get(state.params), metrics
 
 
-@pytest.mark.parametrize("how", ["pmap", "shard_map"])
-def test_two_processes_train_as_one_does(ranks, alone, how):
-    """Losses, norms of the gradients and parameters after three steps, on every device of both."""
+def test_two_processes_train_as_one_does(ranks, alone):
+    """Losses, norms of the gradients and parameters after three steps, on every device of both, held in either way."""
     import jax
 
-    for rank in ranks:
-        shapes = [x.shape for x in jax.tree.leaves(alone[0])]
-        for device in (0, 1):
-            params = [np.float32(pieces[device]).reshape(s) for pieces, s in zip(rank[how]["pieces"], shapes, strict=True)]
-            test_parallel.assert_same_training(alone, (params, rank[how]["metrics"]))
-    everywhere = [[p for rank in ranks for p in rank[how]["pieces"][leaf]] for leaf in range(len(shapes))]
-    assert all(len(copies) == 4 and copies.count(copies[0]) == 4 for copies in everywhere), "replicas differ"
+    shapes = [x.shape for x in jax.tree.leaves(alone[0])]
+    for how in ("pmap", "shard_map"):
+        for rank in ranks:
+            for device in (0, 1):
+                params = [np.float32(pieces[device]).reshape(s) for pieces, s in zip(rank[how]["pieces"], shapes, strict=True)]
+                test_parallel.assert_same_training(alone, (params, rank["metrics"]))
+        everywhere = [[p for rank in ranks for p in rank[how]["pieces"][leaf]] for leaf in range(len(shapes))]
+        assert all(len(copies) == 4 and copies.count(copies[0]) == 4 for copies in everywhere), "replicas differ"
 
 
 @pytest.mark.parametrize("how", ["pmap", "shard_map"])

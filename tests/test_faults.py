@@ -1,18 +1,14 @@
-"""What goes wrong under a training: damaged, copied, mismatched checkpoints, full disks, numbers that are none, stuck processes."""
+"""What goes wrong under a training: damaged, copied, mismatched checkpoints, full disks, mistakes, saves and rows done twice."""
 
 import json
-import os
-import re
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import processes
 import pytest
+from tiny_runs import arguments
 
 from avsi_jax import input_pipeline, manifest, train
 from avsi_jax.checkpoints import CheckpointError, Checkpoints, find_fault, set_damaged_aside
@@ -133,12 +129,12 @@ def rewrite_first_record(dataset, split) -> None:
     path.write_bytes(bytes(content))
 
 
-def test_epochs_bind_where_they_shape_the_rate(tiny_config, tmp_path):
+def test_epochs_bind_where_they_shape_the_rate(run, tiny_config):
     """Under a cosine another number of epochs is another schedule for what is done already."""
     fields = {"schedule": "cosine", "epochs": 1}
-    train.train(tiny_config(**fields), tmp_path / "run")
+    (run / "config.json").write_text(tiny_config(**fields).to_json())
     with pytest.raises(ValueError, match="epochs: 1 there, 2 here"):
-        train.train(tiny_config(**fields | {"epochs": 2}), tmp_path / "run")
+        train.train(tiny_config(**fields | {"epochs": 2}), run)
 
 
 # ------------------------------------------------------------------------------------------------------------- no room to save
@@ -150,11 +146,6 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)  # a write be
 sys.argv[1:] = sys.argv[2:]
 train.command()
 """
-
-
-def arguments(workdir, data_dir, **fields):
-    fields = {"data_dir": data_dir, "units": 8, "bottleneck": 8} | fields
-    return ["--config=tiny", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in fields.items())]
 
 
 def test_a_disk_that_fills_up_in_a_save(run, tiny_dir):
@@ -186,153 +177,6 @@ def test_a_folder_that_can_not_be_written(run, tiny_config, monkeypatch):
     with pytest.raises((CheckpointError, OSError), match="checkpoints") as error:
         train.train(tiny_config(), run)
     assert "\n" not in str(error.value)
-
-
-# ------------------------------------------------------------------------------------------------------------------ not a number
-
-
-def test_a_step_to_nowhere_can_be_replayed(run, tiny_config, tiny_dir, monkeypatch, capsys):
-    """A clip's points are no numbers from the third epoch on: file and message name step and clips, a replay names the clip."""
-    honest = input_pipeline.to_example
-    training = input_pipeline.Records(dataset_of(tiny_dir), "train")
-    victim = input_pipeline.clip_ids_of_step(training, 4, 0, 4)[2]  # of the fifth step
-
-    def poisoned(raw):
-        example = honest(raw)
-        if example["clip_id"] == victim:
-            example["landmarks"][3, 50] = np.nan
-        return example
-
-    monkeypatch.setattr(input_pipeline, "to_example", poisoned)
-    assert train.main(arguments(run, tiny_dir, epochs=3)) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    found = json.loads((run / "nonfinite.json").read_text())
-    assert found["step"] == 5 and victim in found["clip_ids"] and len(found["clip_ids"]) == 4
-    assert "is nan in epoch 3, step 5, of 4 clips" in said and "--replay=5" in said
-    assert Checkpoints(run, read_only=True).latest_step() == 4
-    before = {p: p.read_bytes() for p in files_of(run)}
-    assert train.main([*arguments(run, tiny_dir, epochs=3), "--replay=5"]) == 0
-    said = capsys.readouterr().err
-    assert f"step 5: not finite first of all: landmarks of {victim} in the dataset" in said
-    assert before == {p: p.read_bytes() for p in files_of(run)}, "a replay writes nothing"
-
-
-def test_a_replay_gives_the_step_s_own_numbers(run, tiny_dir, trained, capsys):
-    """From the checkpoint of step 2 on, step 3 again: with step 4 it makes the second row of metrics.csv."""
-    from avsi_jax.workdir import read_rows
-
-    shutil.rmtree(run / "checkpoints" / "4")
-    norms = []
-    for step in (3, 4):
-        assert train.main([*arguments(run, tiny_dir), f"--replay={step}"]) == 0
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  grad_norm ")]
-        norms.append(float(line.split()[1]))
-    assert np.mean(norms) == pytest.approx(read_rows(trained / "metrics.csv")[1]["train_grad_norm"], rel=1e-4)
-
-
-def test_a_replay_without_a_checkpoint_before_it(run, tiny_dir, capsys):
-    shutil.rmtree(run / "checkpoints" / "2")
-    assert train.main([*arguments(run, tiny_dir), "--replay=3"]) == 2
-    assert "--replay=3: found checkpoints [4]" in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------------------------------------------------------ stuck
-
-
-def test_a_process_that_stands_still_is_named_by_the_others(tiny_dir, tiny_config, tmp_path):
-    """One of two is stopped (SIGSTOP): the other dumps its stacks, names it and leaves with 75. A third who comes is refused."""
-    fields = {"epochs": 9999, "early_stop_patience": 0, "watchdog_s": 5, "checkpoint_every": 9999, "checkpoint_seconds": 0}
-    with processes.popen(["-m", "avsi_jax.train", *arguments(tmp_path / "run", tiny_dir, **fields)]) as (first, second):
-        wait_for(lambda: (tmp_path / "run" / "metrics.csv").exists(), 240, first, second)
-        with pytest.raises(ValueError, match=rf"a training that is running in it \(process {first.pid} on .*another --workdir"):
-            train.train(tiny_config(**fields), tmp_path / "run")
-        second.send_signal(signal.SIGSTOP)
-        began = time.monotonic()
-        assert first.wait(60) == 75, first.stderr_text()
-        assert time.monotonic() - began < 40
-        said = first.stderr_text()
-        second.send_signal(signal.SIGCONT)
-    assert "watchdog: process 0 of 2 waited" in said and f"missing: process 1 (pid {second.pid} on" in said, said[-3000:]
-    assert "Thread 0x" in said and "loop.py" in said, "all stacks"
-    assert "loop.py" in (tmp_path / "run" / "stacks-0.txt").read_text()
-
-
-def wait_for(condition, seconds: float, *started) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        ended = [process.poll() for process in started]
-        said = "\n".join(process.stderr_text()[-3000:] for process in started)
-        assert ended == [None] * len(started) and time.monotonic() < until, f"it did not come; {ended}\n{said}"
-        time.sleep(0.1)
-
-
-def test_the_watchdog_lets_who_works_alone(tmp_path):
-    """Phases shorter than the bound, and a process that itself stood still, end nothing."""
-    done = subprocess.run([sys.executable, "-c", ALIVE, str(tmp_path)], capture_output=True, text=True, timeout=60, env=os.environ)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-
-
-ALIVE = """
-import os, signal, subprocess, sys, time
-from etils import epath
-from avsi_jax.phases import Phases
-from avsi_jax.watchdog import Watchdog
-phases = Phases()
-dog = Watchdog(epath.Path(sys.argv[1]), phases, 2.0, print).start()
-for _ in range(8):
-    phases.enter("step")
-    time.sleep(0.5)
-subprocess.Popen(["sh", "-c", f"sleep 4; kill -CONT {os.getpid()}"])
-os.kill(os.getpid(), signal.SIGSTOP)
-phases.enter("step")
-time.sleep(0.5)
-dog.stop()
-"""
-
-
-def test_the_bound_of_a_phase(tmp_path):
-    """A step's is the config's, what was never done or reads and writes has ten times that; a slow kind has ten of its longest."""
-    from avsi_jax import phases as phases_lib
-    from avsi_jax.watchdog import Watchdog
-
-    told = phases_lib.Phases()
-    dog = Watchdog(tmp_path, told, 6.0, print)
-    assert [dog._bound(phase) for phase in ("step", "compile", "checkpoint")] == [60, 60, 60]
-    told.longest |= {"step": 0.1, "validation": 2.0, "checkpoint": 9.0, "barrier": 0.0}
-    assert [dog._bound(phase) for phase in ("step", "validation", "checkpoint", "barrier", "data")] == [6, 20, 90, 6, 60]
-
-
-@pytest.mark.parametrize(
-    ("then", "says"),
-    [
-        ({1: ("step", 7, True), 2: ("step", 9, True)}, r"all are alive, behind: process 1 \(pid 11 .* in 'step' after step 7\)$"),
-        ({1: ("step", 9, True), 2: ("checkpoint", 9, True)}, "all are alive, behind: none$"),
-        ({1: ("step", 9, False), 2: ("step", 9, True)}, r"missing: process 1 \(pid 11 .* after step 9\)$"),
-        ({2: ("step", 9, True)}, r"missing: process 1 \(no heartbeat\)$"),
-    ],
-)
-def test_who_is_missing(tmp_path, then, says):
-    """By the others' heartbeats alone: this process' own can't be written here, and nothing of that ends the watch."""
-    from avsi_jax import phases as phases_lib
-    from avsi_jax.watchdog import Watchdog
-
-    told = phases_lib.Phases()
-    told.step = 9
-    dog = Watchdog(tmp_path, told, 0.05, print, rank=0, count=3)
-    (tmp_path / "heartbeats" / "0.json").mkdir(parents=True)
-    beats = []
-
-    def beat():
-        for rank, (phase, step, lives) in then.items():
-            if beats and not lives:
-                continue
-            status = told.status() | {"phase": phase, "step": step, "pid": 10 + rank, "time": 1e9 + len(beats)}
-            (tmp_path / "heartbeats" / f"{rank}.json").write_text(json.dumps(status))
-        beats.append(1)
-
-    beat()
-    dog._beat = beat
-    assert re.match(says, dog._missing()), dog._missing()
 
 
 # -------------------------------------------------------------------------------------------------------------- on one's own

@@ -10,31 +10,18 @@ from pathlib import Path
 import numpy as np
 import processes
 import pytest
-import tiny_data
+from eight_clips import arrays, make_batch
 
 import configs
 
 ROOT = Path(__file__).resolve().parent.parent
+OPTIMISED = "AVSI_OPTIMISED"  # set: these tests compile as users do
 FIELDS = [("units", "8"), ("bottleneck", "8"), ("batch_size", "8"), ("loss.gap", "1"), ("loss.ctc", "0.01")]
 
 
 def make_config(small=False):
     """`small` compiles in half the time."""
     return configs.load("tiny", FIELDS + [("system", "a_si"), ("layers", "1")] * small)
-
-
-def make_batch() -> dict:
-    """Eight clips of unequal lengths; one without text, one that doesn't count."""
-    from avsi_jax import input_pipeline
-
-    examples = []
-    for seed, clip_id in enumerate(list(tiny_data.clip_ids())[:8]):
-        text = "" if seed == 2 else "bin blue at t one now" if seed % 2 else "lay red at t seven now"
-        raw = tiny_data.measurement(seed) | {"id": clip_id, "speaker": "s1", "text": text, "words": []}
-        raw["audio"] = raw["audio"][: 48_000 - 2_500 * seed]
-        examples.append(input_pipeline.to_example(raw))
-    batch = {k: np.stack([e[k] for e in examples]) for k in examples[0] if k != "clip_id"}
-    return batch | {"clip_id": [e["clip_id"] for e in examples], "weight": np.float32([1, 1, 1, 1, 1, 0, 1, 1])}
 
 
 def make_start(small=False):
@@ -68,8 +55,7 @@ def train(step, start, batch, *, rate, count, how=None, devices=None):
 
     state, metrics = fresh(start, rate, how, devices), []
     for _ in range(count):
-        arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
-        state, sums = jax.block_until_ready(step(state, parallel.split(batch, how, devices) if how else arrays))
+        state, sums = jax.block_until_ready(step(state, parallel.split(batch, how, devices) if how else arrays(batch)))
         metrics.append({k: float(s) / float(n) for k, (s, n) in sums.items()})
     return state, metrics
 
@@ -95,6 +81,16 @@ def assert_same_training(one, other):
         assert {**b, "grad_norm": 0} == pytest.approx({**a, "grad_norm": 0}, rel=1e-5)
     for a, b in zip(jax.tree.leaves(one[0]), jax.tree.leaves(other[0]), strict=True):
         assert np.abs(a - b).max() <= 1e-5 * max(np.abs(a).max(), 0.01)  # 0.01: biases start at 0 and are tiny yet
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    """Half the time goes into making fast what runs a few times here."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", OPTIMISED not in os.environ)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -192,13 +188,13 @@ def test_validation_sums_over_devices(config, batch, start):
 # ---------------------------------------------------------------------------------------------------------- pmap or shard_map
 
 BOTH = """
-import concurrent.futures, json
+import concurrent.futures, json, sys
 import jax, numpy as np
 import test_parallel as t
 from avsi_jax import parallel
 
 batch, start, one_step = t.make_batch(), t.make_start(small=True), t.make_step(small=True)
-ways = [(how, jax.devices()[:n]) for n in (1, 2, 8) for how in parallel.WAYS]
+ways = [(how, jax.devices()[:n]) for n in map(int, sys.argv[1:]) for how in parallel.WAYS]
 mapped = [parallel.map_train_step(one_step, devices, how) for how, devices in ways]
 
 
@@ -218,11 +214,15 @@ for (how, devices), step in zip(ways, steps):
 """
 
 
-def test_shard_map_is_pmap_bit_for_bit():
-    """On 1, 2 and 8 devices, three steps of unequal clips; and all devices hold the same."""
-    (output,) = processes.succeed(BOTH, processes=1, devices=8, timeout=300)
+@pytest.mark.parametrize(
+    ("counts", "quickly"), [((1, 8), True), pytest.param((1, 2, 8), False, marks=pytest.mark.slow)], ids=["quickly", "optimised"]
+)
+def test_shard_map_is_pmap_bit_for_bit(counts, quickly):
+    """On so many devices, three steps of unequal clips; and all devices hold the same. Compiling takes most of it."""
+    environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": str(quickly)}
+    (output,) = processes.succeed(["-c", BOTH, *counts], processes=1, devices=8, timeout=300, **environment)
     runs = [json.loads(line) for line in output.splitlines()]
-    assert [(n, how) for n, how, *_ in runs] == [(n, how) for n in (1, 2, 8) for how in ("pmap", "shard_map")]
+    assert [(n, how) for n, how, *_ in runs] == [(n, how) for n in counts for how in ("pmap", "shard_map")]
     assert all(equal for _, _, equal, *_ in runs)
     for pmap, shard_map in zip(runs[::2], runs[1::2], strict=True):
         assert pmap[3:] == shard_map[3:]
@@ -356,3 +356,11 @@ def test_too_late_is_no_error():
     before = jax.device_count()
     parallel.use_every_core(32)
     assert jax.device_count() == before
+
+
+@pytest.mark.slow
+def test_all_of_this_holds_of_optimised_code_too():
+    """The default tests of this file again, as users' steps are compiled: four devices as one, unequal clips, gradients."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "-n", "0", __file__]
+    done = subprocess.run(command, env=os.environ | {OPTIMISED: "1"}, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-2000:]

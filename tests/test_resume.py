@@ -9,6 +9,7 @@ import interrupted
 import numpy as np
 import processes
 import pytest
+import tiny_runs
 
 from avsi_jax import train
 from avsi_jax.checkpoints import Checkpoints, find_fault
@@ -21,11 +22,7 @@ FIELDS = {"units": 8, "bottleneck": 8, "epochs": 12, "checkpoint_every": 4, "che
 def arguments(tiny_dir):
     """Of avsi-train, by workdir: 24 steps of a tiny network, a checkpoint every half second."""
 
-    def make(workdir, **fields):
-        fields = FIELDS | {"data_dir": tiny_dir} | fields
-        return ["--config=tiny", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in fields.items())]
-
-    return make
+    return lambda workdir, **fields: tiny_runs.arguments(workdir, tiny_dir, **FIELDS | fields)
 
 
 @pytest.fixture(scope="module")
@@ -78,22 +75,24 @@ def test_killed_at_any_moment_it_ends_the_same(arguments, uninterrupted, tmp_pat
     assert not list((workdir / "checkpoints").glob("*tmp*")), "what a killed save left is removed"
 
 
-@pytest.mark.parametrize(
-    ("name", "moment"), [("SIGTERM", ("step", 5)), ("SIGTERM", ("validation", 5)), ("SIGINT", ("saving", 1))]
-)
-def test_told_to_stop_it_saves_leaves_and_goes_on(arguments, uninterrupted, tmp_path, monkeypatch, capsys, name, moment):
-    """143 of SIGTERM, 130 of Ctrl-C; nothing done is lost, also in the middle of a validation; the next start goes on by itself."""
-    workdir = tmp_path / "run"
-    with monkeypatch.context() as patched:
-        interrupted.arrange(name, *moment, put=patched.setattr)
-        began = time.monotonic()
-        assert train.main(arguments(workdir, checkpoint_seconds=0)) == 128 + getattr(signal, name)
-        assert time.monotonic() - began < 25
-    step = Checkpoints(workdir, read_only=True).latest_step()
-    log = (workdir / "train.log").read_text()
-    assert f"{name}: saving" in log and f"after step {step}, saved; the same command goes on" in capsys.readouterr().err
+def test_told_to_stop_it_saves_leaves_and_goes_on(arguments, uninterrupted, tmp_path, monkeypatch, capsys):
+    """In a step, in the middle of a validation, in a save: 143 of SIGTERM, 130 of Ctrl-C. Nothing done is lost; the next start goes
+    on by itself, and one that nobody stops ends as if none had been.
+    """
+    workdir, before = tmp_path / "run", 0
+    for name, moment in (("SIGTERM", ("step", 5)), ("SIGTERM", ("validation", 3)), ("SIGINT", ("saving", 1))):
+        with monkeypatch.context() as patched:
+            interrupted.arrange(name, *moment, put=patched.setattr)
+            began = time.monotonic()
+            assert train.main(arguments(workdir, checkpoint_seconds=0)) == 128 + getattr(signal, name), moment
+            assert time.monotonic() - began < 25
+        said, step = capsys.readouterr().err, Checkpoints(workdir, read_only=True).latest_step()
+        assert f"{name}: saving" in said and f"after step {step}, saved; the same command goes on" in said, moment
+        assert before < step < 24 and (not before or f"resumed at step {before}," in said), moment
+        before = step
+    assert (workdir / "train.log").read_text().count(": saving") == 3
     assert train.main(arguments(workdir)) == 0
-    assert f"resumed at step {step}," in capsys.readouterr().err
+    assert f"resumed at step {before}," in capsys.readouterr().err
     assert_same_run(workdir, uninterrupted)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "a finished training leaves signals as it found them"
 

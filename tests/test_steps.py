@@ -1,4 +1,4 @@
-"""The steps: a batch in parts, the parameters' running mean, what is read, sums that survive, and why a step came to no number."""
+"""The steps: a batch in parts, the parameters' running mean, what is read, and sums that survive."""
 
 import functools
 import itertools
@@ -7,12 +7,13 @@ import math
 import re
 from typing import NamedTuple
 
+import eight_clips
 import jax
 import jiwer
 import numpy as np
 import optax
 import pytest
-import tiny_data
+from eight_clips import COUNTED, SAID, arrays, run
 
 import configs
 from avsi_jax import experiment, parallel, steps, text
@@ -21,9 +22,6 @@ FIELDS = {
     "system": "av_mtl_si", "units": 8, "bottleneck": 8, "batch_size": 8, "loss.gap": 1.0, "loss.ctc": 0.01, "ema": 0.4,
     "dropout": 0.2, "augment.gain_db": 3.0, "augment.mirror": 0.5, "gaps.max_count": 2,
 }  # fmt: skip
-COUNTED = np.float32([1, 1, 1, 1, 1, 0, 1, 1])
-SAID = ["lay red at t seven now", "bin blue at t one now"] * 4
-SAID[2] = ""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,20 +38,7 @@ def config_of(**fields):
 
 @pytest.fixture(scope="module")
 def batch():
-    """Eight clips of unequal lengths; one without text, one that doesn't count."""
-    from avsi_jax import input_pipeline
-
-    examples = []
-    for seed, clip_id in enumerate(list(tiny_data.clip_ids())[:8]):
-        raw = tiny_data.measurement(seed) | {"id": clip_id, "speaker": "s1", "text": SAID[seed], "words": []}
-        raw["audio"] = raw["audio"][: 48_000 - 2_500 * seed]
-        examples.append(input_pipeline.to_example(raw))
-    batch = {k: np.stack([e[k] for e in examples]) for k in examples[0] if k != "clip_id"}
-    return batch | {"clip_id": [e["clip_id"] for e in examples], "weight": COUNTED}
-
-
-def arrays(batch):
-    return {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
+    return eight_clips.make_batch()
 
 
 @functools.cache
@@ -80,16 +65,6 @@ def mapped(batch):
     """The compiled step over four devices, each of which goes through its two clips one by one."""
     step = parallel.map_train_step(steps.make_train_step(config_of(accumulate=2), optax.sgd(1.0)))
     return step.lower(parallel.replicate(start()), parallel.split(batch)).compile()
-
-
-def run(step, batch, count, state):
-    """The states after each of `count` steps, and the metrics of each as sum / count."""
-    states, metrics = [], []
-    for _ in range(count):
-        state, sums = jax.device_get(step(state, batch))
-        states.append(state)
-        metrics.append({k: float(s) / float(n) for k, (s, n) in sums.items()})
-    return states, metrics
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +276,7 @@ def test_gradients_are_clipped_by_their_global_norm(clip_norm):
 # ---- bfloat16 ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bfloat16_learns_as_float32_does(step_of, whole, batch):
     """Its 8 bits leave each product 2^-9 wrong at most; over 20 steps the loss keeps within 1 % of float32's, and falls as far."""
     states, metrics = run(step_of(1, "bfloat16"), arrays(batch), 20, start())
@@ -415,52 +391,3 @@ def test_what_is_not_finite_says_where_it_came_from():
     with pytest.raises(steps.NonFinite, match="^grad_norm is inf$") as error:
         means.flush()
     assert error.value.step is None
-
-
-# ---- why a step came to no number ----------------------------------------------------------------------------------------------
-
-
-def test_a_diagnosis_is_of_the_step_itself(whole, batch):
-    """Nothing wrong with it: the same metrics, to float32's rounding, and each clip's part of them."""
-    found = json.loads(json.dumps(steps.diagnose(config_of(), None, whole[0][0], batch)))
-    expected = whole[1][1]
-    assert found["step"] == 1 and steps.why(found) == "step 1: everything is finite"
-    loss = found["metrics"].pop("loss")
-    assert found["metrics"] == pytest.approx(expected, rel=1e-5)
-    assert loss == pytest.approx(expected["whole"] + expected["gap"] + 0.01 * expected["ctc"], rel=1e-5)
-    assert [c["clip_id"] for c in found["clips"]] == batch["clip_id"] and [c["weight"] for c in found["clips"]] == COUNTED.tolist()
-    assert sum(c["loss"] for c in found["clips"]) == pytest.approx(loss)
-    assert [c["terms"]["ctc"][1] for c in found["clips"]] == [1, 1, 0, 1, 1, 0, 1, 1]
-    assert not any(c["not_finite"] for c in found["clips"])
-    assert not any(found[k] for k in ("batch", "params", "optimiser", "gradients"))
-
-
-def test_a_poisoned_clip_is_named(batch):
-    poisoned = batch | {"landmarks": batch["landmarks"].copy()}
-    poisoned["landmarks"][3, 10, 50] = np.nan
-    found = steps.diagnose(config_of(), None, start(), poisoned)
-    clip = batch["clip_id"][3]
-    assert found["batch"] == {"landmarks": [clip]} and not found["params"] and found["gradients"]
-    assert [c["clip_id"] for c in found["clips"] if c["not_finite"]] == [clip]
-    assert {"feature video", "output level", "loss whole", "gradient"} <= set(found["clips"][3]["not_finite"])
-    assert "feature spectrogram" not in found["clips"][3]["not_finite"] and math.isnan(found["metrics"]["loss"])
-    assert steps.why(found) == f"step 0: not finite first of all: landmarks of {clip} in the dataset"
-
-
-def test_an_endless_parameter_is_named(batch):
-    state = start()
-    broken = jax.tree.map(np.copy, state.params)
-    broken["output"]["bias"][5] = np.inf
-    found = steps.diagnose(config_of(), None, state._replace(params=broken), batch)
-    assert found["params"] == ["output/bias"] and not found["batch"] and not found["optimiser"]
-    assert all("output level" in c["not_finite"] and "feature video" not in c["not_finite"] for c in found["clips"])
-    assert steps.why(found) == "step 0: not finite first of all: parameters before the step (output/bias)"
-
-
-def test_what_overflows_on_the_way_is_told_from_what_was_broken(batch):
-    """By hand: features that are fine, a loss that is not, in two clips."""
-    clips = [{"clip_id": i, "not_finite": n} for i, n in (("a", []), ("b", ["loss gap", "gradient"]), ("c", ["loss gap"]))]
-    found = {"step": 9, "batch": {}, "params": [], "optimiser": [], "gradients": ["output/bias"], "clips": clips}
-    assert steps.why(found) == "step 9: not finite first of all: loss gap of b, c"
-    found["optimiser"] = list("vwxyz")
-    assert steps.why(found) == "step 9: not finite first of all: the optimiser's state before the step (v, w, x and 2 more)"

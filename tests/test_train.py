@@ -416,21 +416,6 @@ def test_a_rate_of_0_trains_nothing(tiny_config):
     assert largest == pytest.approx(config.learning_rate, rel=1e-3)
 
 
-def test_the_cosine_schedule():
-    """learning_rate x (1 + cos(pi t)) / 2 over what follows a straight warm-up (Loshchilov & Hutter 2017, eq. 5)."""
-    import jax.numpy as jnp
-
-    config = schedule_config(schedule="cosine", epochs=10, warmup_epochs=2, learning_rate=0.5)
-    optimiser = experiment.make_optimiser(config, 3)
-    state, rates = optimiser.init(jnp.zeros(())), []
-    for _ in range(31):
-        update, state = optimiser.update(jnp.ones(()), state)  # Adam of a constant gradient: minus the rate
-        rates.append(-float(update))
-    warm = 0.5 * np.arange(6) / 6
-    down = 0.25 * (1 + np.cos(np.pi * np.arange(25) / 24))
-    np.testing.assert_allclose(rates, [*warm, *down], rtol=1e-4, atol=1e-6)
-
-
 # -------------------------------------------------------------------------------------------------------------------- it learns
 
 
