@@ -2,10 +2,10 @@
 #   PYTHON=/path/to/python  which Python makes the environment      VENV=.venv-312  where it lies
 #   ARGS="-k stft"          more words for pytest, or for the benchmark      WORKERS=0  all tests in one process
 #   TPU_CACHE=DIR           where `make tpu` keeps what it compiled: a rerun does what is missing
-#   GRID=DIR OUT=DIR EPOCHS=N for `make demo`
+#   GRID=DIR OUT=DIR EPOCHS=N for `make demo`      DATA=DIR RUNS=DIR JUDGE=RUN for `make table`
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint test test-slow test-beam test-gcs demo bench tpu clean
+.PHONY: help venv lint test test-slow test-beam test-gcs demo bench table tpu clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -32,6 +32,7 @@ help:
 	@echo "make test-beam      the build by Apache Beam, in an environment of its own (.venv-beam: Beam takes an older protobuf)"
 	@echo "make test-gcs       gs:// workdirs and data on a bucket of this machine's own, in an environment of its own (.venv-gcs)"
 	@echo "make bench          the training step beside PyTorch, flax and Keras, in an environment of its own (.venv-bench)"
+	@echo "make table DATA=DIR RUNS=DIR [JUDGE=RUN]   trains and evaluates what docs/results/ lacks -> docs/results.md; hours a system"
 	@echo "make tpu            every system compiled by the TPU's own compiler, an hour of CPU or more -> docs/tpu.md"
 	@echo "make demo           the whole way on synthetic clips that it makes: build, train, evaluate, repair a clip"
 	@echo "make demo GRID=DIR  the same on a folder of Grid clips"
@@ -87,6 +88,9 @@ demo: venv
 bench:
 	@$(MAKE) venv VENV=.venv-bench CONSTRAINTS=constraints/bench.txt WANTED="'.[$(EXTRA)]' torch keras $(TORCH_INDEX:%=--extra-index-url %)"
 	.venv-bench/bin/python benchmarks/train_step.py --json $(ARGS)
+
+table: venv
+	"$(BIN)/python" benchmarks/results.py run --data_dir="$(DATA)" --runs="$(RUNS)" $(JUDGE:%=--judge="%") $(ARGS)
 
 TPU_CACHE ?= $(HOME)/.cache/avsi_jax/tpu
 tpu:

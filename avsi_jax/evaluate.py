@@ -1,18 +1,15 @@
-"""Split + protocol + Restorer -> clips.csv, summary.json, sounds, report.html: avsi-evaluate.
+"""Split + protocol + suite + Restorer -> clips.csv, summary.json, sounds, report.html: avsi-evaluate.
 
-Every clip of the split gets one gap of every length, placed inside its words by a hash of its id; beside the system stand the
-damaged sound, the linear interpolation of the log-mel, the same system with the lips of another clip, and the true log-mel through
-the same vocoder (the ceiling). All sounds are scored against the recording, at the rate of the system's preset.
+Every clip of the split meets every case of the suite (suites.py), damaged and judged as the protocol says (protocols.py); beside
+the system stand the damaged sound, the linear interpolation of the log-mel, the same system with the lips of another clip, the true
+log-mel through the same vocoder (the ceiling), and, with --baseline, what another run's own evaluation found on the same clips.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
-import itertools
 import json
-import math
 import resource
 import sys
 import time
@@ -20,291 +17,299 @@ from pathlib import Path
 
 import configs
 
-SYSTEM_METRICS = ("gap_l1_mel_db", "gap_l1_db", "pesq_nb", "pesq_wb", "stoi", "estoi", "cer", "per")
-COLUMNS = (
-    "clip_id", "speaker", "gap_ms", "start_s", "end_s", "in_words", "system", "kind",
-    *SYSTEM_METRICS, "said", "text", "reason",
+METRICS = (
+    "gap_l1_mel_db", "gap_l1_db", "pesq_nb", "pesq_wb", "stoi", "estoi", "stoi_gap", "wer_gap", "cer", "per",
 )  # fmt: skip
-PROTOCOLS = ("waveform",)
-SUITES = ("lengths",)
+COLUMNS = (
+    "clip_id", "speaker", "case", "gap_ms", "start_s", "end_s", "gaps_s", "in_words", "system", "kind",
+    *METRICS, "said", "text", "heard", "touched", "reason",
+)  # fmt: skip
 UNSEEN_SPLITS = ("validation", "test")  # of speakers that no training saw: intervals resample speakers, then clips
+PAIRED = ("baseline", "interpolation", "other_video")  # kinds that the system is compared with, clip by clip
+OTHER_VIDEO_IN = ("lengths", "unseen", "multigap")  # suites that have a row for the lips of another clip
 
 
 def evaluate(config, workdir: Path, *, baseline: Path | None = None, overwrite: bool = False, command: str = "") -> Path:
-    """Evaluates the run in `workdir` (and the one in `baseline` beside it) on one split; returns the folder of the results."""
-    from avsi_jax import input_pipeline, metrics, report
+    """Evaluates the run in `workdir`, beside what `baseline`'s own evaluation found; returns the folder of the results.
+
+    The baseline is evaluated first where it hasn't been. ValueError and OSError say what can't be done.
+    """
+    from avsi_jax import input_pipeline, intervals, metrics, protocols, references, report, restorations, suites
     from avsi_jax.restore import Restorer
 
     # 1. What was asked for.
     check(config)
-    folder = Path(workdir) / "eval" / f"{config.protocol}-{config.split}-{config.suite}"
+    protocol = protocols.PROTOCOLS[config.protocol]
+    folder = folder_of(config, workdir)
     if (folder / "summary.json").exists() and not overwrite:
         raise FileExistsError(f"{folder} holds an evaluation; take --overwrite to replace it")
-    restorer = Restorer.from_workdir(workdir, config.checkpoint)
-    others = [Restorer.from_workdir(baseline, config.checkpoint)] if baseline else []
-    if others and others[0].config.preset != restorer.config.preset:
+    restorer = Restorer.from_workdir(workdir, config.checkpoint, protocol=protocol.damage)
+    if protocol.presets and restorer.config.preset not in protocol.presets:
         raise ValueError(
-            f"--baseline has preset {others[0].config.preset}, the system {restorer.config.preset}; compare at one preset"
+            f"config.protocol={protocol.name}: found a system of preset {restorer.config.preset}, expected {protocol.presets[0]}"
         )
+    if config.suite in suites.NEED_VIDEO and not restorer.system.uses_video:
+        raise ValueError(f"config.suite={config.suite}: {restorer.name} sees no lips; expected a system that does")
+    other = baseline_rows(config, Path(baseline), restorer, overwrite) if baseline else None
     dataset = input_pipeline.find_dataset(
         config.data_dir or restorer.config.data_dir, config.builder_config or restorer.config.builder_config
     )
     records = input_pipeline.Records(dataset, config.split, mouth=False)
-    systems = lineup(restorer, others)
-    (folder / "sounds").mkdir(parents=True, exist_ok=True)
+    clips = restorations.Clips(records, restorations.chosen_clips(records, config.max_clips))
+    cases = protocol.cases or tuple(suites.SUITES[config.suite](config.gap_ms or protocol.gap_ms))
+    judge = find_judge(config)
+    systems = lineup(restorer, config.suite)
 
-    # 2. Restore, batch by batch, while processes score what is done.
-    rows, examples, began = [], [], time.monotonic()
-    clips = chosen_clips(records, config.max_clips)
-    shown = dict(zip(spread(sorted(clips), config.examples), itertools.cycle(config.gap_ms), strict=False))
-    total = len(clips) * len(config.gap_ms) * len(systems)
+    # 2. What no system has a part in: kept from an earlier evaluation, or made on the way and kept.
+    kept_at = references.path_of(
+        config.references, data=records.fingerprint(), clips=sorted(clips.raw), protocol=protocol.name, cases=cases,
+        preset=restorer.config.preset, suite=config.suite, versions=versions(), judge=judge and judge.fingerprint,
+    )  # fmt: skip
+    kept = references.read(kept_at)
+
+    # 3. Restore, batch by batch, while processes score what is done.
+    rows, began = [], time.monotonic()
+    wanted = {case: [s for s in systems if is_wanted(s, case, kept is None)] for case in cases}
+    total = len(clips.raw) * sum(map(len, wanted.values()))
 
     def items():
-        for batch in batches(records, clips, config.batch_size):
-            for gap_ms in config.gap_ms:
-                made = restore_batch(batch, gap_ms, restorer, others, systems)
-                rows.extend(m["row"] for m in made)
-                here = [c for c, ms in shown.items() if ms == gap_ms and c in batch["clip_id"]]
-                examples.extend(keep_example(folder, clip, gap_ms, made) for clip in here)
-                yield from (m["item"] for m in made)
+        for batch in clips.batches(config.batch_size):
+            for case in cases:
+                made = restorations.restore_case(batch, case, protocol, restorer, wanted[case], judge)
+                rows.extend(m.row for m in made)
+                yield from (m.item for m in made)
 
     scores = metrics.score_many(items(), config.workers or None, lambda done, _: tick(done, total, began))
     for row, score in zip(rows, scores, strict=True):
         row.update(score)
+    if kept is None:
+        references.write(kept_at, [r for r in rows if r["kind"] in references.KINDS], COLUMNS)
+    else:
+        rows += kept
+    if other:
+        systems, rows = beside(systems, rows, *other)
+    rows = in_order(rows, cases, systems)
+    seconds = {"all": time.monotonic() - began}
 
-    # 3. Write.
-    write_rows(folder / "clips.csv", rows)
-    pairs = [(restorer.name, s["name"]) for s in systems if s["kind"] in ("baseline", "interpolation", "other_video")]
-    name_of = {s["kind"]: s["name"] for s in systems}
+    # 4. Write.
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = chosen_examples(rows, restorer.name, config.examples)
+    sources = {restorer: [s for s in systems if s["kind"] != "baseline"]}
+    if baseline and shown:
+        name = {"name": other[0]["name"], "kind": "system"}
+        sources[Restorer.from_workdir(baseline, config.checkpoint, protocol=protocol.damage)] = [name]
+    examples = write_examples(folder, shown, clips, cases, protocol, sources, config.batch_size)
+    (folder / "clips.csv").write_text(references.as_csv(rows, COLUMNS), newline="")
+    pairs = [(restorer.name, s["name"]) for s in systems if s["kind"] in PAIRED]
     unseen = config.split in UNSEEN_SPLITS and dataset.parent.name.startswith("speaker_independent")
-    seconds = time.monotonic() - began
+    found = intervals.summarise(rows, METRICS, pairs, by_speaker=unseen)
     summary = {
-        "title": f"{restorer.name} on {config.split}",
+        "title": f"{restorer.name} on {config.split}, protocol {protocol.name}, suite {config.suite}",
         "system": restorer.name,
-        "protocol": config.protocol,
+        "protocol": protocol.name,
+        "protocol_said": protocol.said,
         "split": config.split,
         "suite": config.suite,
         "command": command,
         "date": datetime.date.today().isoformat(),
-        "seconds": {"all": round(seconds, 1)},
+        "seconds": {k: round(v, 1) for k, v in (seconds | {"report": time.monotonic() - began - seconds["all"]}).items()},
+        "sounds_scored": total,
+        "references": "kept" if kept else "made",
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "by_speaker": unseen,
         "versions": versions(),
-        "runs": {name_of[kind]: run_facts(r) for kind, r in [("system", restorer), *(("baseline", o) for o in others)]},
-        "metric_rate": restorer.spec.rate,
-        "num_clips": len(clips),
+        "judge": judge.described if judge else "",
+        "runs": {restorer.name: run_facts(restorer)} | ({other[0]["name"]: other[0]["run"]} if other else {}),
+        "metric_rate": protocol.score_rate(restorer.spec),
+        "fingerprint": records.fingerprint(),
+        "num_clips": len(clips.raw),
+        "batch_size": config.batch_size,
         "systems": systems,
-        "gap_ms": list(config.gap_ms),
+        "gap_ms": sorted({c.gap_ms for c in cases}),
+        "cases": [c._asdict() | {"name": c.name} for c in cases],
+        "families": {f: suites.FAMILIES[f].label for f in dict.fromkeys(c.family for c in cases if c.family)},
         "examples": examples,
-        **metrics.summarise(rows, SYSTEM_METRICS, pairs, by_speaker=unseen),
+        "reach": intervals.reach(found["paired"], "gap_l1_db"),
+        **found,
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     report.write_report(folder)
     return folder
 
 
+# ---- what was asked for --------------------------------------------------------------------------------------------------------
+
+
 def check(config) -> None:
-    if config.protocol not in PROTOCOLS:
-        raise ValueError(f"config.protocol: found {config.protocol!r}, expected {' or '.join(PROTOCOLS)}")
-    if config.suite not in SUITES:
-        raise ValueError(f"config.suite: found {config.suite!r}, expected {' or '.join(SUITES)}")
+    """ValueError for a field that can't be."""
+    from avsi_jax import protocols, suites
+
+    if config.protocol not in protocols.PROTOCOLS:
+        raise ValueError(f"config.protocol: found {config.protocol!r}, expected {' or '.join(protocols.PROTOCOLS)}")
+    if config.suite not in suites.SUITES:
+        raise ValueError(f"config.suite: found {config.suite!r}, expected {' or '.join(suites.SUITES)}")
     lengths = config.gap_ms
-    if not lengths or any(type(ms) is not int or not 20 <= ms <= 3000 for ms in lengths) or len(set(lengths)) < len(lengths):
-        raise ValueError(f"config.gap_ms: found {lengths}, expected lengths between 20 and 3000 ms, each once")
+    if any(type(ms) is not int or not 20 <= ms <= suites.LONGEST_MS for ms in lengths) or len(set(lengths)) < len(lengths):
+        raise ValueError(f"config.gap_ms: found {lengths}, expected lengths between 20 and {suites.LONGEST_MS} ms, each once")
+    if protocols.PROTOCOLS[config.protocol].cases and (lengths or config.suite != "lengths"):
+        raise ValueError(f"config.protocol={config.protocol} draws its own gaps: expected suite lengths and no config.gap_ms")
+    if config.protocol == "peer" and config.suite == "multigap":
+        raise ValueError("config.protocol=peer has one gap a clip; expected config.protocol=waveform for config.suite=multigap")
+    if config.suite == "unseen" and config.split != suites.UNSEEN_SPLIT:
+        raise ValueError(f"config.suite=unseen: found config.split={config.split}, expected {suites.UNSEEN_SPLIT}")
 
 
-def lineup(restorer, others) -> list[dict]:
+def folder_of(config, workdir) -> Path:
+    return Path(workdir) / "eval" / f"{config.protocol}-{config.split}-{config.suite}"
+
+
+def lineup(restorer, suite: str) -> list[dict]:
     """Names and kinds of every row of a clip, in the order of the tables."""
     names = [{"name": "damaged", "kind": "damaged"}, {"name": "interpolation", "kind": "interpolation"}]
-    for other in others:
-        names.append({"name": other.name if other.name != restorer.name else f"{other.name} (baseline)", "kind": "baseline"})
     names.append({"name": restorer.name, "kind": "system"})
-    if restorer.system.uses_video:
+    if restorer.system.uses_video and suite in OTHER_VIDEO_IN:
         names.append({"name": f"{restorer.name}, another clip's video", "kind": "other_video"})
     return [*names, {"name": "true mel (ceiling)", "kind": "ceiling"}]
 
 
-# ---- clips ---------------------------------------------------------------------------------------------------------------------
+def is_wanted(system: dict, case, references: bool) -> bool:
+    """Whether a system's rows are to be made in a case: what no system has a part in only where the case changes it."""
+    from avsi_jax.references import KINDS
+
+    return system["kind"] not in KINDS or (references and case.changes_references)
 
 
-def chosen_clips(records, max_clips: int) -> dict[str, int]:
-    """clip id -> index in the records, spread evenly over the sorted ids where only some are wanted."""
-    place = {clip: i for i, clip in enumerate(records.clip_ids)}
-    wanted = spread(sorted(place), max_clips) if max_clips else sorted(place)
-    return {clip: place[clip] for clip in wanted}
+def find_judge(config):
+    if not config.judge:
+        return None
+    from avsi_jax.recognise import Recogniser
+
+    return Recogniser.from_workdir(config.judge)
 
 
-def spread(items: list, count: int) -> list:
-    """`count` of the items, evenly spread, in order; all of them where there are fewer."""
-    if count >= len(items):
-        return list(items)
-    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
+# ---- another run ---------------------------------------------------------------------------------------------------------------
 
 
-def batches(records, clips: dict[str, int], batch_size: int):
-    """Raw batches of the clips, each with `speaker`, `text` and the pictures' side of another clip under `other`.
+def baseline_rows(config, baseline: Path, restorer, overwrite: bool) -> tuple[dict, list[dict]]:
+    """({"name", "kind", "run"}, its rows) of the baseline's own evaluation of the same clips, made where there is none.
 
-    The other clip is the speaker's next one by id, or the next of anybody where the speaker has only one. The last batch is
-    filled up with its last clip at weight 0, so that every batch has one shape.
+    One of another checkpoint than it has today is made again where `overwrite` allows it, else refused.
     """
-    import numpy as np
+    from avsi_jax import protocols, references, workdir
+    from avsi_jax.restore import Restorer
+    from avsi_jax.spec import get
 
-    from avsi_jax import input_pipeline
-
-    raw = {clip: records[i] for clip, i in clips.items()}
-    partner = other_clips({clip: r["speaker"] for clip, r in raw.items()})
-    ids = sorted(raw)
-    for start in range(0, len(ids), batch_size):
-        part = ids[start : start + batch_size]
-        filled = part + [part[-1]] * (batch_size - len(part))
-        batch = stack([input_pipeline.to_example(raw[c]) for c in filled])
-        batch["weight"] = np.asarray([1.0] * len(part) + [0.0] * (batch_size - len(part)), np.float32)
-        batch["speaker"], batch["text"] = ([raw[c][k] for c in filled] for k in ("speaker", "text"))
-        other = stack([input_pipeline.to_example(raw[partner[c]]) for c in filled])
-        video = ("landmarks", "landmarks_valid", "num_frames", "frame_size", "fps", "offset_s")
-        batch["other"] = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)} | {k: other[k] for k in video}
-        yield batch
-
-
-def stack(examples: list[dict]) -> dict:
-    import numpy as np
-
-    return {k: [e[k] for e in examples] if k == "clip_id" else np.stack([e[k] for e in examples]) for k in examples[0]}
-
-
-def other_clips(speakers: dict[str, str]) -> dict[str, str]:
-    """clip id -> the id whose video stands in for its own."""
-    partner = {}
-    for pool in [sorted(speakers)] + [sorted(c for c in speakers if speakers[c] == s) for s in set(speakers.values())]:
-        if len(pool) > 1:
-            partner |= {clip: pool[(i + 1) % len(pool)] for i, clip in enumerate(pool)}
-    return {clip: partner.get(clip, clip) for clip in speakers}
+    if not (Path(baseline) / workdir.CONFIG).is_file():
+        Restorer.from_workdir(baseline)  # says what is missing
+    preset, rate = workdir.read_config(baseline)["preset"], protocols.PROTOCOLS[config.protocol].score_rate
+    if rate(get(preset)) != rate(restorer.spec):
+        raise ValueError(f"--baseline has preset {preset}, the system {restorer.config.preset}; compare at one preset")
+    folder = folder_of(config, baseline)
+    stale = is_stale(folder, config, baseline)
+    if stale and not overwrite and stale != "none":
+        raise ValueError(f"--baseline: {folder} {stale}; take --overwrite to make it again")
+    if stale:
+        print(f"{baseline} is evaluated first", file=sys.stderr)
+        evaluate(config, baseline, overwrite=True, command=f"for a baseline of {restorer.name}")
+    summary = json.loads((folder / "summary.json").read_text())
+    own = summary["system"]
+    rows = [r for r in references.read(folder / "clips.csv") if r["kind"] == "system"]
+    name = own if own != restorer.name else f"{own} (baseline)"
+    facts = {"name": name, "kind": "baseline", "run": summary["runs"][own], "folder": str(folder)}
+    return facts, [r | {"system": name, "kind": "baseline"} for r in rows]
 
 
-# ---- one batch -----------------------------------------------------------------------------------------------------------------
+def is_stale(folder: Path, config, workdir: Path) -> str:
+    """Why an evaluation of a workdir can't be taken for today's: 'none' where there is none, '' where it can."""
+    from avsi_jax.restore import step_of
+
+    if not (folder / "summary.json").is_file():
+        return "none"
+    summary = json.loads((folder / "summary.json").read_text())
+    was, now = summary["runs"][summary["system"]]["step"], step_of(workdir, config.checkpoint)
+    return "" if was == now else f"is of step {was}, checkpoint {config.checkpoint!r} is of {now} now"
 
 
-def restore_batch(batch: dict, gap_ms: int, restorer, others, systems) -> list[dict]:
-    """Every system's sound for every clip of a batch with a gap of one length, in the order of the tables.
+def beside(systems: list[dict], rows: list[dict], facts: dict, others: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The lineup and the rows with those of the baseline among them; ValueError where they aren't of the same clips and gaps."""
+    place = lambda r: (r["clip_id"], r["case"], str(r["gap_ms"]))
+    own = {place(r): f"{float(r['start_s']):.6f}" for r in rows if r["kind"] == "system"}
+    theirs = {place(r): f"{float(r['start_s']):.6f}" for r in others}
+    if own != theirs:
+        unlike = sorted(k for k in own.keys() | theirs.keys() if own.get(k) != theirs.get(k))[0]
+        raise ValueError(
+            f"--baseline: {facts['folder']} has other clips or gaps ({' '.join(filter(None, unlike))} ms is one); evaluate "
+            "it again with the same fields and --overwrite"
+        )
+    at = [s["kind"] for s in systems].index("system")
+    return [*systems[:at], {k: facts[k] for k in ("name", "kind")}, *systems[at:]], rows + others
 
-    Returns, row by row, {"row": cells of clips.csv known so far, "item": for `metrics.score_many`, "sound", "original" (n,)}.
+
+def in_order(rows: list[dict], cases, systems: list[dict]) -> list[dict]:
+    """Clip by clip, case by case, in the order of the lineup."""
+    case_at = {(c.name, str(c.gap_ms)): i for i, c in enumerate(cases)}
+    system_at = {s["name"]: i for i, s in enumerate(systems)}
+    return sorted(rows, key=lambda r: (r["clip_id"], case_at[r["case"], str(r["gap_ms"])], system_at[r["system"]]))
+
+
+# ---- examples ------------------------------------------------------------------------------------------------------------------
+
+
+def chosen_examples(rows: list[dict], system: str, count: int) -> list[tuple[str, str, int, str]]:
+    """(clip, case, gap_ms, why) to hear and see: as many clips spread over all as asked for, then the two with most and the two
+    with least gap error of the system.
     """
-    import numpy as np
+    from avsi_jax.intervals import number
+    from avsi_jax.restorations import spread
 
-    from avsi_jax import gaps, media
-    from avsi_jax.restore import fill
-    from avsi_jax.spec import RECORD_RATE
-
-    spec = restorer.spec
-    lengths = np.minimum(batch["audio_length"], spec.record_samples)
-    places = zip(batch["clip_id"], batch["speech"], lengths, strict=True)
-    gap = np.asarray([[gaps.place_in_speech(c, gap_ms, tuple(s), int(n))] for c, s, n in places])
-    levels, said, error = restore_levels(batch, gap, restorer, others)
-    arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
-    sounds = {kind: fill(level, arrays, gap, restorer.config.preset) for kind, level in levels.items()}
-    original = media.from_int16(batch["audio"][:, : spec.record_samples])
-    sounds["damaged"] = np.where(np.asarray(gaps.lost_samples(gap, original.shape[1])), 0.0, original).astype(np.float32)
-    made = []
-    for b in np.flatnonzero(batch["weight"]):
-        start, end = (gap[b, 0] / RECORD_RATE).tolist()
-        recording = original[b, : lengths[b]]
-        reference = media.resample(recording, RECORD_RATE, spec.rate)
-        for system in systems:
-            kind = system["kind"]
-            sound = sounds[kind][b, : lengths[b]]
-            degraded = media.resample(sound, RECORD_RATE, spec.rate)
-            row = {
-                "clip_id": batch["clip_id"][b],
-                "speaker": batch["speaker"][b],
-                "gap_ms": gap_ms,
-                "start_s": round(start, 6),
-                "end_s": round(end, 6),
-                "in_words": bool(batch["has_words"][b]),
-                "system": system["name"],
-                "kind": kind,
-                "gap_l1_mel_db": float(error[kind][b]) if kind in error else None,
-                **heard(said.get(kind), batch["text"][b], b),
-            }
-            item = {"reference": reference, "degraded": degraded, "rate": spec.rate, "gap_s": (start, end)}
-            made.append({"row": row, "item": item, "sound": sound, "original": recording})
-    return made
+    mine = [r for r in rows if r["system"] == system]
+    places = [(r["clip_id"], r["case"], int(r["gap_ms"])) for r in mine]
+    cases = list(dict.fromkeys(p[1:] for p in places))
+    clips = spread(sorted({p[0] for p in places}), count)
+    chosen = [(clip, *cases[i * len(cases) // len(clips)], "") for i, clip in enumerate(clips)]
+    scored = sorted((number(r["gap_l1_db"]), *p) for r, p in zip(mine, places, strict=True) if number(r["gap_l1_db"]) >= 0)
+    if count:
+        chosen += [(*p, "among the best") for _, *p in scored[:2]] + [(*p, "among the worst") for _, *p in scored[-2:]]
+    return list({c[:3]: c for c in chosen}.values())
 
 
-def restore_levels(batch: dict, gap, restorer, others) -> tuple[dict, dict, dict]:
-    """By kind of system: levels (B, F, K), of lip readers texts and their units, the level's mean error in the gap (B,) in dB."""
-    import numpy as np
+def write_examples(folder: Path, chosen, clips, cases, protocol, sources: dict, batch_size: int) -> list[dict]:
+    """Sounds of the chosen clips by every restorer of `sources` (its systems), and what the report needs to show them."""
+    from avsi_jax import restorations
 
-    from avsi_jax import gaps, stft
-    from avsi_jax.restore import interpolate_level
-
-    own = restorer.restore(batch, gap)
-    features, spec = own.features, restorer.spec
-    results, reads = {"system": own}, {"system": restorer, "other_video": restorer}
-    for other in others:
-        results["baseline"], reads["baseline"] = other.restore(batch, gap), other
-    if restorer.system.uses_video:
-        results["other_video"] = restorer.restore(batch["other"], gap)
-    levels = {kind: r.level for kind, r in results.items()}
-    levels["interpolation"] = interpolate_level(features.spectrogram, features.mask, features.valid)
-    levels["ceiling"] = features.target
-    inside = np.asarray(gaps.centred_frames(gap, spec, spec.num_frames) & features.valid)
-    count = np.maximum(inside.sum(-1), 1)
-    off = {kind: np.abs(np.asarray(level - features.target)).mean(-1) for kind, level in levels.items()}
-    error = {kind: stft.db_per_level(spec) * (e * inside).sum(-1) / count for kind, e in off.items()}
-    said = {k: (r.said, reads[k].config.ctc_units) for k, r in results.items() if reads[k].system.reads}
-    return levels, said, error
+    (folder / "sounds").mkdir(exist_ok=True)
+    examples = []
+    for case in cases:
+        here = {clip: why for clip, name, gap_ms, why in chosen if (name, gap_ms) == (case.name, case.gap_ms)}
+        for start in range(0, len(here), batch_size):
+            batch = clips.batch(sorted(here)[start : start + batch_size], batch_size)
+            by_clip: dict = {}
+            for restorer, systems in sources.items():
+                for made in restorations.restore_case(batch, case, protocol, restorer, systems):
+                    by_clip.setdefault(made.row["clip_id"], []).append(made)
+            examples += [example(folder, case, made) | {"why": here[clip]} for clip, made in by_clip.items()]
+    return examples
 
 
-def heard(said: tuple[list[str], str] | None, text: str, b: int) -> dict:
-    """Cells for what was read, (B texts, their units): empty where a system doesn't read, no error where the truth isn't
-    known, else the error in characters or in phones.
-    """
-    from avsi_jax import metrics
-
-    cells = {"cer": None, "per": None, "said": "", "text": text}
-    if said is None:
-        return cells
-    texts, units = said
-    name, measure = ("per", metrics.phone_error) if units == "phones" else ("cer", metrics.character_error)
-    error = measure(text, texts[b])
-    return cells | {name: None if math.isnan(error) else error, "said": texts[b]}
-
-
-# ---- files ---------------------------------------------------------------------------------------------------------------------
-
-
-def keep_example(folder: Path, clip: str, gap_ms: int, made: list[dict]) -> dict:
-    """Writes one clip's sounds and returns what the report needs to show them."""
+def example(folder: Path, case, made: list) -> dict:
+    """Writes one clip's sounds; what the report needs to show them."""
     from avsi_jax import media, text
-    from avsi_jax.spec import RECORD_RATE
 
-    mine = [m for m in made if m["row"]["clip_id"] == clip]
-    sounds = {"original": f"sounds/{clip}-{gap_ms}-original.flac"}
-    media.write_sound(folder / sounds["original"], mine[0]["original"], RECORD_RATE)
-    for m in mine:
-        name = m["row"]["system"]
-        sounds[name] = f"sounds/{clip}-{gap_ms}-{m['row']['kind']}.flac"
-        media.write_sound(folder / sounds[name], m["sound"], RECORD_RATE)
-    first = mine[0]["row"]
-    said = {m["row"]["system"]: m["row"]["said"] for m in mine if m["row"]["said"]}
-    spoken = set(first["text"].split()) <= text.PRONUNCIATIONS.keys() and any(map(str.isupper, said.values()))
+    row = made[0].row
+    stem = f"sounds/{row['clip_id']}-{case.gap_ms}{'-' + case.name.replace('=', '_') if case.name else ''}"
+    names = [row["system"].replace(" ", "_").replace("'", "").replace(",", "") for row in (m.row for m in made)]
+    sounds = {"original": f"{stem}-original.flac"} | {m.row["system"]: f"{stem}-{n}.flac" for m, n in zip(made, names, strict=True)}
+    media.write_sound(folder / sounds["original"], made[0].truth, made[0].rate)
+    for m in made:
+        media.write_sound(folder / sounds[m.row["system"]], m.sound, m.rate)
+    said = {m.row["system"]: m.row["said"] for m in made if m.row["said"]}
+    spoken = set(row["text"].split()) <= text.PRONUNCIATIONS.keys() and any(map(str.isupper, said.values()))
     return {
-        "clip_id": clip,
-        "gap_ms": gap_ms,
-        "start_s": first["start_s"],
-        "end_s": first["end_s"],
-        "text": first["text"],
+        **{k: row[k] for k in ("clip_id", "case", "gap_ms", "start_s", "end_s", "gaps_s", "text")},
         "said": said,
-        **({"phones": " ".join(text.phones_of(first["text"]))} if spoken else {}),
+        **({"phones": " ".join(text.phones_of(row["text"]))} if spoken else {}),
         "sounds": sounds,
     }
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def run_facts(restorer) -> dict:
@@ -347,7 +352,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workdir", help="the run to evaluate")
     parser.add_argument("--baseline", help="another run at the same preset, shown beside it with paired differences")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation of the same split and protocol")
-    parser.epilog = "Fields: --config.FIELD=VALUE, e.g. --config.split=test --config.gap_ms=300,900 --config.max_clips=20"
+    parser.epilog = (
+        "Fields: --config.FIELD=VALUE, e.g. --config.split=test --config.suite=robustness --config.protocol=peer "
+        "--config.gap_ms=300,900 --config.max_clips=20"
+    )
     known, rest = parser.parse_known_args(argv)
     try:
         config = configs.load(known.config, configs.split_overrides(rest), like="eval")

@@ -1,37 +1,37 @@
-"""Two waveforms and a gap -> numbers; many numbers -> means with intervals.
+"""Two waveforms and gaps -> numbers, for one pair or for many in processes.
 
 Whole clip, against the recording: PESQ as MOS-LQO of the `pesq` package (0.0.4, the ITU-T P.862 C code), narrow band at 8 kHz
 and wide band at 16 kHz, two scales that never share a column; STOI and ESTOI of `pystoi` (0.4.1; Taal et al. 2011, Jensen and
-Taal 2016). In the gap: log-mel L1 in dB by one front end for every system, the paper's mel at 8 kHz. Text: `jiwer` (4.0.0),
-through decode.py. The versions are those the tests run with. What cannot be computed is None and says why; no clip is left out.
+Taal 2016). In the gaps: log-mel L1 in dB by one front end for every system, the paper's mel at 8 kHz, oracle librosa (0.11.0); and
+STOI of each gap with 200 ms on either side. Text: `jiwer` (4.0.0), through decode.py. The versions are those the tests run with.
+What cannot be computed is None and says why; no clip is left out. Means and intervals are made in intervals.py.
 
 Workers of `score_many` import this file, so jax is imported only inside the functions that need it.
 """
 
 from __future__ import annotations
 
-import collections
 import functools
-import itertools
 import math
-import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent import futures
-from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import numpy as np
 
 from avsi_jax import decode, media, spec, text
-from avsi_jax.workers import light_start
+from avsi_jax import workers as pool
 
 GAP_PRESET = "paper"  # the front end of gap_l1_db, whatever the system's own preset
 RATES = (8_000, 16_000)  # Hz, what PESQ is defined for
-QUALITY = ("pesq_nb", "pesq_wb", "stoi", "estoi")  # whole clip
+QUALITY = ("pesq_nb", "pesq_wb", "stoi", "estoi", "stoi_gap")  # made in the workers
 SCORES = ("gap_l1_db", *QUALITY)
+AROUND_S = 0.2  # of sound on either side of a gap that stoi_gap hears
+STOI_RATE = 10_000  # Hz, what STOI is defined at
 BATCH_SIZE = 32  # clips whose gap error is computed at once
+AHEAD = 8  # clips held a worker, so that it has some while a batch of others is restored
+PAIR_TIMEOUT_S, PAIR_MEMORY_MB = 60, 1024  # beyond any pair of sounds that can be scored: a 3-s pair takes 0.1 s and 20 MB
 
 
 class Item(NamedTuple):
@@ -40,22 +40,22 @@ class Item(NamedTuple):
     reference: np.ndarray  # (N,) float32, the recording
     degraded: np.ndarray  # (N,) float32
     rate: int  # Hz, 8000 or 16000
-    gap_s: tuple[float, float]  # [start, end) from the first sample
+    gaps_s: Sequence[tuple[float, float]]  # one or more [start, end) from the first sample
 
 
 # ---- one clip ----------------------------------------------------------------------------------------------------------------
 
 
-def score(reference: np.ndarray, degraded: np.ndarray, rate: int, gap_s: tuple[float, float]) -> dict:
-    """All SCORES of one clip, and `reason`: '' or why some of them are None.
+def score(reference: np.ndarray, degraded: np.ndarray, rate: int, gaps_s: Sequence[tuple[float, float]]) -> dict:
+    """All SCORES of one clip, and `reason`: '' or why some of them are None, or made of a part of the gaps.
 
-    reference, degraded (N,) float32 at `rate` Hz (8000 or 16000); gap_s [start, end) seconds. pesq_nb, pesq_wb (16 kHz only),
-    stoi and estoi are of the whole clip; gap_l1_db counts the frames whose centre lies in the gap. Silent, short or non-finite
-    sound is a row with a reason; ValueError where shapes, types, rate or gap are wrong. PESQ's C code can end the process:
+    reference, degraded (N,) float32 at `rate` Hz (8000 or 16000); gaps_s one or more [start, end) in seconds. pesq_nb, pesq_wb
+    (16 kHz only), stoi and estoi are of the whole clip, stoi_gap and gap_l1_db of the gaps. Silent, short or non-finite
+    sound is a row with a reason; ValueError where shapes, types, rate or gaps are wrong. PESQ's C code can end the process or hang:
     `score_many` is safe from that.
     """
-    _check(item := Item(reference, degraded, rate, gap_s))
-    return _row(_quality(reference, degraded, rate), _gap_errors([item], 1)[0])
+    _check(item := Item(reference, degraded, rate, gaps_s))
+    return _row(_quality(*item), _gap_errors([item], 1)[0])
 
 
 def _check(item: Item, name: str = "score") -> None:
@@ -68,26 +68,32 @@ def _check(item: Item, name: str = "score") -> None:
         raise ValueError(f"{name}: {len(item.reference)} reference and {len(item.degraded)} degraded samples, expected as many")
     if item.rate not in RATES:
         raise ValueError(f"{name}: rate {item.rate} Hz, expected 8000 or 16000; media.resample converts")
-    start, end = item.gap_s
-    if not 0 <= start < end < math.inf:
-        raise ValueError(f"{name}: gap {start} to {end} s, expected 0 <= start < end")
+    try:
+        pairs = [(float(start), float(end)) for start, end in item.gaps_s]
+    except (TypeError, ValueError):
+        pairs = []
+    if not pairs:
+        raise ValueError(f"{name}: gaps_s is {item.gaps_s!r}, expected (start, end) of one gap or more, as in ((0.5, 0.8),)")
+    for start, end in pairs:
+        if not 0 <= start < end < math.inf:
+            raise ValueError(f"{name}: gap {start} to {end} s, expected 0 <= start < end")
 
 
 def _row(quality: dict, gap_error: float) -> dict:
     """Whole-clip and in-gap results as one row."""
     if math.isfinite(gap_error):
         return {"gap_l1_db": gap_error, **quality}
-    reason = "; ".join(filter(None, [quality["reason"], "gap_l1_db: no finite frame has its centre in the gap"]))
+    reason = "; ".join(filter(None, [quality["reason"], "gap_l1_db: no finite frame has its centre in a gap"]))
     return {"gap_l1_db": None, **quality, "reason": reason}
 
 
-def _quality(reference: np.ndarray, degraded: np.ndarray, rate: int) -> dict:
-    """PESQ and STOI of one clip, with `reason`; never raises for what the clip sounds like. numpy only: runs in the workers."""
+def _quality(reference: np.ndarray, degraded: np.ndarray, rate: int, gaps_s) -> dict:
+    """QUALITY of one clip, with `reason`; never raises for what the clip sounds like. numpy only: runs in the workers."""
     row = dict.fromkeys(QUALITY)
     if fault := _fault(reference, degraded):
         return {**row, "reason": fault}
     reasons = []
-    for metric, compute in _computations(reference, degraded, rate).items():
+    for metric, compute in _computations(reference, degraded, rate, gaps_s, reasons).items():
         try:
             value = compute()
             if not math.isfinite(value):
@@ -106,19 +112,21 @@ def _fault(reference, degraded) -> str:
     return "" if reference.any() else "the reference sound is silent"
 
 
-def _computations(reference, degraded, rate) -> dict[str, Callable[[], float]]:
-    """Metric -> how to compute it, without those that the rate does not allow."""
+def _computations(reference, degraded, rate, gaps_s, notes: list[str]) -> dict[str, Callable[[], float]]:
+    """Metric -> how to compute it, without those that the rate does not allow; it may add to `notes`."""
     low = [media.resample(x, rate, 8_000) for x in (reference, degraded)]
     todo = {"pesq_nb": lambda: _pesq(*low, 8_000, "nb")}
     if rate == 16_000:
         todo["pesq_wb"] = lambda: _pesq(reference, degraded, rate, "wb")
-    todo["stoi"] = lambda: _stoi(reference, degraded, rate, extended=False)
-    todo["estoi"] = lambda: _stoi(reference, degraded, rate, extended=True)
+    at_its_rate = _for_stoi(reference, degraded, rate)
+    todo["stoi"] = lambda: _stoi(*at_its_rate, extended=False)
+    todo["estoi"] = lambda: _stoi(*at_its_rate, extended=True)
+    todo["stoi_gap"] = lambda: _stoi_gap(reference, degraded, rate, gaps_s, notes)
     return todo
 
 
 def _pesq(reference, degraded, rate, mode) -> float:
-    """MOS-LQO (1.0 to 4.6). Always of float32: the package scores the same sound as int16 differently."""
+    """MOS-LQO (1.0 to 4.6) of pesq 0.0.4. Always of float32: the package scores the same sound as int16 differently."""
     import pesq
 
     if not degraded.any():
@@ -126,10 +134,18 @@ def _pesq(reference, degraded, rate, mode) -> float:
     return float(pesq.pesq(rate, reference, degraded, mode))
 
 
-def _stoi(reference, degraded, rate, *, extended) -> float:
-    """-1 to 1. pystoi adds 1e-16 of numpy's global noise, which decides ESTOI in digital silence: seeded, so that it repeats.
+def _for_stoi(reference, degraded, rate) -> list[np.ndarray]:
+    """Both sounds as pystoi.stoi itself resamples them: once for STOI and ESTOI, which then find them as they want them."""
+    from pystoi import utils
 
-    (Unseeded it moved by 0.003 on one damaged clip; with another number of BLAS threads it may still move by 1e-6.)
+    return [utils.resample_oct(x, STOI_RATE, rate) for x in (reference, degraded)]
+
+
+def _stoi(reference, degraded, *, extended) -> float:
+    """-1 to 1, of pystoi 0.4.1, of sounds at STOI_RATE. ValueError where it would warn and answer 1e-5 for want of speech.
+
+    pystoi adds 1e-16 of numpy's global noise, which decides ESTOI in digital silence: seeded, so that it repeats. (Unseeded it
+    moved by 0.003 on one damaged clip; with another number of BLAS threads it may still move by 1e-6.)
     """
     import pystoi
 
@@ -138,9 +154,49 @@ def _stoi(reference, degraded, rate, *, extended) -> float:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Not enough STFT frames")
-            return float(pystoi.stoi(reference, degraded, rate, extended=extended))
+            if len(reference) < 0.4 * STOI_RATE:  # 30 frames take more; of a few samples pystoi says nothing clear
+                raise RuntimeWarning
+            return float(pystoi.stoi(reference, degraded, STOI_RATE, extended=extended))
+    except RuntimeWarning:
+        raise ValueError("fewer than 30 frames (0.4 s) of speech in the reference") from None
     finally:
         np.random.set_state(state)
+
+
+def _stoi_gap(reference, degraded, rate, gaps_s, notes: list[str]) -> float:
+    """STOI of each gap with AROUND_S on either side, cut out and then compared (pystoi 0.4.1); the mean by duration.
+
+    An excerpt with too little speech is left out, for every system, as that depends on the recording alone; `notes` says so.
+    ValueError where nothing is left.
+    """
+    parts, values, weights = _excerpts(gaps_s, rate, len(reference)), [], []
+    for start, end in parts:
+        cut = [x[start:end] for x in (reference, degraded)]
+        try:
+            values.append(_stoi(*_for_stoi(*cut, rate), extended=False) if cut[0].any() else math.nan)
+        except ValueError:
+            values.append(math.nan)
+        weights.append(end - start)
+    known = ~np.isnan(values)
+    if not known.any():
+        raise ValueError("too little speech in and around the gaps" if parts else "no gap begins in the clip")
+    if not known.all():
+        notes.append(f"stoi_gap: {known.sum()} of {len(parts)} excerpts alone, the others hold too little speech")
+    return float(np.average(np.array(values)[known], weights=np.array(weights)[known]))
+
+
+def _excerpts(gaps_s, rate: int, length: int) -> list[tuple[int, int]]:
+    """[start, end) in samples of what stoi_gap hears: gaps that begin in the clip, widened; those that overlap as one."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(tuple(gap) for gap in gaps_s):
+        if round(start * rate) >= length:
+            continue
+        first, last = max(0, round((start - AROUND_S) * rate)), min(length, round((end + AROUND_S) * rate))
+        if merged and first < merged[-1][1]:
+            first, reached = merged.pop()
+            last = max(last, reached)
+        merged.append((first, last))
+    return merged
 
 
 def _line(error: Exception) -> str:
@@ -201,7 +257,7 @@ def _gap_l1_db():
 
 
 def _gap_errors(items: Sequence[Item], size: int) -> list[float]:
-    """`gap_l1_db` of each of up to `size` items; NaN where no frame is centred in the gap or the sound is not finite.
+    """`gap_l1_db` of each of up to `size` items; NaN where no frame is centred in a gap or the sound is not finite.
 
     Clips are padded to whole seconds and stacked to `size` rows, so that a run compiles once or twice.
     """
@@ -212,18 +268,19 @@ def _gap_errors(items: Sequence[Item], size: int) -> list[float]:
         inputs = [_gap_input(items[i], seconds) for i in members]
         inputs += inputs[:1] * (size - len(inputs))
         errors[members] = np.asarray(gap_l1_db(*map(np.stack, zip(*inputs))))[: len(members)]
+    errors[[not all(np.isfinite(x).all() for x in item[:2]) for item in items]] = math.nan  # wherever in the clip that is
     return errors.tolist()
 
 
 def _gap_input(item: Item, seconds: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One row for `gap_l1_db`: sounds at 8 kHz padded to whole seconds, and the frames inside both gap and clip."""
+    """One row for `gap_l1_db`: sounds at 8 kHz padded to whole seconds, and the frames inside a gap and the clip."""
     from avsi_jax import gaps
 
     preset = spec.get(GAP_PRESET)
     sounds = [media.resample(x, item.rate, preset.rate) for x in item[:2]]
     length, frames = seconds * preset.rate, preset.frames_of(seconds * preset.rate)
-    gap = np.array([[round(t * spec.RECORD_RATE) for t in item.gap_s]])
-    centred = np.asarray(gaps.centred_frames(gap, preset, frames)) & (np.arange(frames) * preset.hop < len(sounds[0]))
+    gap_samples = np.array([[round(t * spec.RECORD_RATE) for t in gap] for gap in item.gaps_s])
+    centred = np.asarray(gaps.centred_frames(gap_samples, preset, frames)) & (np.arange(frames) * preset.hop < len(sounds[0]))
     return *(np.pad(x, (0, length - len(x))) for x in sounds), centred
 
 
@@ -231,33 +288,46 @@ def _gap_input(item: Item, seconds: int) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def score_many(
-    items: Iterable[Item | tuple | dict], workers: int | None = None, progress: Callable[[int, int | None], None] | None = None
+    items: Iterable[Item | tuple | dict],
+    workers: int | None = None,
+    progress: Callable[[int, int | None], None] | None = None,
+    *,
+    timeout_s: float = PAIR_TIMEOUT_S,
 ) -> list[dict]:
-    """`score` of every item, in their order, over `workers` processes (None: one a core; 0: in this process).
+    """`score` of every item, in their order, over `workers` processes (None: one a core; 0: in this process, without limits).
 
     Items may come from a generator: it is read as workers get free, and nothing is kept of a scored clip. A clip that ends its
-    process (the C code of PESQ) gets a row with that reason, all others are scored. progress(done, total) is called after each
-    clip, total None for a generator. ValueError names the first item that is ill-formed.
+    process (the C code of PESQ), or takes it more than timeout_s or PAIR_MEMORY_MB, gets a row with that reason, all others are
+    scored. progress(done, total) is called after each clip, total None for a generator. ValueError names the first item that is
+    ill-formed.
     """
     quality, errors = {}, []  # index -> of _quality; a gap error an item
     total = len(items) if hasattr(items, "__len__") else None
-
-    def keep(i, result):
-        quality[i] = result or {**dict.fromkeys(QUALITY), "reason": "PESQ or STOI crashed its process"}
+    for i, result, lost in _outcomes(_noting_gap_errors(items, errors), workers, total, timeout_s):
+        quality[i] = result or {**dict.fromkeys(QUALITY), "reason": f"PESQ or STOI {lost}"}
         if progress:
             progress(len(quality), total)
-
-    calls = _noting_gap_errors(items, errors)
-    if workers == 0:
-        for i, arguments in calls:
-            keep(i, _quality(*arguments))
-    else:
-        _over_processes(_quality, calls, workers or os.cpu_count() or 1, keep)
     return [_row(quality[i], error) for i, error in enumerate(errors)]
 
 
-def _noting_gap_errors(items, errors: list[float]) -> Iterator[tuple[int, tuple]]:
-    """(index, arguments of `_quality`) of every item, checked; gap errors are put into `errors` on the way."""
+def _outcomes(calls: Iterator[tuple], workers: int | None, total: int | None, timeout_s: float) -> Iterator[pool.Outcome]:
+    """`_quality` of all calls, in any order."""
+    if workers == 0:
+        yield from (pool.Outcome(i, _quality(*call)) for i, call in enumerate(calls))
+        return
+    wanted = min(workers or os.cpu_count() or 1, math.inf if total is None else total)
+    limits = {"timeout_s": timeout_s, "memory_mb": PAIR_MEMORY_MB}
+    yield from pool.run(_quality, calls, workers=wanted, start=_start_worker, ahead=AHEAD, **limits)
+
+
+def _start_worker() -> None:
+    """What a worker loads before its first clip, so that no clip pays for it."""
+    import pesq  # noqa: F401
+    import pystoi  # noqa: F401
+
+
+def _noting_gap_errors(items, errors: list[float]) -> Iterator[tuple]:
+    """Arguments of `_quality` of every item, checked; gap errors are put into `errors` on the way."""
     batch: list[Item] = []
     for i, item in enumerate(items):
         _check(item := Item(**item) if isinstance(item, dict) else Item(*item), f"item {i}")
@@ -265,121 +335,5 @@ def _noting_gap_errors(items, errors: list[float]) -> Iterator[tuple[int, tuple]
         if len(batch) == BATCH_SIZE:
             errors += _gap_errors(batch, BATCH_SIZE)
             batch.clear()
-        yield i, item[:3]
+        yield tuple(item)
     errors += _gap_errors(batch, BATCH_SIZE)
-
-
-def _over_processes(work: Callable, calls: Iterator[tuple[int, tuple]], workers: int, keep: Callable) -> None:
-    """keep(i, work(*arguments)) for every call (i, arguments), in any order; keep(i, None) where work ended its process."""
-    suspects = _until_crash(work, calls, workers, keep)
-    while suspects:  # a crash takes all running calls with it: these again, one at a time, to see whose it was
-        alone = iter(suspects.items())
-        while crashed := _until_crash(work, alone, 1, keep):
-            keep(next(iter(crashed)), None)
-        suspects = _until_crash(work, calls, workers, keep)
-
-
-def _until_crash(work, calls: Iterator[tuple[int, tuple]], workers: int, keep) -> dict[int, tuple]:
-    """Works calls off in a pool; returns those that were running when a process died (one, if workers is 1), {} at the end."""
-    running: dict = {}  # future -> index
-    arguments: dict[int, tuple] = {}  # of calls without a result
-    with futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        try:
-            while True:
-                for i, call in itertools.islice(calls, (4 * workers if workers > 1 else 1) - len(running)):
-                    arguments[i] = call
-                    with light_start():
-                        running[pool.submit(work, *call)] = i
-                if not running:
-                    return {}
-                for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
-                    result, i = future.result(), running.pop(future)
-                    del arguments[i]
-                    keep(i, result)
-        except BrokenProcessPool:
-            return arguments
-
-
-# ---- means and intervals -----------------------------------------------------------------------------------------------------
-
-
-def bootstrap_mean(values, n: int = 2000, seed: int = 0, groups=None) -> tuple[float, float, float]:
-    """(mean, low, high): the mean and its 95 % percentile bootstrap interval (Efron & Tibshirani 1993) from n resamples.
-
-    values (C,), one a clip; NaN is left out (`summarise` counts it). groups (C,): resamples groups (speakers), then the clips
-    of each one drawn, so that the interval speaks of speakers not heard. Same input, same interval; NaN for no values.
-    """
-    values = np.asarray(values, np.float64)
-    known = ~np.isnan(values)
-    if not known.any():
-        return math.nan, math.nan, math.nan
-    parts = [values[known]]
-    if groups is not None:
-        labels = np.asarray(groups)[known]
-        parts = [values[known][labels == label] for label in sorted(set(labels.tolist()))]
-    low, high = np.percentile(_resampled_means(parts, n, np.random.default_rng(seed)), [2.5, 97.5])
-    return float(values[known].mean()), float(low), float(high)
-
-
-def _resampled_means(parts: list[np.ndarray], n: int, generator) -> np.ndarray:
-    """(n,) means of clips drawn with replacement from parts that were drawn with replacement."""
-    total, count = np.zeros((2, n))
-    drawn = generator.multinomial(len(parts), np.full(len(parts), 1 / len(parts)), size=n)  # how often each part
-    for part, times in zip(parts, drawn.T):
-        for repeat in range(times.max()):
-            rows = np.flatnonzero(times > repeat)
-            for some in np.array_split(rows, -(-len(rows) * len(part) // 4_000_000)):  # 32 MB at a time
-                total[some] += part[generator.integers(len(part), size=(len(some), len(part)), dtype=np.int32)].sum(1)
-            count[rows] += len(part)
-    return total / count
-
-
-def paired_difference(a, b, n: int = 2000, seed: int = 0, groups=None) -> tuple[float, float, float]:
-    """`bootstrap_mean` of a - b, (C,) each, over clips that have both; a is "above b" where the whole interval is above 0."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"paired_difference: found {a.shape} and {b.shape} values, expected the same clips on both sides")
-    return bootstrap_mean(a - b, n, seed, groups)
-
-
-def summarise(
-    rows: Sequence[dict], metrics: Sequence[str], pairs: Sequence[tuple[str, str]], *, by_speaker: bool = False
-) -> dict[str, list[dict]]:
-    """Rows of clips.csv -> {"table": mean of each gap length, system and metric, "paired": a - b of each pair}, with intervals.
-
-    rows have clip_id, speaker, gap_ms, system and metrics (number, text of one, None or ''); a clip has one row a gap length
-    and system. by_speaker resamples speakers first: for speakers not trained on. `n` counts the values behind a mean, `missing`
-    the rows (in pairs: shared clips) without one; a metric without any value is left out. Order: gap length, system, metric.
-    """
-    cells: dict = collections.defaultdict(dict)  # (gap_ms, system) -> clip_id -> row
-    for row in rows:
-        if cells[int(row["gap_ms"]), row["system"]].setdefault(row["clip_id"], row) is not row:
-            raise ValueError(f"two rows of {row['clip_id']}, {row['gap_ms']} ms, {row['system']}; expected one")
-    systems = dict.fromkeys(system for _, system in cells)
-    summary: dict = {"table": [], "paired": []}
-    for g in sorted({gap_ms for gap_ms, _ in cells}):
-        for s in systems:
-            summary["table"] += [{"gap_ms": g, "system": s, **e} for e in _estimates(cells[g, s], None, metrics, by_speaker)]
-        for a, b in pairs:
-            both = _estimates(cells[g, a], cells[g, b], metrics, by_speaker)
-            summary["paired"] += [{"gap_ms": g, "a": a, "b": b, **e} for e in both]
-    return summary
-
-
-def _estimates(of: dict, minus: dict | None, metrics, by_speaker: bool) -> Iterator[dict]:
-    """Mean and interval of each metric that has values, of clips (id -> row), or of their difference from other rows."""
-    clips = sorted(of if minus is None else of.keys() & minus.keys())
-    speakers = [of[clip]["speaker"] for clip in clips] if by_speaker else None
-    for metric in metrics:
-        values = np.array([number(of[clip].get(metric)) for clip in clips])
-        if minus is not None:
-            values -= [number(minus[clip].get(metric)) for clip in clips]
-        missing = int(np.isnan(values).sum())
-        if missing < len(clips):
-            mean, low, high = bootstrap_mean(values, groups=speakers)
-            yield {"metric": metric, "mean": mean, "low": low, "high": high, "n": len(clips) - missing, "missing": missing}
-
-
-def number(cell) -> float:
-    """A cell of clips.csv as a number; NaN for None and ''."""
-    return math.nan if cell in (None, "") else float(cell)

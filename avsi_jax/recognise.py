@@ -1,7 +1,8 @@
 """Recogniser: a checkpoint of `asr` and sound -> phones, the Grid sentence and when each of its words was said.
 
 The judge of restored words: it never saw a gap, and what stands in one has to sound like the word. It always says six words of the
-grammar, one a slot, so that a word is right or wrong slot by slot.
+grammar, one a slot, so that a word is right or wrong slot by slot. Some words of the recording itself are heard wrong: read the
+error of restored words beside that.
 
 Letters: B clips, N samples, G gaps; six slots. Times in seconds from the first sample.
 """
@@ -9,6 +10,7 @@ Letters: B clips, N samples, G gaps; six slots. Times in seconds from the first 
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +37,21 @@ class Heard(NamedTuple):
     log_probability: np.ndarray  # (B,) of that alignment, natural, a step of the network
 
 
+class Judged(NamedTuple):
+    """What was heard in B sounds with gaps, and which of the words that a gap touches came out wrong."""
+
+    words: list[str]  # B sentences of six words, '' where nothing was heard or judged
+    phones: list[str]  # B texts, Heard.said
+    touched: np.ndarray  # bool (B, 6); nowhere in what is not judged: another text than a Grid sentence, sound that isn't finite
+    wrong: np.ndarray  # bool (B, 6), of those touched
+
+    @property
+    def error(self) -> np.ndarray:
+        """(B,) wrong words over touched ones; NaN where no word is touched."""
+        with np.errstate(invalid="ignore"):
+            return self.wrong.sum(1) / self.touched.sum(1)
+
+
 class Recogniser:
     """A trained recogniser. `which`: 'best' by validation, 'last', or a step."""
 
@@ -53,6 +70,19 @@ class Recogniser:
             raise CheckpointError(f"{workdir} holds a run of {run.config.system}; expected a recogniser (avsi-train --config=asr)")
         return cls(run)
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of config and parameters: the same judge judges alike, another checkpoint has another one."""
+        told = hashlib.sha256(self.config.to_json_best_effort(sort_keys=True).encode())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+            told.update(f"{jax.tree_util.keystr(path)} {leaf.shape}".encode() + np.asarray(leaf).tobytes())
+        return told.hexdigest()[:16]
+
+    @property
+    def described(self) -> str:
+        """One line for a summary."""
+        return f"{self.config.system}, step {self.step}, {self.fingerprint}"
+
     @property
     def units(self) -> str:
         return self.config.ctc_units
@@ -68,6 +98,19 @@ class Recogniser:
         sentences = decode.best_sentences(logits, num_steps, self.units)
         said = decode.greedy(logits, num_steps, self.units)
         return Heard(said, sentences.words, self._seconds(sentences.span, lengths), sentences.log_probability / num_steps)
+
+    def judge(self, sound: np.ndarray, lengths: np.ndarray, true: Sequence[str], span_s: np.ndarray, gap: np.ndarray) -> Judged:
+        """`judged` of what is heard in sound (B, N) of lengths (B,), as `hear` takes them; the first call of a shape compiles.
+
+        A sound that isn't finite is not judged (no words, nothing touched): scores of it have their reason, and others go on.
+        """
+        if self.units != "phones":
+            raise ValueError(f"the judge hears {self.units}; expected a recogniser of phones (config.ctc_units)")
+        inside = np.arange(np.shape(sound)[-1]) < np.reshape(lengths, (-1, 1))
+        finite = (np.isfinite(sound) | ~inside).all(-1)
+        found = judged(self.hear(np.where(finite[:, None], sound, 0).astype(np.asarray(sound).dtype), lengths), true, span_s, gap)
+        words, phones = ([said if known else "" for said, known in zip(of, finite)] for of in (found.words, found.phones))
+        return Judged(words, phones, found.touched & finite[:, None], found.wrong & finite[:, None])
 
     def _seconds(self, span: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Steps [start, end) -> seconds in the clip: a step begins half a hop before the centre of its first frame."""
@@ -107,6 +150,36 @@ def _read(model, config: FeatureConfig, nothing, params, audio, lengths) -> tupl
 
 
 # ---- right or wrong ------------------------------------------------------------------------------------------------------------
+
+
+def judged(heard: Heard, true: Sequence[str], span_s: np.ndarray, gap: np.ndarray) -> Judged:
+    """Which words a gap touches, and which of them are wrong: true B texts ("bin blue ..."), span_s (B, 6, 2) as of `word_spans`,
+    gap (B, G, 2) in record samples."""
+    b, shapes = len(heard.words), (len(true), np.shape(span_s), np.shape(gap))
+    if shapes[:2] != (b, (b, len(text.SLOTS), 2)) or len(shapes[2]) != 3 or shapes[2][::2] != (b, 2):
+        raise ValueError(f"found {b} sounds, and texts, spans and gaps {shapes}; expected B, (B, 6, 2) and (B, G, 2)")
+    known = np.array([_is_sentence(said) for said in true], bool)
+    touched = touched_words(span_s, gap) & known[:, None]
+    said = [sentence.split() if k else [""] * len(text.SLOTS) for sentence, k in zip(true, known)]
+    return Judged([*map(" ".join, heard.words)], heard.said, touched, wrong_words(heard.words, said) & touched)
+
+
+def _is_sentence(said: str) -> bool:
+    words = said.split()
+    return len(words) == len(text.SLOTS) and all(word in slot.values() for word, slot in zip(words, text.SLOTS))
+
+
+def word_spans(words: Sequence[Sequence[dict]], offset_s: np.ndarray, otherwise: np.ndarray | None = None) -> np.ndarray:
+    """(B, 6, 2) s on the sound's clock: when words were said by the corpus' times, on the picture's clock: offset_s (B,) earlier.
+
+    words: of B stored examples, {word, start_s, end_s} each. Where not all six are timed: of `otherwise` (B, 6, 2), such as
+    Heard.span_s of the recordings (from CTC's first label of a word to its last, a little short); NaN without: no gap touches them.
+    """
+    spans = np.full((len(words), len(text.SLOTS), 2), np.nan) if otherwise is None else np.array(otherwise, np.float64)
+    for span, said, lag in zip(spans, words, np.asarray(offset_s, np.float64), strict=True):
+        if len(said) == len(text.SLOTS):
+            span[:] = np.array([(word["start_s"], word["end_s"]) for word in said]) + lag
+    return spans
 
 
 def wrong_words(words: Sequence[Sequence[str]], true: Sequence[Sequence[str]]) -> np.ndarray:

@@ -20,7 +20,7 @@ from avsi_jax import decode, experiment, gaps, media, models, stft, text, vocode
 from avsi_jax import workdir as workdir_files
 from avsi_jax.checkpoints import CheckpointError, Checkpoints
 from avsi_jax.features import Features, Normalisation, hear, record_sound, standardise, to_level
-from avsi_jax.spec import RECORD_RATE, get
+from avsi_jax.spec import RECORD_RATE, Spec, get
 
 MOST_MISREAD = 0.5  # of a sentence's letters or phones, before it is taken for a guess
 
@@ -66,10 +66,7 @@ def read_run(workdir: str | Path, which: str = "best") -> Run:
         needed = " and ".join(experiment.standardised(config))
         raise CheckpointError(f"no {workdir_files.STATISTICS} in {workdir}; expected what its {needed} was standardised by")
     checkpoints = Checkpoints(workdir, read_only=True)
-    steps = {"best": checkpoints.best_step(), "last": checkpoints.latest_step()}
-    step = steps[which] if which in steps else _number(which)
-    if step is None:
-        raise CheckpointError(f"no checkpoint in {workdir} yet; train for at least one epoch")
+    step = _step(checkpoints, which, workdir)
     name = "ema" if config.ema else "params"
     params = checkpoints.restore_params(step, jax.eval_shape(lambda: experiment.init_params(config)), name)
     checkpoints.close()
@@ -77,18 +74,25 @@ def read_run(workdir: str | Path, which: str = "best") -> Run:
 
 
 class Restorer:
-    """A trained system, ready to restore. `which`: 'best' by validation, 'last', or a step."""
+    """A trained system, ready to restore. `which`: 'best' by validation, 'last', or a step.
 
-    def __init__(self, config: ml_collections.ConfigDict, params, step: int, normalisation: Normalisation | None = None):
+    protocol: of gaps.PROTOCOLS. What is to be restored is gone as sound, whatever the training took away, so that no hidden sample
+    may reach the network; 'paper' is for the comparison with the paper alone.
+    """
+
+    def __init__(
+        self, config: ml_collections.ConfigDict, params, step: int, normalisation: Normalisation | None = None,
+        *, protocol: str = "waveform",
+    ):  # fmt: skip
         self.config, self.params, self.step = config, params, step
         self.spec = get(config.preset)
         self.system = models.get(config.system)
-        # What is to be restored is gone as sound, whatever the training took away: no hidden sample may reach the network.
-        feature_config = dataclasses.replace(experiment.make_feature_config(config, normalisation), protocol="waveform")
+        feature_config = dataclasses.replace(experiment.make_feature_config(config, normalisation), protocol=protocol)
         self._predict = jax.jit(functools.partial(_predict, experiment.make_model(config), feature_config))
+        self._hear = jax.jit(functools.partial(hear, config=feature_config))
 
     @classmethod
-    def from_workdir(cls, workdir: str | Path, which: str = "best") -> Restorer:
+    def from_workdir(cls, workdir: str | Path, which: str = "best", *, protocol: str = "waveform") -> Restorer:
         """The checkpoint of a training; CheckpointError says what is missing, or that the system restores nothing."""
         run = read_run(workdir, which)
         if not models.get(run.config.system).restores:
@@ -96,7 +100,7 @@ class Restorer:
                 f"{workdir} holds a run of {run.config.system}, which restores nothing; expected one of a system that does, "
                 "such as av_unified (avsi_jax.recognise hears words with this one)"
             )
-        return cls(*run)
+        return cls(*run, protocol=protocol)
 
     @property
     def name(self) -> str:
@@ -104,10 +108,13 @@ class Restorer:
 
     def restore(self, batch: dict, gap: np.ndarray) -> Restored:
         """Raw batch (arrays of `input_pipeline`, clean or emptied) and gaps (B, G, 2) in record samples -> Restored."""
-        arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
-        features, level, logits, num_steps = self._predict(self.params, arrays, jnp.asarray(gap))
+        features, level, logits, num_steps = self._predict(self.params, _arrays(batch), jnp.asarray(gap))
         said = [""] * len(level) if logits is None else decode.greedy(logits, num_steps, self.config.ctc_units)
         return Restored(level, said, features, logits, num_steps)
+
+    def hear(self, batch: dict, gap: np.ndarray) -> Features:
+        """What there is to hear and to see, true levels: no network."""
+        return self._hear(_arrays(batch), jnp.asarray(gap))
 
     def sentences(self, restored: Restored) -> list[str]:
         """B sentences in words: the likeliest of Grid's for what was read; '' where less than half of its letters or phones were
@@ -126,6 +133,27 @@ class Restorer:
     def to_sound(self, level: jax.Array, batch: dict, gap: np.ndarray) -> np.ndarray:
         """Levels (B, F, K) -> the batch's sound (B, record_samples) float32 at RECORD_RATE with its lost samples filled in."""
         return fill(level, batch, gap, self.config.preset)
+
+
+def _arrays(batch: dict) -> dict:
+    return {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
+
+
+def step_of(workdir: str | Path, which: str = "best") -> int:
+    """The step that `which` means in a workdir today; CheckpointError where there is none."""
+    checkpoints = Checkpoints(workdir, read_only=True)
+    try:
+        return _step(checkpoints, which, workdir)
+    finally:
+        checkpoints.close()
+
+
+def _step(checkpoints: Checkpoints, which: str, workdir) -> int:
+    steps = {"best": checkpoints.best_step(), "last": checkpoints.latest_step()}
+    step = steps[which] if which in steps else _number(which)
+    if step is None:
+        raise CheckpointError(f"no checkpoint in {workdir} yet; train for at least one epoch")
+    return step
 
 
 def _number(which: str) -> int:
@@ -147,13 +175,27 @@ def fill(level: jax.Array, batch: dict, gap: np.ndarray, preset: str) -> np.ndar
         _fill(jnp.asarray(level), batch["audio"], batch["audio_length"], jnp.asarray(gap), batch["id_hash"], spec)
     )
     sound, lost = _record_view(batch["audio"], batch["audio_length"], jnp.asarray(gap), spec)
-    wide = np.stack([fit(media.resample(x, spec.rate, RECORD_RATE), spec.record_samples) for x in at_preset])
-    return np.where(lost, wide, np.asarray(sound))
+    return np.where(lost, at_record_rate(at_preset, spec), np.asarray(sound))
+
+
+def at_record_rate(sounds: np.ndarray, spec: Spec) -> np.ndarray:
+    """(B, n) at the preset's rate -> (B, record_samples) at RECORD_RATE."""
+    return np.stack([fit(media.resample(x, spec.rate, RECORD_RATE), spec.record_samples) for x in sounds])
+
+
+def recording(batch: dict, spec: Spec) -> np.ndarray:
+    """The batch's sound (B, record_samples) as float32 at RECORD_RATE, 0 behind each clip's end."""
+    return np.asarray(_recording(batch["audio"], batch["audio_length"], spec))
 
 
 def fit(x: np.ndarray, length: int) -> np.ndarray:
     """(N,) cut or zero-padded to `length`."""
     return np.pad(x[:length], (0, max(0, length - len(x))))
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _recording(audio, length, spec):
+    return record_sound({"audio": audio, "audio_length": length}, spec)[0]
 
 
 @functools.partial(jax.jit, static_argnames="spec")

@@ -1,8 +1,10 @@
 """Log-mel and known samples -> waveform.
 
-Griffin & Lim (1984) with the momentum of Perraudin, Balazs & Soendergaard (2013), batched and jitted, in two forms: over a whole
-clip (`griffin_lim`), and inside a gap with the known samples held at every iteration (`fill_gap`), so that what is made up joins
-both edges by itself. Nothing here knows a network.
+Griffin & Lim (1984) with the momentum of Perraudin, Balazs & Soendergaard (2013), batched and jitted: inside a gap with the known
+samples held at every iteration (`fill_gap`), so that what is made up joins both edges by itself; over a whole clip (`whole_clip`,
+`griffin_lim`); and as the paper's code inverts its own spectrogram (`paper_inversion`), for its protocol alone. A clip's first
+phases come from its own seed, so that it sounds the same in any batch. Nothing here knows a network. docs/vocoder.md has what
+each of them is worth and what it costs.
 """
 
 from __future__ import annotations
@@ -16,10 +18,19 @@ import numpy as np
 from avsi_jax import stft
 from avsi_jax.spec import Spec
 
-ITERATIONS = 60
+ITERATIONS = 30  # in a gap, whose context holds the phases: more bring no better sound (docs/vocoder.md)
+WHOLE_ITERATIONS = 60  # of a clip where nothing is known
 MOMENTUM = 0.99
-INVERSION_STEPS = 40
+INVERSION_STEPS = 15  # leave less than 0.01 dB of a mel's error; more cost time and bring nothing that is heard
+AT_ONCE = 4  # clips of a larger batch, where they divide it
 EDGE_FLOOR = 0.25  # of the summed squared windows, which lie between 0.5 and 2 inside a clip: see stft.istft
+SPANS = (0.125, 0.33, 0.55, 1.0)  # of a clip's frames: what a gap reaches is rounded up to one of these
+PAPER_ITERATIONS = 300
+PAPER_FLOOR = 1e-10
+PAPER_POWER = 1.5
+
+
+# ---- bands to bins -------------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -27,6 +38,9 @@ def _inversion(spec: Spec) -> tuple[np.ndarray, np.ndarray]:
     """Mel basis (K, bins) and its pseudo-inverse (bins, K), float32."""
     basis = stft.mel_basis(spec)
     return basis, np.linalg.pinv(basis).astype(np.float32)
+
+
+_exact = functools.partial(jnp.matmul, precision="highest")
 
 
 def mel_to_magnitude(bands: jax.Array, spec: Spec) -> jax.Array:
@@ -38,37 +52,180 @@ def mel_to_magnitude(bands: jax.Array, spec: Spec) -> jax.Array:
     if spec.scale == "linear":
         return jnp.maximum(bands, 0.0)
     basis, inverse = (jnp.asarray(a) for a in _inversion(spec))
-    exact = functools.partial(jnp.matmul, precision="highest")
     # Every bin starts with some of its bands' mean level: an update never leaves 0.
     smooth = bands / stft.along_last(jnp.maximum(basis.sum(-1), 1e-8), bands.ndim)
-    smooth = exact(smooth, basis)
-    magnitude = jnp.maximum(exact(bands, inverse.T), 0.0) + 0.1 * smooth + 1e-10
-    reach = exact(bands, basis)
+    smooth = _exact(smooth, basis)
+    magnitude = jnp.maximum(_exact(bands, inverse.T), 0.0) + 0.1 * smooth + 1e-10
+    reach = _exact(bands, basis)
 
     def update(_, magnitude):
-        return magnitude * (reach / jnp.maximum(exact(exact(magnitude, basis.T), basis), 1e-12))
+        return magnitude * (reach / jnp.maximum(_exact(_exact(magnitude, basis.T), basis), 1e-12))
 
     return jax.lax.fori_loop(0, INVERSION_STEPS, update, magnitude)
 
 
+# ---- frames --------------------------------------------------------------------------------------------------------------------
+# As stft's, but of `window` samples, with the zeros that fill them up to n_fft behind: bins are turned by the same angle in every
+# frame, which Griffin-Lim cannot tell, and frames take as many hops as their windows need, no more.
+
+
+def _pieces(spec: Spec) -> int:
+    """Whole hops that a window reaches into."""
+    return -(-spec.window // spec.hop)
+
+
+def _lead(spec: Spec) -> int:
+    """Zeros before a sound, so that frame f's window begins at sample f hop."""
+    return spec.n_fft // 2 - (spec.n_fft - spec.window) // 2 if spec.centred else 0
+
+
+@functools.cache
+def _window(spec: Spec) -> np.ndarray:
+    """stft.hann without the zeros around it: (window,)."""
+    left = (spec.n_fft - spec.window) // 2
+    return stft.hann(spec)[left : left + spec.window]
+
+
+def _spectrum(hops: jax.Array, spec: Spec) -> jax.Array:
+    """Sound in hops (B, frames + pieces - 1, hop) -> complex (B, frames, bins)."""
+    pieces, frames = _pieces(spec), hops.shape[1] - _pieces(spec) + 1
+    cut = jnp.concatenate([hops[:, p : p + frames] for p in range(pieces)], -1)[..., : spec.window]
+    return jnp.fft.rfft(cut * stft.along_last(_window(spec), 3), n=spec.n_fft, axis=-1)
+
+
+def _sound(spectrum: jax.Array, spec: Spec) -> jax.Array:
+    """The least-squares inverse of `_spectrum`, faded where windows hardly reach: see stft.istft."""
+    frames, window = spectrum.shape[1], _window(spec)
+    cut = jnp.fft.irfft(spectrum, n=spec.n_fft, axis=-1)[..., : spec.window] * stft.along_last(window, 3)
+    weight = _overlap_add(np.broadcast_to(window**2, (1, frames, spec.window)), spec, np)
+    return _overlap_add(cut, spec, jnp) * jnp.broadcast_to(1.0 / np.maximum(weight, EDGE_FLOOR), (1, *weight.shape[1:]))
+
+
+def _overlap_add(cut, spec: Spec, lib):
+    """(B, frames, window) -> (B, frames + pieces - 1, hop)."""
+    pieces = _pieces(spec)
+    cut = lib.pad(cut, [(0, 0), (0, 0), (0, pieces * spec.hop - spec.window)])
+    parts = [cut[..., p * spec.hop : (p + 1) * spec.hop] for p in range(pieces)]
+    return sum(lib.pad(part, [(0, 0), (p, pieces - 1 - p), (0, 0)]) for p, part in enumerate(parts))
+
+
+def _to_hops(x: jax.Array, spec: Spec) -> jax.Array:
+    """(B, N) -> (B, F + pieces - 1, hop), zero-padded (false, where bool)."""
+    total = (spec.frames_of(x.shape[1]) + _pieces(spec) - 1) * spec.hop
+    lead = _lead(spec)
+    x = jnp.pad(x, [(0, 0), (lead, max(0, total - lead - x.shape[1]))])[:, :total]
+    return x.reshape(len(x), -1, spec.hop)
+
+
+def _from_hops(hops: jax.Array, spec: Spec, num_samples: int) -> jax.Array:
+    """The inverse of `_to_hops`; samples behind the last frame's window, if any, are 0."""
+    flat = hops.reshape(len(hops), -1)[:, _lead(spec) :][:, :num_samples]
+    return jnp.pad(flat, [(0, 0), (0, num_samples - flat.shape[1])])
+
+
+# ---- Griffin-Lim ---------------------------------------------------------------------------------------------------------------
+
+
 def _unit(spectrum: jax.Array) -> jax.Array:
-    return spectrum / jnp.maximum(jnp.abs(spectrum), 1e-12)
+    power = jnp.real(spectrum) ** 2 + jnp.imag(spectrum) ** 2  # abs() takes care of squares that overflow, for twice the time
+    return spectrum * jax.lax.rsqrt(jnp.maximum(power, 1e-30))
+
+
+def _first_phases(shape: tuple, seeds: jax.Array) -> jax.Array:
+    """Complex units (B, F, bins), a clip's from its own seed."""
+    turns = jax.vmap(lambda s: jax.random.uniform(jax.random.key(s), shape[1:]))(jnp.asarray(seeds))
+    return jnp.exp(2j * np.pi * turns)
+
+
+def _iterate(wanted, phases, held, free, spec: Spec, iterations: int, momentum: float) -> jax.Array:
+    """Magnitudes and first phases (B, frames, bins), hops of sound with which of its samples are free -> those hops, filled.
+
+    A few clips at a time go through all iterations: what they need then stays in a processor's cache.
+    """
+
+    def of_some(arguments):
+        wanted, phases, held, free = arguments
+
+        def to_sound(phases):
+            return jnp.where(free, _sound(wanted * phases, spec), held)
+
+        def iterate(_, carry):
+            sound, before = carry
+            rebuilt = _spectrum(sound, spec)
+            return to_sound(_unit(rebuilt - momentum / (1 + momentum) * before)), rebuilt
+
+        return jax.lax.fori_loop(0, iterations, iterate, (to_sound(phases), jnp.zeros_like(phases)))[0]
+
+    arguments = (wanted, phases, held, free)
+    if len(wanted) <= AT_ONCE or len(wanted) % AT_ONCE:
+        return of_some(arguments)
+    cut = jax.tree.map(lambda x: x.reshape(-1, AT_ONCE, *x.shape[1:]), arguments)
+    return jax.lax.map(of_some, cut).reshape(held.shape)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "length", "iterations", "momentum"))
 def griffin_lim(
-    magnitude: jax.Array, spec: Spec, *, length: int, key: jax.Array, iterations: int = ITERATIONS, momentum: float = MOMENTUM
+    magnitude: jax.Array,
+    spec: Spec,
+    *,
+    length: int,
+    seeds: jax.Array,
+    iterations: int = WHOLE_ITERATIONS,
+    momentum: float = MOMENTUM,
 ) -> jax.Array:
-    """Bin magnitudes (B, F, bins) -> (B, length): a sound whose STFT comes near them, from random phases drawn by `key`."""
-    angles = jnp.exp(2j * np.pi * jax.random.uniform(key, magnitude.shape))
+    """Bin magnitudes (B, F, bins) -> (B, length): a sound whose STFT comes near them, from phases drawn by `seeds` (B,) uint32.
 
-    def iterate(_, carry):
-        angles, before = carry
-        rebuilt = stft.stft(stft.istft(magnitude * angles, spec, length, EDGE_FLOOR), spec)
-        return _unit(rebuilt - momentum / (1 + momentum) * before), rebuilt
+    `momentum=0` is the algorithm of 1984.
+    """
+    if magnitude.shape[1] != spec.frames_of(length):
+        raise ValueError(f"griffin_lim: {magnitude.shape[1]} frames for {length} samples, expected {spec.frames_of(length)}")
+    free = _to_hops(jnp.ones((len(magnitude), length), bool), spec)
+    phases = _first_phases(magnitude.shape, seeds)
+    hops = _iterate(magnitude, phases, jnp.zeros(free.shape), free, spec, iterations, momentum)
+    return _from_hops(hops, spec, length)
 
-    angles, _ = jax.lax.fori_loop(0, iterations, iterate, (angles, jnp.zeros_like(angles)))
-    return stft.istft(magnitude * angles, spec, length, EDGE_FLOOR)
+
+@functools.partial(jax.jit, static_argnames=("spec", "length", "iterations", "momentum"))
+def whole_clip(
+    level: jax.Array, spec: Spec, *, length: int, seeds: jax.Array, iterations: int = WHOLE_ITERATIONS, momentum: float = MOMENTUM
+) -> jax.Array:
+    """Levels (B, F, K) -> (B, length): Griffin-Lim of all of them, whatever is known, with the preset's pre-emphasis taken off."""
+    magnitude = mel_to_magnitude(stft.magnitude_from_level(level, spec), spec)
+    sound = griffin_lim(magnitude, spec, length=length, seeds=seeds, iterations=iterations, momentum=momentum)
+    return stft.de_emphasise(sound, spec)
+
+
+def splice(level: jax.Array, known: jax.Array, lost: jax.Array, spec: Spec, *, seeds: jax.Array, **options) -> jax.Array:
+    """As the peers do it: `whole_clip` of the level where `lost` (B, N), cut in hard; `known` (B, N) elsewhere."""
+    return jnp.where(lost, whole_clip(level, spec, length=known.shape[1], seeds=seeds, **options), known)
+
+
+# ---- the paper's inversion -----------------------------------------------------------------------------------------------------
+
+
+def paper_magnitude(level: jax.Array, spec: Spec) -> jax.Array:
+    """Levels (B, F, K) -> the bin magnitudes that the paper's code gives to Griffin-Lim: pseudo-inverse, floor, power 1.5.
+
+    The power makes loud bins louder still; it is theirs, and no inverse of anything.
+    """
+    inverse = jnp.asarray(_inversion(spec)[1])
+    bins = _exact(stft.magnitude_from_level(level, spec), inverse.T)
+    return jnp.maximum(bins, PAPER_FLOOR) ** PAPER_POWER
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "length", "iterations"))
+def paper_inversion(
+    level: jax.Array, spec: Spec, *, length: int, seeds: jax.Array, iterations: int = PAPER_ITERATIONS
+) -> jax.Array:
+    """Levels (B, F, K) -> (B, length) as the paper's code makes them: 300 iterations without momentum, then de-emphasis.
+
+    Theirs starts from other phases every time; here `seeds` (B,) uint32 say from which. Only for the paper's protocol.
+    """
+    sound = griffin_lim(paper_magnitude(level, spec), spec, length=length, seeds=seeds, iterations=iterations, momentum=0.0)
+    return stft.de_emphasise(sound, spec)
+
+
+# ---- inside a gap --------------------------------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "iterations", "momentum"))
@@ -84,10 +241,9 @@ def fill_gap(
 ) -> jax.Array:
     """Sound for the lost samples that fits the level (B, F, K): (B, N) at the preset's rate, equal to `known` where not `lost`.
 
-    `known` (B, N) float32 with anything finite at lost samples, `lost` (B, N) bool, `seeds` (B,) uint32 of the
-    first phases: a clip's own, so that its sound is the same in any batch. Each iteration takes the magnitudes of the level
-    with the phases of the current sound and puts the known samples back; frames that touch no lost sample keep their own spectrum,
-    so the context anchors the phase. The iterations run on the pre-emphasised sound, which is what the level describes; the
+    `known` (B, N) float32 with anything at lost samples, `lost` (B, N) bool, `seeds` (B,) uint32 of the first phases. Each
+    iteration takes the magnitudes of the level with the phases of the current sound and puts the known samples back, so the
+    context anchors the phase. The iterations run on the pre-emphasised sound, which is what the level describes; the
     result is de-emphasised from the last known sample on, and the small step that leaves at the far edge is spread over the gap.
     """
     original = known
@@ -95,23 +251,36 @@ def fill_gap(
     known = jnp.where(lost, 0.0, known - offset)  # a mel has no weight at 0 Hz: a constant offset is the context's, not the level's
     sharp = jnp.where(lost, 0.0, stft.pre_emphasise(known, spec))  # true wherever sample and predecessor are known
     unknown = lost | jnp.pad(lost, ((0, 0), (1, 0)))[:, :-1] if spec.pre_emphasis else lost
-    wanted = mel_to_magnitude(stft.magnitude_from_level(level, spec), spec)
-    touched = stft.frames_holding(unknown, spec)[..., None]
-    own = stft.stft(sharp, spec)
-    noise = jax.vmap(lambda s: jax.random.uniform(jax.random.key(s), wanted.shape[1:]))(seeds)
-    start = jnp.where(touched, wanted * jnp.exp(2j * np.pi * noise), own)
+    sharp = _fill_span(level, sharp, unknown, spec, seeds, iterations, momentum)
+    return jnp.where(lost, _de_emphasise_inside(sharp, known, lost, spec) + offset, original)
 
-    def to_sound(spectrum):
-        return jnp.where(unknown, stft.istft(spectrum, spec, known.shape[-1], EDGE_FLOOR), sharp)
 
-    def iterate(_, carry):
-        sound, before = carry
-        rebuilt = stft.stft(sound, spec)
-        spectrum = jnp.where(touched, wanted * _unit(rebuilt - momentum / (1 + momentum) * before), own)
-        return to_sound(spectrum), rebuilt
+def _fill_span(level, sharp, unknown, spec: Spec, seeds, iterations: int, momentum: float) -> jax.Array:
+    """`sharp` (B, N) with its unknown samples made up.
 
-    sound, _ = jax.lax.fori_loop(0, iterations, iterate, (to_sound(start), jnp.zeros_like(own)))
-    return jnp.where(lost, _de_emphasise_inside(sound, known, lost, spec) + offset, original)
+    An unknown sample is reached only by the frames from its clip's first touched one to the last, and these need no others: the
+    same sound comes of them alone. Their number is rounded up to one of a few, for which a program each is compiled.
+    """
+    num_frames, touched = level.shape[1], stft.frames_holding(unknown, spec)
+    first = jnp.where(touched.any(-1), touched.argmax(-1), 0)
+    last = jnp.where(touched.any(-1), num_frames - 1 - touched[:, ::-1].argmax(-1), 0)
+    sizes = sorted({min(num_frames, round(np.ceil(share * num_frames))) for share in SPANS})
+    held, free = _to_hops(sharp, spec), _to_hops(unknown, spec)
+    phases = _first_phases((*level.shape[:2], spec.n_fft // 2 + 1), seeds)
+
+    def fill(frames: int):
+        start = jnp.minimum(first, num_frames - frames)
+        hops = frames + _pieces(spec) - 1
+        take = lambda x, n: jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, n))(x, start)
+        wanted = mel_to_magnitude(stft.magnitude_from_level(take(level, frames), spec), spec)
+        made = _iterate(wanted, take(phases, frames), take(held, hops), take(free, hops), spec, iterations, momentum)
+        put = jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice_in_dim(row, part, at, 0))
+        return put(held, made, start)
+
+    needed = (last - first + 1).max()
+    which = sum((needed > size).astype(jnp.int32) for size in sizes[:-1]) if len(sizes) > 1 else 0
+    hops = jax.lax.switch(which, [functools.partial(fill, size) for size in sizes])
+    return _from_hops(hops, spec, sharp.shape[1])
 
 
 def _de_emphasise_inside(sharp: jax.Array, known: jax.Array, lost: jax.Array, spec: Spec) -> jax.Array:

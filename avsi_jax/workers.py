@@ -11,12 +11,14 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import queue
 import signal
 import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 _starting = threading.Lock()  # held while a child starts: what is changed for it is the whole process's
@@ -32,22 +34,33 @@ class Outcome(NamedTuple):
 
 
 def run(
-    work: Callable, jobs: Iterable[tuple], *, workers: int, timeout_s: float, memory_mb: int, start: Callable | None = None
+    work: Callable,
+    jobs: Iterable[tuple],
+    *,
+    workers: int,
+    timeout_s: float,
+    memory_mb: int,
+    start: Callable | None = None,
+    ahead: int = AHEAD,
 ) -> Iterator[Outcome]:
     """work(*job) for every job, in `workers` children, outcomes in any order.
 
     work and start (called first in every child) are functions of a module. memory_mb: address space that a child may take beyond
-    what it has after start. What work raises is raised here, after which no child is left.
+    what it has after start. Jobs may come from a generator, which is read as children get free: at most `ahead` jobs a child are
+    held. What work raises is raised here, after which no child is left.
     """
-    waiting = collections.deque(enumerate(jobs))
+    waiting, coming = collections.deque(), enumerate(jobs)  # those of children that ended, and those not read yet
     limits = (memory_mb * 2**20, start)
-    children = [_Child(work, limits) for _ in range(min(workers, len(waiting)))]
+    children = [_Child(work, limits) for _ in range(min(workers, len(jobs)) if isinstance(jobs, Sized) else workers)]
     try:
-        while waiting or any(child.given for child in children):
-            for child in children:
-                while waiting and len(child.given) < AHEAD:
-                    child.give(*waiting.popleft())
-            yield from _collect(children, work, limits, timeout_s, waiting)
+        while children:
+            free = min(children, key=lambda child: len(child.given))
+            if len(free.given) < ahead and (job := waiting.popleft() if waiting else next(coming, None)):
+                free.give(*job)
+            elif any(child.given for child in children):
+                yield from _collect(children, work, limits, timeout_s, waiting)
+            else:
+                break
     finally:
         for child in children:
             child.end()
@@ -92,18 +105,26 @@ class _Child:
         context = multiprocessing.get_context("spawn")  # a forked copy of a process with threads may hang
         self.pipe, its_end = context.Pipe()
         self.given: dict[int, tuple] = {}
+        self.mail: queue.SimpleQueue = queue.SimpleQueue()
         self.since, self.is_ready = time.monotonic(), False
         self.process = context.Process(target=_serve, args=(its_end, work, *limits), daemon=True)
         with light_start():
             self.process.start()
         its_end.close()
+        self.postman = threading.Thread(target=self._deliver, daemon=True)
+        self.postman.start()
 
     def give(self, index: int, job: tuple) -> None:
         if not self.given:
             self.since = time.monotonic()
         self.given[index] = job
+        self.mail.put(ForkingPickler.dumps((index, job)))
+
+    def _deliver(self) -> None:
+        """Sends what it is given. A job larger than the pipe waits for a child that is busy or hangs; the parent must not."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died: its pipe says so when it is read
-            self.pipe.send((index, job))
+            while (job := self.mail.get()) is not None:
+                self.pipe.send_bytes(job)
 
     def take(self) -> Outcome | None:
         """What it says next; None for that it has started."""
@@ -122,6 +143,8 @@ class _Child:
     def end(self) -> None:
         self.process.kill()
         self.process.join()
+        self.mail.put(None)
+        self.postman.join()
         self.pipe.close()
 
 

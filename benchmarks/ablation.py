@@ -33,18 +33,18 @@ UNTOLD = {"data_dir"}  # fields of a config that say nothing of the network
 
 def rows_of(workdir: Path, data_dir: str, split: str, builder_config: str, gaps_ms) -> dict:
     """What one run does on one split: per clip and length errors in dB, and what it read."""
-    from avsi_jax import evaluate, gaps, input_pipeline
+    from avsi_jax import gaps, input_pipeline, restorations
     from avsi_jax.restore import Restorer
 
     restorer = Restorer.from_workdir(workdir)
     records = input_pipeline.Records(input_pipeline.find_dataset(data_dir, builder_config), split, mouth=False)
     errors: dict[str, dict[str, list]] = {}
     said, true, speakers = [], [], []
-    for batch in evaluate.batches(records, evaluate.chosen_clips(records, 0), BATCH):
+    for batch in restorations.Clips(records, restorations.chosen_clips(records, 0)).batches(BATCH):
         lengths = np.minimum(batch["audio_length"], restorer.spec.record_samples)
         real = np.flatnonzero(batch["weight"])
         speakers += [batch["speaker"][b] for b in real]
-        ways = {"own": batch, "other": batch["other"]} if restorer.system.uses_video else {"own": batch}
+        ways = {"own": batch, "other": batch | batch["donors"]["clip"]} if restorer.system.uses_video else {"own": batch}
         arrays = lambda seen: {k: v for k, v in seen.items() if isinstance(v, np.ndarray)}
         if restorer.system.drops:
             ways["none"] = {**batch, "landmarks_valid": np.zeros_like(batch["landmarks_valid"])}
@@ -94,7 +94,7 @@ def reading_error(config, said: list[str], true: list[str]) -> float | None:
 
 def row_of(run: dict, first: dict, unseen: bool) -> dict:
     """What a table needs of a run on one split, beside the first of its group; `unseen`: speakers are drawn, then their clips."""
-    from avsi_jax import metrics
+    from avsi_jax import intervals
 
     mean = lambda of, way: np.mean([v for v in of["errors"][way].values()], 0)  # over lengths, clip by clip
     row = {"gap_l1_db": {ms: round(float(np.mean(v)), 3) for ms, v in run["errors"]["own"].items()}}
@@ -102,7 +102,7 @@ def row_of(run: dict, first: dict, unseen: bool) -> dict:
     row["reading"] = run["reading"] and round(run["reading"], 4)
     if run is not first:
         groups = run["speakers"] if unseen else None
-        difference = metrics.paired_difference(mean(run, "own"), mean(first, "own"), groups=groups)
+        difference = intervals.paired_difference(mean(run, "own"), mean(first, "own"), groups=groups)
         row["difference"] = [round(float(x), 3) for x in difference]
     return row | {"clips": len(next(iter(run["errors"]["own"].values())))}
 

@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from results import row, training_facts
+from results import training_facts
+from results_page import row
 
-from avsi_jax import decode, evaluate, gaps, input_pipeline, metrics, recognise, text
+from avsi_jax import decode, evaluate, gaps, input_pipeline, intervals, recognise, text
 from avsi_jax.spec import RECORD_RATE
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -71,7 +72,7 @@ def of_split(recogniser, records, split: str) -> dict:
 
 def share(errors, counts, groups=None) -> dict:
     """All errors over all that was to be said, with a bootstrap interval over clips, or over `groups` of them and then clips."""
-    estimate = metrics.bootstrap_mean(np.asarray(errors) / np.mean(counts), groups=groups)
+    estimate = intervals.bootstrap_mean(np.asarray(errors) / np.mean(counts), groups=groups)
     rates = {k: round(v, 5) for k, v in zip(("rate", "low", "high"), estimate)}
     return {"errors": int(np.sum(errors)), "n": int(np.sum(counts)), **rates}
 

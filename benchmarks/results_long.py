@@ -1,21 +1,18 @@
-"""Committed small summaries -> docs/results.md.
+"""Committed small summaries -> docs/results_long.md.
 
-    python benchmarks/results.py add NAME WORKDIR [BASELINE]   after avsi-evaluate: takes what a table needs of every split there
-    python benchmarks/results.py                               writes docs/results.md anew from docs/results/
+    python benchmarks/results_long.py    writes docs/results_long.md anew from docs/results/long/
 
-A summary holds means, intervals and counts, never a clip; every number in docs/results.md comes from one of them.
+A summary holds means, intervals and counts, never a clip; every number in docs/results_long.md comes from one of them.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import re
-import sys
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-HOME = DOCS / "results"
+HOME = DOCS / "results" / "long"
 METRICS = (  # name in summary.json, heading, digits
     ("gap_l1_mel_db", "Log-mel error in the gap, dB, of the predicted spectrogram (lower is better)", 2),
     ("gap_l1_db", "Log-mel error in the gap, dB, of the restored waveform (lower is better)", 2),
@@ -26,74 +23,20 @@ METRICS = (  # name in summary.json, heading, digits
     ("per", "Phone error of what was read (greedy CTC, no grammar; lower is better)", 3),
 )
 SPLITS = {"test_seen": "Speakers heard in training (test_seen)", "test": "Unseen speakers s30 s32 s33 s34 (test)"}
-KEPT = (
-    "system",
-    "protocol",
-    "split",
-    "suite",
-    "date",
-    "seconds",
-    "peak_rss_mb",
-    "versions",
-    "runs",
-    "metric_rate",
-    "num_clips",
-    "systems",
-    "gap_ms",
-    "by_speaker",
-)
-
-
-def add(name: str, workdir: Path, *baseline: Path) -> None:
-    """Copies what a table needs of each evaluation under `workdir` to docs/results/NAME-SPLIT.json."""
-    folders = sorted((workdir / "eval").glob("*-lengths"))
-    if not folders:
-        raise SystemExit(f"no evaluation in {workdir}; expected one made by avsi-evaluate --workdir={workdir}")
-    HOME.mkdir(exist_ok=True)
-    for folder in folders:
-        summary = json.loads((folder / "summary.json").read_text())
-        small = {k: summary[k] for k in KEPT if k in summary}
-        small |= {"table": round_all(summary["table"]), "paired": round_all(summary["paired"])}
-        small["trainings"] = [training_facts(w) for w in (workdir, *baseline)]
-        path = HOME / f"{name}-{summary['split']}.json"
-        path.write_text(json.dumps(small, indent=1) + "\n")
-        print(path)
-
-
-def round_all(entries: list[dict]) -> list[dict]:
-    return [{k: round(v, 5) if isinstance(v, float) else v for k, v in e.items()} for e in entries]
-
-
-def training_facts(workdir: Path) -> dict:
-    """Epochs, hours, device and parameters of the run, and its config less the paths of a machine."""
-    with (workdir / "timing.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    config = {k: v for k, v in json.loads((workdir / "config.json").read_text()).items() if k != "data_dir"}
-    run = json.loads((workdir / "run.json").read_text())
-    seconds = sum(float(r["epoch_s"]) for r in rows)
-    return {
-        "epochs": len(rows),
-        "hours": round(seconds / 3600, 3),
-        "steps_per_s": round(sorted(float(r["steps_per_s"]) for r in rows)[len(rows) // 2], 2),
-        "devices": run["devices"],
-        "parameters": run["parameters"],
-        "clips": run["dataset"]["clips"],
-        "config": config,
-    }
 
 
 def write() -> None:
-    """docs/results.md from everything in docs/results."""
+    """docs/results_long.md from everything in docs/results/long."""
     summaries = {p.stem: json.loads(p.read_text()) for p in sorted(HOME.glob("*.json"))}
-    parts = ["# Results\n", (HOME / "notes.md").read_text().strip() + "\n"]
+    parts = ["# Longer trainings of two systems\n", (HOME / "notes.md").read_text().strip() + "\n"]
     for split, title in SPLITS.items():
         of_split = {name: s for name, s in summaries.items() if s["split"] == split}
         if of_split:
             parts.append(f"## {title}\n")
             parts += [section(name.removesuffix(f"-{split}"), s) for name, s in of_split.items()]
     parts.append("## Trainings\n\n" + trainings(summaries))
-    (DOCS / "results.md").write_text("\n".join(parts).rstrip() + "\n")
-    print(DOCS / "results.md")
+    (DOCS / "results_long.md").write_text("\n".join(parts).rstrip() + "\n")
+    print(DOCS / "results_long.md")
 
 
 def section(name: str, summary: dict) -> str:
@@ -155,9 +98,4 @@ def trainings(summaries: dict) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["add"] and len(sys.argv) in (4, 5):
-        add(sys.argv[2], *map(Path, sys.argv[3:]))
-    elif len(sys.argv) == 1:
-        write()
-    else:
-        raise SystemExit(__doc__)
+    write()

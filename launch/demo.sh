@@ -77,7 +77,7 @@ run avsi-train "${av[@]}" --workdir="$OUT/av_mtl_s2s" --config.data_dir="$OUT/da
 run avsi-train "${a[@]}" --workdir="$OUT/a_si" --config.data_dir="$OUT/data" ${options[@]+"${options[@]}"}
 
 run avsi-evaluate --config=eval --workdir="$OUT/av_mtl_s2s" --baseline="$OUT/a_si" \
-  --config.split=test_seen --overwrite
+  --config.split=test_seen --config.gap_ms=300,600,900,1200,1500 --overwrite
 summary=$OUT/av_mtl_s2s/eval/waveform-test_seen-lengths/summary.json
 
 CLIP=${CLIP:-$(unseen_clip "$summary" "$raw")}

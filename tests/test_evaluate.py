@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import configs
-from avsi_jax import evaluate
+from avsi_jax import evaluate, restorations
 
 GAP_MS = (300, 900)
 SYSTEMS = {  # name -> kind, in the order of the tables
@@ -20,7 +21,15 @@ SYSTEMS = {  # name -> kind, in the order of the tables
     "av_mtl_s2s, another clip's video": "other_video",
     "true mel (ceiling)": "ceiling",
 }
-METRICS = ("gap_l1_mel_db", "gap_l1_db", "pesq_nb", "stoi", "estoi", "cer")
+METRICS = ("gap_l1_mel_db", "gap_l1_db", "pesq_nb", "stoi", "estoi", "stoi_gap", "cer")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    """Rows that are kept lie in a folder of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield Path(os.environ["XDG_CACHE_HOME"])
 
 
 def eval_config(**fields):
@@ -53,7 +62,11 @@ def summary(folder):
 
 
 def read(folder) -> list[dict]:
-    with (folder / "clips.csv").open(newline="") as file:
+    return read_file(folder / "clips.csv")
+
+
+def read_file(path) -> list[dict]:
+    with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -150,7 +163,9 @@ def test_unseen_speakers_are_resampled_as_speakers(summary):
 def test_examples_can_be_heard(folder, summary):
     from avsi_jax import media
 
-    assert len(summary["examples"]) == 2 and {e["gap_ms"] for e in summary["examples"]} == set(GAP_MS)
+    shown = [(e["clip_id"], e["gap_ms"]) for e in summary["examples"]]
+    assert 2 < len(shown) <= 6 and len(set(shown)) == len(shown) and {g for _, g in shown} == set(GAP_MS)
+    assert {e["why"] for e in summary["examples"]} == {"", "among the best", "among the worst"}
     for example in summary["examples"]:
         sounds = {name: media.read_clip(folder / path).sound for name, path in example["sounds"].items()}
         assert set(sounds) == {"original", *SYSTEMS}
@@ -178,6 +193,71 @@ def test_a_second_run_gives_the_same_numbers(runs, rows, folder):
     assert (copy / "eval" / folder.name / "clips.csv").read_bytes() == before
 
 
+def test_kept_references_give_the_same_bytes(runs, rows, folder, cache):
+    """Damaged, interpolation and ceiling are scored once for a split and protocol, whoever asks."""
+    kept = list((cache / "avsi_jax" / "references").glob("*.csv"))
+    assert len(kept) == 1 and {r["kind"] for r in read_file(kept[0])} == {"damaged", "interpolation", "ceiling"}
+    copy = Path(shutil.copytree(runs / "system", runs / "kept"))
+    shutil.rmtree(copy / "eval", ignore_errors=True)
+    again = evaluate.evaluate(eval_config(examples=0), copy, baseline=runs / "baseline")
+    summary = json.loads((again / "summary.json").read_text())
+    assert summary["references"] == "kept" and (again / "clips.csv").read_bytes() == (folder / "clips.csv").read_bytes()
+    assert summary["sounds_scored"] == 3 * len(GAP_MS) * 2  # the system, and with another clip's lips
+
+
+def test_a_baseline_trained_further_is_not_taken_for_what_it_was(runs):
+    newer = Path(shutil.copytree(runs / "baseline", runs / "newer"))
+    config = eval_config(examples=0)
+    path = evaluate.folder_of(config, newer) / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["runs"]["a_si"]["step"] = 99
+    path.write_text(json.dumps(summary))
+    copy = Path(shutil.copytree(runs / "system", runs / "beside_newer"))
+    shutil.rmtree(copy / "eval", ignore_errors=True)
+    with pytest.raises(ValueError, match="is of step 99, checkpoint 'best' is of 0 now; take --overwrite"):
+        evaluate.evaluate(config, copy, baseline=newer)
+
+
+def test_a_baseline_of_other_gaps_is_refused(runs):
+    copy = Path(shutil.copytree(runs / "system", runs / "other_gaps"))
+    shutil.rmtree(copy / "eval", ignore_errors=True)
+    with pytest.raises(ValueError, match="has other clips or gaps"):
+        evaluate.evaluate(eval_config(gap_ms="300,", examples=0), copy, baseline=runs / "baseline")
+
+
+@pytest.mark.parametrize("suite", ["robustness", "streams", "multigap"])
+def test_a_suite_has_a_row_for_every_case(runs, suite):
+    """Of one clip: what a case leaves untouched is not scored again."""
+    from avsi_jax import suites
+
+    copy = runs / f"suite_{suite}"
+    shutil.copytree(runs / "system", copy)
+    folder = evaluate.evaluate(eval_config(suite=suite, gap_ms="600,", max_clips=2, examples=1, batch_size=2), copy)
+    rows = read(folder)
+    mine = [(r["case"], int(r["gap_ms"])) for r in rows if r["kind"] == "system"]
+    assert sorted(set(mine)) == sorted((c.name, c.gap_ms) for c in suites.SUITES[suite]((600,))) and len(mine) == 2 * len(set(mine))
+    damaged = {r["case"] for r in rows if r["kind"] == "damaged"}
+    assert damaged == {c.name for c in suites.SUITES[suite]((600,)) if c.changes_references}
+    assert all(r["gap_l1_db"] for r in rows)
+    if suite == "robustness":
+        error = {r["case"]: float(r["gap_l1_mel_db"]) for r in rows if r["kind"] == "system" and r["clip_id"] == rows[0]["clip_id"]}
+        assert len(set(error.values())) > len(error) / 2, "what the network is given differs from case to case"
+
+
+@pytest.mark.parametrize("protocol", ["peer", "paper"])
+def test_the_other_protocols_run_and_say_whose_they_are(runs, protocol):
+    copy = runs / f"protocol_{protocol}"
+    shutil.copytree(runs / "system", copy)
+    gap_ms = "()" if protocol == "paper" else "320,"
+    folder = evaluate.evaluate(eval_config(protocol=protocol, gap_ms=gap_ms, max_clips=2, examples=1, batch_size=2), copy)
+    summary, rows = json.loads((folder / "summary.json").read_text()), read(folder)
+    assert summary["protocol"] == protocol and protocol in summary["title"] and folder.name == f"{protocol}-test-lengths"
+    assert summary["metric_rate"] == {"peer": 16_000, "paper": 8_000}[protocol]
+    assert all((r["pesq_wb"] != "") == (protocol == "peer") and r["pesq_nb"] for r in rows)
+    if protocol == "paper":
+        assert {len(r["gaps_s"].split()) for r in rows} <= set(range(1, 9)) and {r["case"] for r in rows} == {"paper_gaps=8"}
+
+
 def test_two_runs_of_one_system_are_told_apart(runs):
     """Beside itself one epoch earlier; of one clip, so that no other clip lends its lips."""
     earlier = Path(shutil.copytree(runs / "system", runs / "earlier"))
@@ -196,12 +276,13 @@ def test_two_runs_of_one_system_are_told_apart(runs):
 
 
 def test_spread_is_even():
-    assert evaluate.spread(list("abcdefghij"), 2) == ["c", "h"] and evaluate.spread(list("abc"), 5) == list("abc")
-    assert evaluate.spread(list("abc"), 3) == list("abc") and evaluate.spread(list("abc"), 0) == []
+    spread = restorations.spread
+    assert spread(list("abcdefghij"), 2) == ["c", "h"] and spread(list("abc"), 5) == list("abc")
+    assert spread(list("abc"), 3) == list("abc") and spread(list("abc"), 0) == []
 
 
 def test_the_other_clip_is_the_speakers_next():
-    partner = evaluate.other_clips({"a": "s1", "b": "s2", "c": "s1", "d": "s1", "e": "s3"})
+    partner = restorations.other_clips({"a": "s1", "b": "s2", "c": "s1", "d": "s1", "e": "s3"})
     assert {k: partner[k] for k in "acd"} == {"a": "c", "c": "d", "d": "a"}
     assert partner["b"] == "c" and partner["e"] == "a", "the only clip of a speaker takes the next of anybody"
 
@@ -212,7 +293,11 @@ def test_the_other_clip_is_the_speakers_next():
         ([], "no --workdir given"),
         (["--workdir={tmp}"], "no config.json in {tmp}"),
         (["--workdir={run}", "--config.split=tset"], "no split 'tset'"),
-        (["--workdir={run}", "--config.protocol=paper"], "config.protocol: found 'paper', expected waveform"),
+        (["--workdir={run}", "--config.protocol=papers"], "config.protocol: found 'papers', expected waveform or paper or peer"),
+        (["--workdir={run}", "--config.protocol=paper", "--config.suite=multigap"], "config.protocol=paper draws its own gaps"),
+        (["--workdir={run}", "--config.protocol=peer", "--config.suite=multigap"], "config.protocol=peer has one gap a clip"),
+        (["--workdir={run}", "--config.suite=unseen"], "found config.split=test_seen, expected test"),
+        (["--workdir={run}", "--config.judge={run}", "--config.split=test"], "expected a recogniser"),
         (["--workdir={run}", "--config.suite=all"], "config.suite: found 'all', expected lengths"),
         (["--workdir={run}", "--config.gap_ms=5,300"], "config.gap_ms: found (5, 300), expected lengths between 20 and 3000 ms"),
         (["--workdir={run}", "--config.gap_ms=a,b"], "config.gap_ms: found 'a,b', expected tuple such as"),

@@ -19,7 +19,8 @@ ROOMS = {
     "avsi_jax": (
         "spec workers media mpeg face_files landmarks text stft gaps features augment records input_pipeline train_statistics "
         "lstm models losses decode cluster parallel experiment steps storage phases stopping watchdog manifest checkpoints "
-        "workdir board console looks loop replay train vocoder restore recognise metrics report evaluate inpaint app export"
+        "workdir board console looks loop replay train vocoder restore recognise intervals metrics suites protocols restorations "
+        "references tables mistakes table_files figures comparison report evaluate inpaint app export"
     ).split(),
     "tfds_grid": (
         "grid_ids raw_files speakers clips measuring grid_dataset_builder prepare beam_pipeline beam_build "

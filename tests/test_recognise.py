@@ -224,6 +224,80 @@ def test_touched_words_by_hand():
     assert found == [[1], [0, 1, 2], [0, 5], []]
 
 
+WORD_S = np.array([(k / 2, k / 2 + 0.5) for k in range(6)])  # words of half a second
+
+
+def test_judged_by_hand():
+    """Four clips, a gap over words 1 and 2: two words heard right, one, nothing heard; and what isn't Grid's is not judged."""
+    from avsi_jax.recognise import Heard, judged
+
+    said = " ".join(TRUE)
+    words = [("lay", "blue", "at", "f", "two", "now"), ("bin", "red", "at", "f", "two", "now"), (), TRUE]
+    heard = Heard(["B"] * 4, words, np.zeros((4, 6, 2)), np.zeros(4))
+    gap = np.array([[(12_000, 20_000), (0, 0)]] * 4)
+    found = judged(heard, [said, said, said, "hello there"], np.stack([WORD_S] * 4), gap)
+    assert [np.flatnonzero(row).tolist() for row in found.touched] == [[1, 2], [1, 2], [1, 2], []]
+    assert [np.flatnonzero(row).tolist() for row in found.wrong] == [[], [1], [1, 2], []]
+    np.testing.assert_array_equal(found.error, [0, 0.5, 1, np.nan])
+    assert found.words == ["lay blue at f two now", "bin red at f two now", "", said] and found.phones == ["B"] * 4
+    nothing = judged(Heard([], [], np.zeros((0, 6, 2)), np.zeros(0)), [], np.zeros((0, 6, 2)), np.zeros((0, 1, 2), int))
+    assert nothing.wrong.shape == nothing.touched.shape == (0, 6)
+
+
+@pytest.mark.parametrize(
+    ("true", "spans", "gap"),
+    [(1, (2, 6, 2), (2, 1, 2)), (2, (2, 5, 2), (2, 1, 2)), (2, (2, 6, 2), (2, 2)), (2, (2, 6, 2), (1, 1, 2))],
+)
+def test_ill_formed_judgement_is_refused(true, spans, gap):
+    from avsi_jax.recognise import Heard, judged
+
+    heard = Heard([""] * 2, [TRUE] * 2, np.zeros((2, 6, 2)), np.zeros(2))
+    with pytest.raises(ValueError, match=r"found 2 sounds, and texts, spans and gaps \("):
+        judged(heard, [" ".join(TRUE)] * true, np.zeros(spans), np.zeros(gap))
+
+
+def test_word_times_are_the_corpus_own_or_those_heard():
+    """A clip whose six words are timed, on the picture's clock; one that has none; one with a word too few."""
+    from avsi_jax.recognise import touched_words, word_spans
+
+    timed = [{"word": w, "start_s": a, "end_s": b} for w, (a, b) in zip(TRUE, WORD_S.tolist())]
+    words, offset_s = [timed, [], timed[:5]], np.full(3, 0.011)
+    heard = np.stack([WORD_S + 0.1 * k for k in (1, 2, 3)])
+    spans = word_spans(words, offset_s, heard)
+    np.testing.assert_allclose(spans, [WORD_S + 0.011, WORD_S + 0.2, WORD_S + 0.3], atol=1e-12)
+    assert heard[0, 0, 0] == 0.1, "what was heard stays as it was"
+    unknown = word_spans(words, offset_s)
+    assert not np.isnan(unknown[0]).any() and np.isnan(unknown[1:]).all()
+    assert touched_words(unknown, np.array([[(0, 48_000)]] * 3)).sum(1).tolist() == [6, 0, 0]
+
+
+def test_another_checkpoint_is_another_judge(recogniser, workdir):
+    import jax
+
+    from avsi_jax.recognise import Recogniser
+
+    again = Recogniser.from_workdir(workdir)
+    assert again.fingerprint == recogniser.fingerprint and again.described == f"asr, step 0, {again.fingerprint}"
+    other = Recogniser.from_workdir(workdir)
+    other.params = jax.tree.map(lambda x: x + 1e-6, other.params)
+    assert other.fingerprint != recogniser.fingerprint
+
+
+def test_the_judge_judges_what_it_hears(recogniser, heard, batch):
+    gap = np.array([[(0, 48_000)]] * 3)
+    true = [" ".join(words) for words in heard.words]
+    found = recogniser.judge(batch["audio"], batch["audio_length"], true, heard.span_s, gap)
+    assert found.touched.all() and not found.wrong.any() and found.words == true and found.phones == heard.said
+    other = [("lay " if t.startswith("bin") else "bin ") + t.split(" ", 1)[1] for t in true]
+    found = recogniser.judge(batch["audio"], batch["audio_length"], other, heard.span_s, gap)
+    assert found.wrong.tolist() == [[True] + [False] * 5] * 3
+    broken = batch["audio"] / np.float32(32_768)
+    broken[1, 20_000] = np.nan
+    rest = recogniser.judge(broken, batch["audio_length"], other, heard.span_s, gap)
+    assert rest.wrong.tolist() == [found.wrong[0].tolist(), [False] * 6, found.wrong[2].tolist()] and rest.words[1] == ""
+    assert np.isnan(rest.error).tolist() == [False, True, False] and rest.words[0] == found.words[0]
+
+
 # ------------------------------------------------------------------------------------------------------ phones in evaluations
 
 
@@ -237,26 +311,26 @@ def test_phone_error_by_hand():
 
 
 def test_a_reader_is_scored_in_what_it_reads():
-    from avsi_jax import evaluate
+    from avsi_jax.restorations import heard
 
     phones, characters = (["", "B IH N"], "phones"), (["", "bin"], "characters")
-    assert evaluate.heard(None, "bin", 1) == {"cer": None, "per": None, "said": "", "text": "bin"}
-    assert evaluate.heard(phones, "bin", 1) == {"cer": None, "per": 0, "said": "B IH N", "text": "bin"}
-    assert evaluate.heard(characters, "bin", 1) == {"cer": 0, "per": None, "said": "bin", "text": "bin"}
+    assert heard(None, "phones", "bin", 1) == {"cer": None, "per": None, "said": "", "text": "bin"}
+    assert heard(*phones, "bin", 1) == {"cer": None, "per": 0, "said": "B IH N", "text": "bin"}
+    assert heard(*characters, "bin", 1) == {"cer": 0, "per": None, "said": "bin", "text": "bin"}
     for reader in (phones, characters):
-        assert evaluate.heard(reader, "", 1) == {"cer": None, "per": None, "said": reader[0][1], "text": ""}
+        assert heard(*reader, "", 1) == {"cer": None, "per": None, "said": reader[0][1], "text": ""}
 
 
 def test_an_evaluation_knows_what_its_system_reads(tiny_config, tmp_path, batch):
-    from avsi_jax import evaluate
+    from avsi_jax import evaluate, restorations
     from avsi_jax.restore import Restorer
 
     restorer = Restorer.from_workdir(write_untrained(tiny_config(ctc_units="phones"), tmp_path / "run"))
     gap = np.array([[(16_000, 20_000)]] * 3)
-    _, said, _ = evaluate.restore_levels(batch | {"other": batch}, gap, restorer, [])
-    assert said.keys() == {"system", "other_video"} and all(units == "phones" for _, units in said.values())
-    assert said["system"][0] == restorer.restore(batch, gap).said
-    assert "per" in evaluate.SYSTEM_METRICS and "per" in evaluate.COLUMNS
+    pictures = {"clip": {k: batch[k] for k in restorations.VIDEO}}
+    _, said = restorations.restore_levels(batch | {"donors": pictures}, batch, gap, restorer, {"system", "other_video"})
+    assert said.keys() == {"system", "other_video"} and said["system"] == restorer.restore(batch, gap).said
+    assert "per" in evaluate.METRICS and "per" in evaluate.COLUMNS
 
 
 # --------------------------------------------------------------------------------------------------------------- documentation

@@ -29,6 +29,8 @@ def work(what, value):
         return len(np.ones(value, np.uint8))
     if what == "raise":
         raise ValueError(f"no {value}")
+    if what == "size":
+        return value.size
     if what == "odd":
         return lambda: value
     return os.environ.get(value), os.getpid()
@@ -69,6 +71,37 @@ def test_a_job_that_hangs_is_ended():
     start = time.monotonic()
     assert run([("hang", 0), ("square", 2), ("square", 3)], 1, timeout_s=1) == {0: "took more than 1 s", 1: 4, 2: 9}
     assert time.monotonic() - start < 60
+
+
+def test_large_jobs_behind_one_that_hangs_hold_nobody_up():
+    """Far more than a pipe takes is given to a child that never reads it: the time limit holds all the same."""
+    large = ("size", np.zeros(1_000_000))
+    assert run([("hang", 0), large, large], 1, timeout_s=1, ahead=3) == {0: "took more than 1 s", 1: 1_000_000, 2: 1_000_000}
+
+
+def test_jobs_are_read_as_children_get_free():
+    read, ahead = [0], []
+
+    def jobs():
+        for n in range(30):
+            read[0] += 1
+            yield "square", n
+
+    for done, outcome in enumerate(workers.run(work, jobs(), workers=2, timeout_s=30, memory_mb=2048, ahead=3)):
+        assert outcome.result == outcome.index**2
+        ahead.append(read[0] - done)
+    assert len(ahead) == 30 and 2 <= max(ahead) <= 2 * 3
+
+
+def test_where_jobs_can_not_be_read_that_is_told_and_nobody_is_left():
+    def jobs():
+        yield "hang", 0
+        raise KeyError("the second job")
+
+    with pytest.raises(KeyError, match="the second job"):
+        list(workers.run(work, jobs(), workers=2, timeout_s=30, memory_mb=2048))
+    assert not [c for c in workers.multiprocessing.active_children() if c.is_alive()]
+    assert list(workers.run(work, iter(()), workers=1, timeout_s=30, memory_mb=2048)) == []
 
 
 def test_what_a_job_raises_is_raised_and_nobody_is_left():

@@ -1,0 +1,218 @@
+"""Rows of clips -> means with intervals: bootstrap, paired differences, several training seeds. NumPy alone; knows no metric.
+
+A row is a dict, as of clips.csv: clip_id, speaker, case (what was done to the input; '' or absent for nothing), gap_ms, system,
+metrics (number, text of one; None, '' or NaN where there is none), and perhaps start_s and end_s of the gap. An estimate is a dict:
+metric, mean, its 95 % interval low to high, the number n of values behind it and of those `missing`. "a above b" means that the
+whole interval of the paired difference a - b is above 0. Same input, same numbers.
+
+Letters: C clips.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+RESAMPLES = 2000
+IDENTITY = ("clip_id", "speaker", "case", "gap_ms", "system", "start_s", "end_s")  # what a row is of; all else was measured
+
+
+# ---- values ------------------------------------------------------------------------------------------------------------------
+
+
+def bootstrap_mean(values, n: int = RESAMPLES, seed: int = 0, groups=None) -> tuple[float, float, float]:
+    """(mean, low, high): the mean and its 95 % percentile bootstrap interval (Efron & Tibshirani 1993) from n resamples.
+
+    values (C,), one a clip; NaN is left out (`summarise` counts it). groups (C,): resamples groups (speakers), then the clips
+    of each one drawn, so that the interval speaks of speakers not heard. NaN for no values; ValueError for infinite ones.
+    """
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or np.isinf(values).any() or (groups is not None and np.shape(groups) != values.shape):
+        found = f"{values.shape} values, {np.isinf(values).sum()} of them infinite"
+        raise ValueError(f"bootstrap_mean: found {found}, groups {np.shape(groups)}; expected finite ones (C,), a group each")
+    known = ~np.isnan(values)
+    if not known.any():
+        return math.nan, math.nan, math.nan
+    parts = [values[known]]
+    if groups is not None:
+        labels = np.asarray(groups)[known]
+        parts = [values[known][labels == label] for label in sorted(set(labels.tolist()))]
+    low, high = np.percentile(_resampled_means(parts, n, np.random.default_rng(seed)), [2.5, 97.5])
+    return float(values[known].mean()), float(low), float(high)
+
+
+def _resampled_means(parts: list[np.ndarray], n: int, generator) -> np.ndarray:
+    """(n,) means of clips drawn with replacement from parts that were drawn with replacement."""
+    total, count = np.zeros((2, n))
+    drawn = generator.multinomial(len(parts), np.full(len(parts), 1 / len(parts)), size=n)  # how often each part
+    for part, times in zip(parts, drawn.T):
+        for repeat in range(times.max()):
+            rows = np.flatnonzero(times > repeat)
+            for some in np.array_split(rows, -(-len(rows) * len(part) // 4_000_000)):  # 32 MB at a time
+                total[some] += part[generator.integers(len(part), size=(len(some), len(part)), dtype=np.int32)].sum(1)
+            count[rows] += len(part)
+    return total / count
+
+
+def paired_difference(a, b, n: int = RESAMPLES, seed: int = 0, groups=None) -> tuple[float, float, float]:
+    """`bootstrap_mean` of a - b, (C,) each, over clips that have both."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"paired_difference: found {a.shape} and {b.shape} values, expected the same clips on both sides")
+    return bootstrap_mean(a - b, n, seed, groups)
+
+
+def number(cell) -> float:
+    """A cell of clips.csv as a number; NaN for None and ''."""
+    return math.nan if cell in (None, "") else float(cell)
+
+
+# ---- rows of one evaluation --------------------------------------------------------------------------------------------------
+
+
+def summarise(
+    rows: Sequence[dict], metrics: Sequence[str], pairs: Sequence[tuple[str, str]], *, by_speaker: bool = False
+) -> dict[str, list[dict]]:
+    """{"table": a mean of each case, gap length, system and metric, "paired": a - b of each pair of systems}, with intervals.
+
+    by_speaker resamples speakers first: for speakers not trained on. `missing` counts the rows (in pairs: shared clips) without a
+    value; a metric without any is left out. ValueError for two rows of the same clip, case, gap length and system. Order: case as
+    it appears, gap length, system as it appears, metric.
+    """
+    cells = _cells(rows)
+    systems = list(dict.fromkeys(system for _, _, system in cells))
+    summary: dict = {"table": [], "paired": []}
+    for case, g in _places(cells):
+        place = {"case": case, "gap_ms": g}
+        for s in systems:
+            entries = _estimates(cells.get((case, g, s), {}), None, metrics, by_speaker)
+            summary["table"] += [{**place, "system": s, **e} for e in entries]
+        for a, b in pairs:
+            sides = (cells.get((case, g, s), {}) for s in (a, b))
+            summary["paired"] += [{**place, "a": a, "b": b, **e} for e in _estimates(*sides, metrics, by_speaker)]
+    return summary
+
+
+def _cells(rows: Sequence[dict]) -> dict[tuple[str, int, str], dict[str, dict]]:
+    """(case, gap_ms, system) -> clip_id -> row, in the order of appearance."""
+    cells: dict = {}
+    for row in rows:
+        cell = (row.get("case") or "", int(row["gap_ms"]), row["system"])
+        if cells.setdefault(cell, {}).setdefault(row["clip_id"], row) is not row:
+            where = ", ".join([row["clip_id"], *filter(None, cell[:1]), f"{cell[1]} ms", cell[2]])
+            raise ValueError(f"two rows of {where}; expected one")
+    return cells
+
+
+def _places(cells) -> list[tuple[str, int]]:
+    """(case, gap_ms) of cells: cases as they appear, gap lengths ascending."""
+    cases = list(dict.fromkeys(case for case, *_ in cells))
+    return sorted({(case, gap_ms) for case, gap_ms, *_ in cells}, key=lambda place: (cases.index(place[0]), place[1]))
+
+
+def _estimates(of: dict, minus: dict | None, metrics, by_speaker: bool) -> Iterator[dict]:
+    """An estimate of each metric that has values, of clips (id -> row), or of their difference from other rows."""
+    clips = sorted(of if minus is None else of.keys() & minus.keys())
+    speakers = [of[clip]["speaker"] for clip in clips] if by_speaker else None
+    for metric in metrics:
+        values = np.array([number(of[clip].get(metric)) for clip in clips])
+        if minus is not None:
+            values -= [number(minus[clip].get(metric)) for clip in clips]
+        missing = int(np.isnan(values).sum())
+        if missing < len(clips):
+            mean, low, high = bootstrap_mean(values, groups=speakers)
+            yield {"metric": metric, "mean": mean, "low": low, "high": high, "n": len(clips) - missing, "missing": missing}
+
+
+def reach(pairs: Sequence[dict], metric: str, *, less_is_better: bool = True) -> list[dict]:
+    """Up to which gap length a is above b: {"a", "b", "gap_ms"} of each pair in summarise's "paired", in their order.
+
+    gap_ms is the longest length at which, and at all shorter ones measured, the whole interval is on the better side of 0; 0 where
+    that isn't so at the shortest. Of the case '' alone.
+    """
+    sign, found = (-1 if less_is_better else 1), {}
+    plain = [e for e in pairs if e["metric"] == metric and not e["case"]]
+    for e in sorted(plain, key=lambda e: e["gap_ms"]):
+        own = found.setdefault((e["a"], e["b"]), {"gap_ms": 0, "ended": False})
+        own["ended"] |= min(sign * e["low"], sign * e["high"]) <= 0
+        own["gap_ms"] = own["gap_ms"] if own["ended"] else e["gap_ms"]
+    named = dict.fromkeys((e["a"], e["b"]) for e in plain)
+    return [{"a": a, "b": b, "gap_ms": found[a, b]["gap_ms"]} for a, b in named]
+
+
+# ---- rows of several evaluations ---------------------------------------------------------------------------------------------
+
+
+def paired(rows_a: Sequence[dict], rows_b: Sequence[dict], metrics: Sequence[str], *, by_speaker: bool = False) -> list[dict]:
+    """a - b of every case, gap length and metric that both have, over the clips of both: estimates with case, gap_ms, unshared.
+
+    rows_a and rows_b are one system's each, of two evaluations perhaps; what the system is called doesn't matter. `unshared` counts
+    the clips of one side alone. ValueError for two rows of the same clip, case and gap length, where a clip's gap isn't the same
+    on both sides, and where the two have no clip in common.
+    """
+    a, b = (_of_one(rows, name) for rows, name in ((rows_a, "a"), (rows_b, "b")))
+    if not any(a[place].keys() & b.get(place, {}).keys() for place in a):
+        raise ValueError(f"rows of {sorted(a)} and {sorted(b)} (case, gap_ms) share no clip; compare evaluations of the same split")
+    found = []
+    for case, g in (place for place in a if place in b):
+        of, minus = a[case, g], b[case, g]
+        for clip in sorted(of.keys() & minus.keys()):
+            _check_same(of[clip], minus[clip])
+        more = {"unshared": len(of.keys() ^ minus.keys())}
+        found += [{"case": case, "gap_ms": g, **e, **more} for e in _estimates(of, minus, metrics, by_speaker)]
+    return found
+
+
+def _of_one(rows: Sequence[dict], name: str) -> dict[tuple[str, int], dict[str, dict]]:
+    """(case, gap_ms) -> clip_id -> row of the rows of one system, ordered as in `summarise`."""
+    if len(systems := {row["system"] for row in rows}) > 1:
+        raise ValueError(f"rows {name} hold {len(systems)} systems ({', '.join(sorted(systems))}); expected those of one")
+    cells = {(case, gap_ms): clips for (case, gap_ms, _), clips in _cells(rows).items()}
+    return {place: cells[place] for place in _places(cells)}
+
+
+def _check_same(row: dict, other: dict) -> None:
+    """ValueError where two rows of a clip say that they are of another gap or speaker."""
+    for key in ("start_s", "end_s", "speaker"):
+        if str(row.get(key, "")) != str(other.get(key, "")):
+            which = f"{row['clip_id']}, {row['gap_ms']} ms"
+            raise ValueError(f"{which}: {key} is {row.get(key)} on one side, {other.get(key)} on the other; compare the same gaps")
+
+
+def mean_rows(runs: Sequence[Sequence[dict]], metrics: Sequence[str]) -> list[dict]:
+    """Rows of the same system trained with several seeds -> one row a clip, case and gap length: the means over the seeds.
+
+    A metric is NaN where any seed lacks it. For `paired` between systems of several seeds each, and for `summarise`. ValueError
+    unless all seeds have the same clips, gaps and speakers, and rows of one system each.
+    """
+    seeds = [_of_one(rows, f"of run {i + 1}") for i, rows in enumerate(runs)]
+    if not seeds or any({p: c.keys() for p, c in s.items()} != {p: c.keys() for p, c in seeds[0].items()} for s in seeds):
+        sizes = ", ".join(str(sum(map(len, s.values()))) for s in seeds) or "none"
+        raise ValueError(f"rows of {len(seeds)} runs: {sizes}; expected one run or more, all with the same clips, cases and gaps")
+    found = []
+    for place, clips in seeds[0].items():
+        for clip, first in clips.items():
+            same = [s[place][clip] for s in seeds]
+            for row in same[1:]:
+                _check_same(first, row)
+            means = {m: float(np.mean([number(row.get(m)) for row in same])) for m in metrics}
+            found.append({k: first[k] for k in IDENTITY if k in first} | means)
+    return found
+
+
+def over_seeds(runs: Sequence[Sequence[dict]], metrics: Sequence[str], *, by_speaker: bool = False) -> list[dict]:
+    """Estimates of `mean_rows`, with case, gap_ms, the number of seeds, and the least and the most of the seeds' own means.
+
+    The interval is over clips, of their means over seeds: it speaks of other clips, not of other seeds, of which a handful can't
+    tell; how far those lie apart is least to most. All are of the clips that every seed has a value of.
+    """
+    means, found = _of_one(mean_rows(runs, metrics), ""), []
+    seeds = [_of_one(rows, "") for rows in runs]
+    for (case, g), clips in means.items():
+        for e in _estimates(clips, None, metrics, by_speaker):
+            known = [clip for clip in sorted(clips) if not math.isnan(clips[clip][e["metric"]])]
+            own = [float(np.mean([number(s[case, g][clip][e["metric"]]) for clip in known])) for s in seeds]
+            found.append({"case": case, "gap_ms": g, **e, "seeds": len(seeds), "least": min(own), "most": max(own)})
+    return found
