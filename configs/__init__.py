@@ -153,7 +153,7 @@ def _read(field: str, text: str, now):
             return type(now)(value)
     except (ValueError, SyntaxError, TypeError):
         pass
-    raise ConfigError(f"config.{field}: found {text!r}, expected {type(now).__name__} such as {now!r}")
+    raise ConfigError(f"config.{field}: found {text!r}, expected {type(now).__name__} such as {(1, 2) if now == () else now!r}")
 
 
 def _nearest(word: str, known: list[str]) -> str:

@@ -225,7 +225,7 @@ def test_a_baseline_of_other_gaps_is_refused(runs):
         evaluate.evaluate(eval_config(gap_ms="300,", examples=0), copy, baseline=runs / "baseline")
 
 
-@pytest.mark.parametrize("suite", ["robustness", "streams", "multigap"])
+@pytest.mark.parametrize("suite", ["streams", *(pytest.param(s, marks=pytest.mark.slow) for s in ("robustness", "multigap"))])
 def test_a_suite_has_a_row_for_every_case(runs, suite):
     """Of one clip: what a case leaves untouched is not scored again."""
     from avsi_jax import suites
@@ -244,7 +244,7 @@ def test_a_suite_has_a_row_for_every_case(runs, suite):
         assert len(set(error.values())) > len(error) / 2, "what the network is given differs from case to case"
 
 
-@pytest.mark.parametrize("protocol", ["peer", "paper"])
+@pytest.mark.parametrize("protocol", ["peer", pytest.param("paper", marks=pytest.mark.slow)])
 def test_the_other_protocols_run_and_say_whose_they_are(runs, protocol):
     copy = runs / f"protocol_{protocol}"
     shutil.copytree(runs / "system", copy)

@@ -140,6 +140,7 @@ def test_a_step_to_nowhere_can_be_replayed(run, victim, tiny_dir, quickly, capsy
     assert before == content_of(run), "a replay writes nothing"
 
 
+@pytest.mark.slow
 def test_a_replay_that_debugs_ends_at_the_operation(run, victim, tiny_dir, quickly, monkeypatch, capsys):
     """config.debug_nans: the steps on the way are those of a training that debugs, not mapped; all is told as without it, and then
     where in the code the first NaN came from.
