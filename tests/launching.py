@@ -5,7 +5,6 @@ The loops, signals and files of the scripts are real.
 
 import shlex
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -103,11 +102,10 @@ class Place:
         return [call.split("\x1f")[:-1] for call in text.split("\x1e")[:-1]]
 
     def start(self, script: str, *args: str, **env: str) -> subprocess.Popen:
-        command = ["bash", str(LAUNCH / script), *map(str, args)]
         # bash can't trap a signal that it was started to ignore, as SIGINT is where the tests run in the background.
-        heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        command = ["env", "--default-signal=INT", "bash", str(LAUNCH / script), *map(str, args)]
         return subprocess.Popen(command, env=self.env | env, cwd=self.folder, text=True, stdin=subprocess.DEVNULL,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed)  # fmt: skip
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
     def run(self, script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
         process = self.start(script, *args, **env)
