@@ -11,6 +11,8 @@ import json
 import re
 from pathlib import Path
 
+from results_page import flipped, row, show
+
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 HOME = DOCS / "results" / "long"
 METRICS = (  # name in summary.json, heading, digits
@@ -68,22 +70,6 @@ def paired(summary: dict) -> list[str]:
     out = [f"**Gain of {summary['system']} in the gap, dB of predicted log-mel, paired (above 0: better)**\n"]
     out += [row(["gap ms", *(f"over {o}" for o in others)]), row(["---:"] * (len(others) + 1))]
     return [*out, *(row([g, *(show(cell.get((g, o)), 2) for o in others)]) for g in summary["gap_ms"]), ""]
-
-
-def flipped(entry: dict) -> dict:
-    """a - b as b - a."""
-    return {**entry, "mean": -entry["mean"], "low": -entry["high"], "high": -entry["low"]}
-
-
-def show(entry: dict | None, digits: int) -> str:
-    if entry is None:
-        return ""
-    missing = f" ({entry['missing']} not computable)" if entry.get("missing") else ""
-    return f"{entry['mean']:.{digits}f} [{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]{missing}"
-
-
-def row(cells: list) -> str:
-    return "| " + " | ".join(str(c) for c in cells) + " |"
 
 
 def trainings(summaries: dict) -> str:
