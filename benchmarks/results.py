@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,14 +105,19 @@ def add(name: str, workdir: Path) -> None:
         place = {k: summary[k] for k in ("protocol", "split")}
         with (folder / "clips.csv").open(newline="") as file:
             found = [{**{k: shortened(r.get(k, "")) for k in COLUMNS}, **place} for r in csv.DictReader(file)]
-        rows += [r for r in found if r["kind"] in ("system", "other_video")]
+        rows += [r for r in found if r["kind"] == "system" or (r["kind"] == "other_video" and r["protocol"] == "waveform")]
         references += [r for r in found if r["kind"] in REFERENCES]
-        evaluations["-".join(place.values())] = {k: summary.get(k, "") for k in KEPT}
+        evaluations["-".join(place.values())] = {k: summary.get(k, "") for k in KEPT} | {"command": nowhere(summary["command"])}
     facts = training_facts(workdir) | {"evaluations": evaluations}
     write_csv(HOME / f"{name}.csv", rows)
     (HOME / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
     write_csv(HOME / f"references-{facts['config']['preset']}.csv", references)
     print(HOME / f"{name}.json")
+
+
+def nowhere(command: str) -> str:
+    """A command less the folders of one machine."""
+    return re.sub(r"--(workdir|config\.data_dir|config\.judge)=\S+", lambda m: f"--{m[1]}={m[1].split('.')[-1].upper()}", command)
 
 
 def shortened(cell: str) -> str:
