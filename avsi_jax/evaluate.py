@@ -11,6 +11,7 @@ import argparse
 import datetime
 import json
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -226,6 +227,8 @@ def is_stale(folder: Path, config, workdir: Path) -> str:
     if not (folder / "summary.json").is_file():
         return "none"
     summary = json.loads((folder / "summary.json").read_text())
+    if config.judge and not summary.get("judge"):
+        return "was heard by no judge, expected one as in config.judge"
     was, now = summary["runs"][summary["system"]]["step"], step_of(workdir, config.checkpoint)
     return "" if was == now else f"is of step {was}, checkpoint {config.checkpoint!r} is of {now} now"
 
@@ -277,7 +280,8 @@ def write_examples(folder: Path, chosen, clips, cases, protocol, sources: dict, 
     """Sounds of the chosen clips by every restorer of `sources` (its systems), and what the report needs to show them."""
     from avsi_jax import restorations
 
-    (folder / "sounds").mkdir(exist_ok=True)
+    shutil.rmtree(folder / "sounds", ignore_errors=True)  # of an evaluation that this one replaces
+    (folder / "sounds").mkdir()
     examples = []
     for case in cases:
         here = {clip: why for clip, name, gap_ms, why in chosen if (name, gap_ms) == (case.name, case.gap_ms)}

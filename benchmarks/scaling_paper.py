@@ -46,7 +46,7 @@ READER_CLIPS_S = 1631  # docs/performance.md, "read batches": one process
 KERNEL_CYCLES = 381 + 458  # docs/tpu.md, benchmarks/pallas_lstm.py: bundles of a time step, forward and backward, 32 clips
 LAYERS, STEPS = 6, 149  # av_mtl_s2s
 TRAIN_CLIPS = 20_000  # docs/dataset.md: 25 speakers of about 1,000 clips train, 80 % of them
-UPDATES = 100 * (895 // 16)  # docs/results.md, configs/av_unified.py: 895 clips, batch 16, 100 epochs
+UPDATES = 100 * (895 // 16)  # docs/results_long.md, configs/av_unified.py: 895 clips, batch 16, 100 epochs
 
 # ---- formulas ------------------------------------------------------------------------------------------------------------------
 
@@ -307,7 +307,7 @@ def stops(systems: dict[str, Model]) -> list[dict]:
 
 
 def largest_batch(epochs: int = 100) -> int:
-    """The global batch at which as many epochs of all of Grid take as many steps as the trainings of docs/results.md took."""
+    """The global batch at which as many epochs of all of Grid take as many steps as the trainings of docs/results_long.md took."""
     return epochs * TRAIN_CLIPS // UPDATES
 
 
@@ -324,7 +324,7 @@ def summary(compiled: list[dict]) -> list[dict]:
         (
             "steps that learning needs",
             f"a global batch of {largest_batch()}: {largest_batch() // 32} chips of 32 clips",
-            f"100 epochs of {TRAIN_CLIPS:,} clips are {UPDATES:,} steps then, as many as the trainings of results.md took",
+            f"100 epochs of {TRAIN_CLIPS:,} clips are {UPDATES:,} steps then, as many as the trainings of results_long.md took",
             "paper",
         ),
         (

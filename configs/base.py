@@ -34,7 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.lip_layers = 0  # av_unified: layers that look at the lips alone, beside the direct way
     config.feedback = 0  # av_unified: after so many layers what was read by then is told to the layers after; 0: never
     config.dropout = 0.0  # of the values after each layer
-    config.output = "linear"  # of the audio-visual systems; relu is the paper's code, and leaves bands dead (docs/results.md)
+    config.output = "linear"  # of the audio-visual systems; relu is the paper's code, and leaves bands dead (docs/results_long.md)
     config.lstm = "auto"  # separate (CPU), joined (GPU, TPU), cudnn (NVIDIA, float32), auto
     config.dtype = "float32"  # of the LSTMs' products; bfloat16: added up in float32, parameters and state stay float32
 
@@ -81,7 +81,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.accumulate = 1
     config.epochs = 200  # at most
     config.learning_rate = 1e-3  # Adam
-    # Largest global norm of the gradient, 0: not clipped. The paper does not clip; one burst stalled its CTC (docs/results.md).
+    # Largest global norm of the gradient, 0: not clipped. The paper does not clip; one burst stalled it (docs/results_long.md).
     config.clip_norm = 1.0
     # Decay of a running mean of the parameters, which validation, evaluation and repair then use, e.g. 0.999; 0: there is none.
     config.ema = 0.0

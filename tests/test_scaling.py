@@ -158,7 +158,7 @@ def test_what_is_compiled_fits_the_network(tables):
     """Gradients of every parameter, in two sums over all chips, whatever their number."""
     rows = tables.rows_of(tables.part(tables.PAGE.read_text(), "compiled"))
     assert rows and {r["all-reduces"] for r in rows} == {2}
-    parameters = {"av_mtl_s2s": 8_148_802}  # docs/results.md
+    parameters = {"av_mtl_s2s": 8_148_802}  # docs/systems.md
     for row in rows:
         if row["system"] in parameters:
             assert 4 * parameters[row["system"]] <= 1e6 * row["MB reduced"] + 5e3 < 4 * parameters[row["system"]] + 10e3
