@@ -40,8 +40,8 @@ def make_model(config):
 
 
 def standardised(config) -> tuple[str, ...]:
-    """What is standardised by statistics of the train split: 'level' of a preset on a log level, 'motion' where config.motion says
-    so and the system looks at it. The paper's own preset needs none.
+    """What is standardised by statistics of the train split: 'level' of a preset on a log level, or where config.levels says so;
+    'motion' where config.motion says so and the system looks at it. The paper's own preset and systems need none.
     """
     from avsi_jax import models, spec
 
@@ -50,8 +50,10 @@ def standardised(config) -> tuple[str, ...]:
     if config.motion == "standardised" and config.video_rate == "video":
         raise ValueError("config.motion: found 'standardised' at video_rate='video', but its statistics are of the audio rate; "
                          "expected 'pixels' or 'pose'")  # fmt: skip
+    if config.levels not in ("preset", "standardised"):
+        raise ValueError(f"config.levels: found {config.levels!r}, expected 'preset' or 'standardised'")
     wanted = {
-        "level": spec.get(config.preset).level == "log",
+        "level": config.levels == "standardised" or spec.get(config.preset).level == "log",
         "motion": config.motion != "pixels" and models.get(config.system).uses_video,
     }
     return tuple(k for k, v in wanted.items() if v)
@@ -80,7 +82,8 @@ def make_feature_config(config, normalisation=None):
     given = tuple(k for k, scale in normalisation._asdict().items() if scale)
     if given != (wanted := standardised(config)):
         found, expected = (" and ".join(names) or "nothing" for names in (given, wanted))
-        raise ValueError(f"normalisation: found that of {found}, expected that of {expected}, by config.preset and config.motion")
+        by = "by config.preset, config.levels and config.motion"
+        raise ValueError(f"normalisation: found that of {found}, expected that of {expected}, {by}")
     return _feature_config(config, normalisation)
 
 

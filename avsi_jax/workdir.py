@@ -31,10 +31,10 @@ MAY_CHANGE = set(  # on a resume: what changes no number of a step that is done
     "debug_nans".split()
 )
 LATER_FIELDS = {  # of the config: what runs did that are older than the field
-    "motion": "pixels", "fidelity": "ours", "video_rate": "audio", "ctc_units": "characters", "mask_input": False,
-    "bottleneck_relu": True, "skip": False, "stack": 1, "lip_layers": 0, "feedback": 0, "dropout": 0.0, "dtype": "float32",
-    "accumulate": 1, "ema": 0.0, "checkpoint_seconds": 60.0, "pictures_every": 0, "watchdog_s": 60.0, "debug_nans": False,
-    "gaps": {"curriculum_steps": 0}, "loss": {"near_frames": 0},
+    "levels": "preset", "motion": "pixels", "fidelity": "ours", "video_rate": "audio", "ctc_units": "characters",
+    "mask_input": False, "bottleneck_relu": True, "skip": False, "stack": 1, "lip_layers": 0, "feedback": 0, "dropout": 0.0,
+    "dtype": "float32", "accumulate": 1, "ema": 0.0, "checkpoint_seconds": 60.0, "pictures_every": 0, "watchdog_s": 60.0,
+    "debug_nans": False, "gaps": {"curriculum_steps": 0}, "loss": {"near_frames": 0},
     "augment": dict.fromkeys("speed gain_db mirror stretch noise_px jitter_ms lose_video lose_sound trim".split(), 0.0),
 }  # fmt: skip
 

@@ -48,9 +48,9 @@ RUNS = {  # name -> config, and what else is said
     "av_mtl_s2s_1": ("av_mtl_s2s", IN_THE_GAP | {"seed": 1}),
     "av_mtl_s2s_2": ("av_mtl_s2s", IN_THE_GAP | {"seed": 2}),
     "morrone": ("morrone_av_mtl", {}),
-    "av_unified_paper": ("av_unified", {"preset": "paper"}),
-    "av_unified_paper_1": ("av_unified", {"preset": "paper", "seed": 1}),
-    "av_unified_paper_2": ("av_unified", {"preset": "paper", "seed": 2}),
+    "av_unified_paper": ("av_unified_paper", {}),
+    "av_unified_paper_1": ("av_unified_paper", {"seed": 1}),
+    "av_unified_paper_2": ("av_unified_paper", {"seed": 2}),
     "av_unified_wide": ("av_unified", {}),
 }
 SEEDS = {name: [name, f"{name}_1", f"{name}_2"] for name in ("av_mtl_s2s", "av_unified_paper")}

@@ -10,6 +10,7 @@ def get_config():
     config = base.get_config()
     config.system = "asr"
     config.preset = "wide"
+    config.levels = "standardised"
     config.ctc_units = "phones"
     config.validation_split = "validation_seen"  # the speakers that it judges
     config.stack = 2  # 50 steps a second

@@ -10,6 +10,7 @@ def get_config():
     config = base.get_config()
     config.system = "av_unified"
     config.preset = "wide"
+    config.levels = "standardised"
     config.motion = "pose"
     config.ctc_units = "phones"
     config.mask_input = True

@@ -18,6 +18,9 @@ def get_config() -> ml_collections.ConfigDict:
     # What is trained.
     config.system = "av_mtl_s2s"  # a name of avsi_jax.models.SYSTEMS
     config.preset = "paper"  # signal preset of avsi_jax.spec: paper (8 kHz, 64 mel), wide (16 kHz, 80 mel), morrone
+    # preset: levels as the preset has them, in [0, 1] at paper, standardised by the train split at wide and morrone;
+    # standardised: at every preset, so that loss.ctc weighs the same everywhere.
+    config.levels = "preset"
     config.landmarks = "face"  # face: all 68 points, the paper's code; mouth: its text
     # pixels: motion as the paper's code; standardised: the same by mean and deviation of the train split; pose: place and motion
     # of the face turned level, in eye distances, standardised.

@@ -20,12 +20,12 @@ def stack(inputs, units=256, layers=3):
 
 
 def unified(c):
-    """av_unified as its config has it: 80 bands, 68 positions and speeds, and whether they are seen."""
-    lips, u = 4 * 68 + 1, c.units
-    joined = c.stack * (80 + c.mask_input) + lips + 2 * u * (c.lip_layers > 0)
+    """av_unified as its config has it: bands, 68 positions and speeds, and whether they are seen."""
+    lips, u, bands = 4 * 68 + 1, c.units, {"wide": 80, "paper": 64}[c.preset]
+    joined = c.stack * (bands + c.mask_input) + lips + 2 * u * (c.lip_layers > 0)
     layers = stack(lips, u, c.lip_layers) + stack(joined, u, c.feedback) + dense(33, 2 * u) * (c.feedback > 0)
     layers += stack(2 * u if c.feedback else joined, u, c.layers - c.feedback)
-    return layers + dense(2 * u, c.stack * 80) + dense(2 * u, 33)
+    return layers + dense(2 * u, c.stack * bands) + dense(2 * u, 33)
 
 
 def convolutions(c):
@@ -50,6 +50,7 @@ BY_HAND = {
     "v_s2s": stack(136) + stack(512) + dense(512, 64),
     "morrone_av_mtl": stack(257 + 136, 250) + dense(500, 257) + dense(500, 33),
     "av_unified": unified(configs.load("av_unified")),
+    "av_unified_paper": unified(configs.load("av_unified_paper")),
     "asr": convolutions(configs.load("asr")),
 }
 PUBLISHED = {"a_si": 3_840_064, "av_si": 4_118_592, "av_s2s": 8_843_328, "av_mtl_s2s": 8_148_802}  # of their Keras models

@@ -12,7 +12,7 @@ import pytest
 from avsi_jax import experiment, features, input_pipeline, spec, train, train_statistics, workdir
 from avsi_jax.train_statistics import StatisticsError
 
-WIDE, MORRONE = spec.get("wide"), spec.get("morrone")
+PAPER, WIDE, MORRONE = (spec.get(name) for name in ("paper", "wide", "morrone"))
 
 # ---- a dataset -----------------------------------------------------------------------------------------------------------------
 
@@ -55,10 +55,11 @@ def batch_of(records):
 
 
 @pytest.mark.parametrize("landmarks", ["face", "mouth"])
-@pytest.mark.parametrize("preset", [WIDE, MORRONE], ids=lambda s: s.name)
+@pytest.mark.parametrize("preset", [WIDE, MORRONE, PAPER], ids=lambda s: s.name)
 def test_the_train_split_is_standard_after_it(wide_config, data_dir, train_records, preset, landmarks):
     """Mean 0 and standard deviation 1: of every bin on the linear scale, of all bands together on the mel, of every coordinate."""
-    config = wide_config(preset=preset.name, landmarks=landmarks, system="av_mtl_s2s")
+    levels = "standardised" if preset is PAPER else "preset"
+    config = wide_config(preset=preset.name, levels=levels, landmarks=landmarks, system="av_mtl_s2s")
     normalisation = experiment.read_normalisation(config, input_pipeline.find_dataset(data_dir))
     feature_config = experiment.make_feature_config(config, normalisation)
     no_gap = np.zeros((len(train_records), 1, 2), np.int32)
@@ -78,6 +79,8 @@ def test_what_needs_no_statistics_reads_none(tiny_config, tmp_path):
         assert experiment.read_normalisation(tiny_config(**fields), tmp_path / "nowhere") == features.Normalisation()
     with pytest.raises(ValueError, match="config.motion: found 'pixel', expected 'pixels', 'standardised' or 'pose'"):
         experiment.read_normalisation(tiny_config(motion="pixel"), tmp_path)
+    with pytest.raises(ValueError, match="config.levels: found 'db', expected 'preset' or 'standardised'"):
+        experiment.read_normalisation(tiny_config(levels="db"), tmp_path)
     with pytest.raises(ValueError, match="found that of nothing, expected that of level and motion"):
         experiment.make_feature_config(tiny_config(preset="wide", motion="standardised"))
 
