@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import resource
 import shutil
 import sys
@@ -30,10 +31,13 @@ PAIRED = ("baseline", "interpolation", "other_video")  # kinds that the system i
 OTHER_VIDEO_IN = ("lengths", "unseen", "multigap")  # suites that have a row for the lips of another clip
 
 
-def evaluate(config, workdir: Path, *, baseline: Path | None = None, overwrite: bool = False, command: str = "") -> Path:
+def evaluate(
+    config, workdir: Path, *, baseline: Path | None = None, raw: Path | None = None, overwrite: bool = False, command: str = ""
+) -> Path:
     """Evaluates the run in `workdir`, beside what `baseline`'s own evaluation found; returns the folder of the results.
 
-    The baseline is evaluated first where it hasn't been. ValueError and OSError say what can't be done.
+    The baseline is evaluated first where it hasn't been. raw: the clips' videos, for suites that paint on them.
+    ValueError and OSError say what can't be done.
     """
     from avsi_jax import input_pipeline, intervals, metrics, protocols, references, report, restorations, suites
     from avsi_jax.restore import Restorer
@@ -51,13 +55,19 @@ def evaluate(config, workdir: Path, *, baseline: Path | None = None, overwrite: 
         )
     if config.suite in suites.NEED_VIDEO and not restorer.system.uses_video:
         raise ValueError(f"config.suite={config.suite}: {restorer.name} sees no lips; expected a system that does")
-    other = baseline_rows(config, Path(baseline), restorer, overwrite) if baseline else None
+    if config.suite in suites.NEED_RAW and not raw:
+        raise ValueError(f"config.suite={config.suite} paints on the pictures; expected --raw=DIR with the videos of the dataset")
+    other = baseline_rows(config, Path(baseline), restorer, raw, overwrite) if baseline else None
     dataset = input_pipeline.find_dataset(
         config.data_dir or restorer.config.data_dir, config.builder_config or restorer.config.builder_config
     )
     records = input_pipeline.Records(dataset, config.split, mouth=False)
     clips = restorations.Clips(records, restorations.chosen_clips(records, config.max_clips))
     cases = protocol.cases or tuple(suites.SUITES[config.suite](config.gap_ms or protocol.gap_ms))
+    if config.suite in suites.NEED_RAW:
+        began = time.monotonic()
+        tell = lambda done, of: tick(done, of, began, "painted clips tracked")
+        clips.hide(Path(raw), cases, protocol, config.workers or os.cpu_count() or 1, tell)
     judge = find_judge(config)
     systems = lineup(restorer, config.suite)
 
@@ -191,7 +201,7 @@ def find_judge(config):
 # ---- another run ---------------------------------------------------------------------------------------------------------------
 
 
-def baseline_rows(config, baseline: Path, restorer, overwrite: bool) -> tuple[dict, list[dict]]:
+def baseline_rows(config, baseline: Path, restorer, raw: Path | None, overwrite: bool) -> tuple[dict, list[dict]]:
     """({"name", "kind", "run"}, its rows) of the baseline's own evaluation of the same clips, made where there is none.
 
     One of another checkpoint than it has today is made again where `overwrite` allows it, else refused.
@@ -211,7 +221,7 @@ def baseline_rows(config, baseline: Path, restorer, overwrite: bool) -> tuple[di
         raise ValueError(f"--baseline: {folder} {stale}; take --overwrite to make it again")
     if stale:
         print(f"{baseline} is evaluated first", file=sys.stderr)
-        evaluate(config, baseline, overwrite=True, command=f"for a baseline of {restorer.name}")
+        evaluate(config, baseline, raw=raw, overwrite=True, command=f"for a baseline of {restorer.name}")
     summary = json.loads((folder / "summary.json").read_text())
     own = summary["system"]
     rows = [r for r in references.read(folder / "clips.csv") if r["kind"] == "system"]
@@ -334,14 +344,14 @@ def versions() -> dict[str, str]:
     return {p: importlib.metadata.version(p) for p in ("jax", "numpy", "pesq", "pystoi", "librosa", "soxr", "jiwer")}
 
 
-def tick(done: int, total: int, began: float) -> None:
+def tick(done: int, total: int, began: float, what: str = "sounds scored") -> None:
     """One line that rewrites itself on a terminal; every 100th sound elsewhere."""
     live = sys.stderr.isatty()
     if live or done == total or done % 100 == 0:
         speed = done / (time.monotonic() - began)
         end = "\r" if live and done < total else "\n"
         print(
-            f"scored {done}/{total} sounds, {speed:.1f} a second, {(total - done) / speed:.0f} s left ",
+            f"{done}/{total} {what}, {speed:.1f} a second, {(total - done) / speed:.0f} s left ",
             end=end,
             file=sys.stderr,
             flush=True,
@@ -355,6 +365,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", default="eval", help="a name or a .py file; default %(default)s")
     parser.add_argument("--workdir", help="the run to evaluate")
     parser.add_argument("--baseline", help="another run at the same preset, shown beside it with paired differences")
+    parser.add_argument("--raw", help="folder of the dataset's videos, for config.suite=occlusion, which paints on them")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation of the same split and protocol")
     parser.epilog = (
         "Fields: --config.FIELD=VALUE, e.g. --config.split=test --config.suite=robustness --config.protocol=peer "
@@ -366,7 +377,9 @@ def main(argv: list[str] | None = None) -> int:
         if not known.workdir:
             raise ValueError("no --workdir given; expected the folder of a training")
         command = "avsi-evaluate " + " ".join(sys.argv[1:] if argv is None else argv)
-        folder = evaluate(config, Path(known.workdir), baseline=known.baseline, overwrite=known.overwrite, command=command)
+        folder = evaluate(
+            config, Path(known.workdir), baseline=known.baseline, raw=known.raw, overwrite=known.overwrite, command=command
+        )
         print(folder / "report.html")
     except (ValueError, OSError) as error:
         print(f"avsi-evaluate: {error}", file=sys.stderr)

@@ -48,6 +48,7 @@ class Inpainter:
     def __init__(self, restorer: Restorer):
         self.restorer = restorer
         self._tracker = None
+        self._mouth_seen = None
 
     @classmethod
     def from_workdir(cls, workdir: str | Path, which: str = "best") -> Inpainter:
@@ -82,7 +83,7 @@ class Inpainter:
         """The pictures' side of a raw batch for the whole clip (landmarks at an even rate, on the sound's clock), and warnings."""
         import numpy as np
 
-        from avsi_jax import landmarks, media
+        from avsi_jax import landmarks, media, visibility
 
         system = self.restorer.system
         still, never = np.zeros((1, 68, 2), np.float32), np.zeros(1, bool)
@@ -102,6 +103,9 @@ class Inpainter:
             return unseen, ("no face in the pictures: repaired by the sound alone",)
         height, width = clip.pictures.rgb.shape[1:3]
         times, rate = clip.pictures.times, clip.pictures.fps
+        hidden = track.valid & ~(self._mouth_seen or visibility.mouth_seen)(clip.pictures.rgb, track.points)
+        if hidden.any():
+            track = track.without(hidden, "something hides the mouth")
         points, fps = at_even_rate(track.points, times, rate)
         valid = at_even_rate(track.valid.astype(np.float32), times, rate)[0] == 1
         lips = {"points": points, "valid": valid, "fps": fps, "lag_s": media.sound_lag_s(clip), "size": (width, height)}

@@ -67,6 +67,12 @@ class Track:
     valid: np.ndarray  # (T,) bool; False: not seen, interpolated or held
     warnings: tuple[str, ...]
 
+    def without(self, hidden: np.ndarray, why: str) -> Track:
+        """The track with the points of hidden (T,) pictures drawn from the others', where there are any; they are not valid."""
+        valid = self.valid & ~hidden
+        points = _fill(self.points, valid) if valid.any() else self.points
+        return Track(points, valid, (*self.warnings, f"{why} in {int(hidden.sum())} of {len(hidden)} pictures"))
+
 
 class FaceTracker:
     """Follows the largest face of a clip. Holds interpreters: one tracker a process, not for several threads."""
@@ -309,7 +315,7 @@ def _crop(picture: np.ndarray, square: np.ndarray, size: int):
 def _fill(points: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """(T, 68, 2) float32: frames not seen lie on the line between seen neighbours, or hold the nearest at the ends."""
     good, bad = np.flatnonzero(valid), np.flatnonzero(~valid)
-    flat = points.reshape(len(points), -1).astype(np.float32)
+    flat = points.reshape(len(points), -1).astype(np.float32, copy=True)
     if len(bad):
         line = functools.partial(np.interp, bad, good)
         flat[bad] = np.stack([line(column) for column in flat[good].T], 1)

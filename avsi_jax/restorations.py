@@ -6,11 +6,13 @@ Letters: B clips, G gaps, F frames, K bands, N samples.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from avsi_jax import gaps, input_pipeline, media, metrics, recognise, restore, stft, suites, text
+from avsi_jax import gaps, input_pipeline, media, metrics, occlusion, recognise, restore, stft, suites, text
 from avsi_jax.protocols import Protocol, lengths_of
 from avsi_jax.spec import RECORD_RATE
 from avsi_jax.suites import Case
@@ -56,6 +58,7 @@ class Clips:
         self.raw = {clip: records[i] for clip, i in place.items()}
         speakers = {clip: r["speaker"] for clip, r in self.raw.items()}
         self.donors = {"clip": other_clips(speakers), "speaker": other_speakers(speakers)}
+        self.hidden: dict[tuple, dict] = {}  # (gap_ms, family, value) -> clip id -> points, valid, mouth of its painted pictures
 
     def batches(self, size: int):
         ids = sorted(self.raw)
@@ -70,11 +73,40 @@ class Clips:
         for key in ("speaker", "text", "words"):
             batch[key] = [self.raw[c][key] for c in filled]
         batch["donors"] = {kind: self._pictures([of[c] for c in filled]) for kind, of in self.donors.items()}
+        batch["donors"] |= {key: _as_pictures([of[c] for c in filled], batch) for key, of in self.hidden.items()}
         return batch
+
+    def hide(self, raw: Path, cases: Sequence[Case], protocol: Protocol, num_workers: int, tick) -> None:
+        """Paints and tracks the videos below `raw` for the cases of suites.HIDDEN; what comes out goes into every later batch."""
+        videos = occlusion.find_videos(raw, self.raw)
+        keys = list(dict.fromkeys((c.gap_ms, c.family.removesuffix("_told"), c.value) for c in cases if c.family in suites.HIDDEN))
+        jobs = []
+        for clip in self.raw:
+            batch = self.batch([clip], 1)
+            changes = []
+            for gap_ms, family, value in keys:
+                pictures = value * float(batch["fps"][0]) / 1000
+                span = suites.around_gap(batch, protocol.place(batch, Case(gap_ms)), pictures)[0] if "covered" in family else (0, 0)
+                changes.append(((gap_ms, family, value), family, value, *span))
+            jobs.append((str(videos[clip]), batch["landmarks"][0, : batch["num_frames"][0]], clip, changes))
+        for clip, found in zip(self.raw, occlusion.track_all(jobs, num_workers, tick), strict=True):
+            for key, made in found.items():
+                self.hidden.setdefault(key, {})[clip] = made
 
     def _pictures(self, ids: list[str]) -> dict:
         batch = _stack([input_pipeline.to_example(self.raw[c]) for c in ids])
         return {k: batch[k] for k in VIDEO}
+
+
+def _as_pictures(found: list[tuple], batch: dict) -> dict:
+    """[(points (T, 68, 2), valid (T,), mouth (T,)), ...] -> arrays of the batch's own T."""
+    points, valid = batch["landmarks"].copy(), {k: np.zeros_like(batch["landmarks_valid"]) for k in ("landmarks_valid", "mouth")}
+    for b, (seen_at, *seen) in enumerate(found):
+        count = min(len(seen_at), points.shape[1])
+        points[b, :count], points[b, count:] = seen_at[:count], seen_at[count - 1]
+        for name, values in zip(valid, seen, strict=True):
+            valid[name][b, :count] = values[:count]
+    return {"landmarks": points, **valid}
 
 
 def _stack(examples: list[dict]) -> dict:

@@ -38,7 +38,7 @@ class Case(NamedTuple):
     @property
     def changes_references(self) -> bool:
         """Whether damaged sound, interpolation and ceiling are other ones than without the case."""
-        return self.family not in VIDEO
+        return self.family not in VIDEO | HIDDEN
 
 
 class Family(NamedTuple):
@@ -55,13 +55,23 @@ VIDEO = {
     "video_of": Family("lips of another clip of the speaker (1), of another speaker (2)", (1, 2)),
     "no_video": Family("no lips at all", (1,)),
 }
+HIDDEN = {  # painted on the pictures before the face is followed (occlusion.py); with `_told`, the mouth's flag is heeded
+    f"{family}{told}": Family(label + said, values)
+    for told, said in {"": "", "_told": "; told which pictures hide it"}.items()
+    for family, (label, values) in {
+        "covered_25": ("a hand over 25 % of the mouth, ms", (300, 600, 900)),
+        "covered_50": ("a hand over 50 % of the mouth, ms", (300, 600, 900)),
+        "covered_100": ("a hand over the whole mouth, ms", (300, 600, 900)),
+        "turned_deg": ("head turned by, degrees", (15, 30, 45)),
+    }.items()
+}
 SOUND = {"noise_db": Family("noise under the sound, dB of signal to noise", (20, 10, 0))}
 GAPS = {
     "gaps": Family("gaps that the lost time is cut into", (1, 2, 4, 8)),
     "whole_clip": Family("lips only: no sound at all", (1,)),
     "paper_gaps": Family("the paper's draw of gaps, at most", (8,)),
 }
-FAMILIES = VIDEO | SOUND | GAPS
+FAMILIES = VIDEO | HIDDEN | SOUND | GAPS
 
 
 def lengths(gap_ms: Sequence[int]) -> list[Case]:
@@ -82,15 +92,26 @@ def streams(gap_ms: Sequence[int]) -> list[Case]:
     return [*cases, Case(LONGEST_MS, "whole_clip", 1)]
 
 
+def occlusion(gap_ms: Sequence[int]) -> list[Case]:
+    """A hand stays for 300 ms, 600 ms, and the whole gap where that is longer."""
+    cases = []
+    for ms in gap_ms or (900,):
+        times = sorted({t for t in (300, 600, ms) if t <= ms})
+        cases += [Case(ms), *(Case(ms, k, v) for k, f in HIDDEN.items() for v in (f.values if "turned" in k else times))]
+    return cases
+
+
 SUITES: dict[str, Callable[[Sequence[int]], list[Case]]] = {
     "lengths": lengths,
     "multigap": multigap,
+    "occlusion": occlusion,
     "robustness": robustness,
     "streams": streams,
     "unseen": lengths,
 }
 UNSEEN_SPLIT = "test"  # the only split that `unseen` takes
-NEED_VIDEO = ("streams",)
+NEED_VIDEO = ("streams", "occlusion")
+NEED_RAW = ("occlusion",)
 
 
 # ---- the pictures --------------------------------------------------------------------------------------------------------------
@@ -99,8 +120,11 @@ NEED_VIDEO = ("streams",)
 def changed(batch: dict, gap: np.ndarray, case: Case, donors: dict[str, dict]) -> dict:
     """The raw batch as a network is given it in a case; arrays it shares with `batch` are not changed.
 
-    gap (B, G, 2) in record samples; donors: what stands in for the pictures, {'clip': arrays, 'speaker': arrays} of the same B.
+    gap (B, G, 2) in record samples; donors: what stands in for the pictures, {'clip': arrays, 'speaker': arrays} of the same B, and
+    for a case of HIDDEN {(gap_ms, family without _told, value): {landmarks, landmarks_valid, mouth}}.
     """
+    if case.family in HIDDEN:
+        return _hide(dict(batch), case, donors)
     return _CHANGES[case.family](dict(batch), gap, case.value, donors) if case.family in _CHANGES else batch
 
 
@@ -121,11 +145,25 @@ def _picture_at(batch: dict, samples: np.ndarray) -> np.ndarray:
 
 def _lose_frames(batch, gap, value, donors):
     """`value` pictures without a face around the middle of the gaps; the points between are drawn straight, as in a record."""
+    valid = batch["landmarks_valid"].copy()
+    for b, (first, last) in enumerate(around_gap(batch, gap, value)):
+        valid[b, first:last] = False
+    return batch | {"landmarks": _drawn_straight(batch["landmarks"], valid, batch["num_frames"]), "landmarks_valid": valid}
+
+
+def around_gap(batch: dict, gap: np.ndarray, pictures: float) -> list[tuple[int, int]]:
+    """[(first, last), ...] so many pictures of each clip around the middle of its gaps, as far as it has them."""
     middle = _picture_at(batch, (_first_sample(gap) + gap[..., 1].max(-1)) / 2)
-    points, valid = batch["landmarks"].copy(), batch["landmarks_valid"].copy()
-    for b, frames in enumerate(batch["num_frames"]):
-        first = int(np.clip(round(middle[b] - value / 2), 0, max(0, frames - value)))
-        valid[b, first : first + int(value)] = False
+    firsts = [
+        int(np.clip(round(m - pictures / 2), 0, max(0, n - pictures))) for m, n in zip(middle, batch["num_frames"], strict=True)
+    ]
+    return [(first, min(first + round(pictures), int(n))) for first, n in zip(firsts, batch["num_frames"], strict=True)]
+
+
+def _drawn_straight(points: np.ndarray, valid: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
+    """points (B, T, 68, 2) with those of pictures not valid (B, T) on the line between their neighbours, as in a record."""
+    points = points.copy()
+    for b, frames in enumerate(num_frames):
         known, all_ = np.flatnonzero(valid[b, :frames]), np.arange(frames)
         if not len(known):
             points[b] = points[b, 0]  # a face that nobody sees doesn't move
@@ -134,6 +172,16 @@ def _lose_frames(batch, gap, value, donors):
         straight = np.stack([np.interp(all_, known, flat[known, k]) for k in range(flat.shape[1])], -1)
         points[b, :frames] = straight.reshape(points[b, :frames].shape)
         points[b, frames:] = points[b, frames - 1]
+    return points
+
+
+def _hide(batch, case: Case, donors):
+    """What the tracker says of painted pictures; where it is told, pictures that hide the mouth show no face."""
+    found = donors[case.gap_ms, case.family.removesuffix("_told"), case.value]
+    points, valid = found["landmarks"], found["landmarks_valid"]
+    if case.family.endswith("_told"):
+        valid = valid & found["mouth"]
+        points = _drawn_straight(points, valid, batch["num_frames"])
     return batch | {"landmarks": points, "landmarks_valid": valid}
 
 

@@ -49,7 +49,8 @@ def load(name_or_path: str, overrides: Iterable[tuple[str, str]] = (), *, like: 
 PAPER_SYSTEMS = ("a_si", "av_si", "av_mtl_si", "av_s2s", "av_mtl_s2s")
 PAPER = {
     "preset": "paper", "levels": "preset", "landmarks": "face", "motion": "pixels", "video_rate": "audio",
-    "ctc_units": "characters", "mask_input": False, "layers": 3, "units": 256, "bottleneck_relu": True, "skip": False, "dropout": 0.0, "output": "relu",
+    "ctc_units": "characters", "mask_input": False,
+    "layers": 3, "units": 256, "bottleneck_relu": True, "skip": False, "dropout": 0.0, "output": "relu",
     "gaps.protocol": "paper", "gaps.max_count": 8, "gaps.total": "normal", "gaps.low_ms": 900.0, "gaps.high_ms": 300.0,
     "gaps.min_ms": 60.0, "gaps.curriculum_steps": 0,
     "augment.speed": 0.0, "augment.gain_db": 0.0, "augment.mirror": 0.0, "augment.stretch": 0.0, "augment.noise_px": 0.0,

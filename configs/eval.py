@@ -13,7 +13,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.split = "test_seen"  # test: unseen speakers
     config.protocol = "waveform"  # paper, peer: only to compare with their numbers (docs/evaluation.md)
     # lengths, multigap, streams (sound and lips, sound alone, lips alone), robustness (what pictures and sound may suffer),
-    # unseen (lengths, on split test).
+    # unseen (lengths, on split test), occlusion (a hidden mouth, a turned head; avsi-evaluate --raw=DIR).
     config.suite = "lengths"
     config.gap_ms = ()  # (): the suite's own, of lengths 300, 600, 900, 1200, 1500, 2000, 2500 and 3000, which is the whole clip
     config.checkpoint = "best"  # best (by validation), last, or a step

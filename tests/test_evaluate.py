@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import configs
-from avsi_jax import evaluate, restorations
+from avsi_jax import evaluate, occlusion, restorations
 
 GAP_MS = (300, 900)
 SYSTEMS = {  # name -> kind, in the order of the tables
@@ -225,14 +225,33 @@ def test_a_baseline_of_other_gaps_is_refused(runs):
         evaluate.evaluate(eval_config(gap_ms="300,", examples=0), copy, baseline=runs / "baseline")
 
 
-@pytest.mark.parametrize("suite", ["streams", *(pytest.param(s, marks=pytest.mark.slow) for s in ("robustness", "multigap"))])
-def test_a_suite_has_a_row_for_every_case(runs, suite):
+def moved_about(jobs, num_workers, tick):
+    """Stands in for `occlusion.track_all`: another face for every change, a hidden mouth in the pictures that are painted."""
+    found = []
+    for _, points, _, changes in jobs:
+        made = {}
+        for i, (key, _, _, first, last) in enumerate(changes):
+            mouth = np.ones(len(points), bool)
+            mouth[first:last] = False
+            made[key] = points + np.sin(np.arange(len(points)) * (i + 1))[:, None, None], np.ones_like(mouth), mouth
+        found.append(made)
+    return found
+
+
+SLOW_SUITES = ("robustness", "multigap", "occlusion")
+
+
+@pytest.mark.parametrize("suite", ["streams", *(pytest.param(s, marks=pytest.mark.slow) for s in SLOW_SUITES)])
+def test_a_suite_has_a_row_for_every_case(runs, suite, monkeypatch):
     """Of one clip: what a case leaves untouched is not scored again."""
     from avsi_jax import suites
 
     copy = runs / f"suite_{suite}"
     shutil.copytree(runs / "system", copy)
-    folder = evaluate.evaluate(eval_config(suite=suite, gap_ms="600,", max_clips=2, examples=1, batch_size=2), copy)
+    monkeypatch.setattr(occlusion, "find_videos", lambda raw, clips: {clip: raw / clip for clip in clips})
+    monkeypatch.setattr(occlusion, "track_all", moved_about)
+    chosen = eval_config(suite=suite, gap_ms="600,", max_clips=2, examples=1, batch_size=2)
+    folder = evaluate.evaluate(chosen, copy, raw=runs / "videos")
     rows = read(folder)
     mine = [(r["case"], int(r["gap_ms"])) for r in rows if r["kind"] == "system"]
     assert sorted(set(mine)) == sorted((c.name, c.gap_ms) for c in suites.SUITES[suite]((600,))) and len(mine) == 2 * len(set(mine))
@@ -295,6 +314,8 @@ def test_the_other_clip_is_the_speakers_next():
         (["--workdir={run}", "--config.split=tset"], "no split 'tset'"),
         (["--workdir={run}", "--config.protocol=papers"], "config.protocol: found 'papers', expected waveform or paper or peer"),
         (["--workdir={run}", "--config.protocol=paper", "--config.suite=multigap"], "config.protocol=paper draws its own gaps"),
+        (["--workdir={run}", "--config.suite=occlusion"], "expected --raw=DIR with the videos of the dataset"),
+        (["--workdir={run}", "--config.suite=occlusion", "--raw=nowhere"], "--raw=nowhere: no such folder"),
         (["--workdir={run}", "--config.protocol=peer", "--config.suite=multigap"], "config.protocol=peer has one gap a clip"),
         (["--workdir={run}", "--config.suite=unseen"], "found config.split=test_seen, expected test"),
         (["--workdir={run}", "--config.judge={run}", "--config.split=test"], "expected a recogniser"),

@@ -55,11 +55,15 @@ class MadeUpTracker:
         return landmarks.Track(points, np.ones(len(rgb), bool), ("half a face",))
 
 
+def all_seen(rgb, points):
+    return np.ones(len(rgb), bool)
+
+
 @pytest.fixture
 def by_made_up_lips(by_lips):
     """An audio-visual system that needs no face: pictures may be anything."""
     painter = inpaint.Inpainter(by_lips.restorer)
-    painter._tracker = MadeUpTracker()
+    painter._tracker, painter._mouth_seen = MadeUpTracker(), all_seen
     return painter
 
 
@@ -246,7 +250,7 @@ def test_the_lips_seen_are_those_of_the_moment(by_lips, fps, start_s, gap):
 
     watched = Watched(by_lips.restorer, [])
     painter = inpaint.Inpainter(watched)
-    painter._tracker = MadeUpTracker(lambda t: 1.0 * t)
+    painter._tracker, painter._mouth_seen = MadeUpTracker(lambda t: 1.0 * t), all_seen
     samples = voice(8.7, 16_000)
     clip = clip_of(samples, 16_000, num_pictures=round(8.7 * fps), fps=fps, start_s=start_s)
     painter.inpaint(clip, [gap])
@@ -256,6 +260,25 @@ def test_the_lips_seen_are_those_of_the_moment(by_lips, fps, start_s, gap):
     heard_s = first_s + np.arange(spec.num_frames) * 0.02
     expected = np.clip((heard_s - start_s) * fps, 0, round(8.7 * fps) - 1)
     np.testing.assert_allclose(found, expected, atol=0.02)
+
+
+def test_a_hidden_mouth_is_not_read(by_lips, by_made_up_lips):
+    """Its pictures are not valid, their points lie between those of the pictures beside, and a warning says how many."""
+    painter, hidden = by_made_up_lips, np.isin(np.arange(75), range(20, 30))
+    painter._tracker, painter._mouth_seen = MadeUpTracker(lambda t: 1.0 * t**2), lambda rgb, points: ~hidden
+    watched = Watched(by_lips.restorer, [])
+    painter.restorer = watched
+    clip = clip_of(voice(2.98, 16_000), 16_000, num_pictures=75)
+    repair = painter.inpaint(clip, [(0.8, 1.4)])
+    batch = watched.batches[0][0]
+    np.testing.assert_array_equal(batch["landmarks_valid"][0, :75], ~hidden)
+    straight = np.interp(np.arange(75), np.flatnonzero(~hidden), np.flatnonzero(~hidden) ** 2.0)
+    np.testing.assert_allclose(batch["landmarks"][0, :75, 0, 0], straight, rtol=1e-5)
+    assert repair.warnings == ("half a face", "something hides the mouth in 10 of 75 pictures")
+    painter._mouth_seen = lambda rgb, points: np.zeros(75, bool)
+    painter.inpaint(clip, [(0.8, 1.4)])
+    batch = watched.batches[-1][0]
+    assert not batch["landmarks_valid"].any() and np.isfinite(batch["landmarks"]).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------- refusals

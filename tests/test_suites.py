@@ -130,3 +130,38 @@ def test_another_clips_video_brings_all_of_the_pictures_side(batch):
     for b, clip in enumerate(ids):
         donor = ids.index(restorations.other_clips(dict.fromkeys(ids, "s30"))[clip])
         assert (after["landmarks"][b] == batch["landmarks"][donor]).all()
+
+
+# ---- painted pictures ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_hand_stays_as_long_as_the_gap_at_most():
+    times = {(c.gap_ms, c.value) for c in suites.occlusion((300, 900)) if c.family == "covered_50"}
+    assert times == {(300, 300), (900, 300), (900, 600), (900, 900)}
+    told = {(c.gap_ms, c.family.removesuffix("_told"), c.value) for c in suites.occlusion(()) if c.family.endswith("_told")}
+    assert told == {(c.gap_ms, c.family, c.value) for c in suites.occlusion(()) if c.family and not c.family.endswith("_told")}
+
+
+def test_pictures_around_the_gap_are_those_of_its_time(batch):
+    """The gap's middle on the pictures' clock: the sound lags it by offset_s."""
+    for b, (first, last) in enumerate(suites.around_gap(batch, GAP, 10)):
+        middle = (GAP[b].mean() / 16_000 - batch["offset_s"][b]) * batch["fps"][b]
+        assert last - first == 10 and abs((first + last) / 2 - middle) <= 0.5
+    assert suites.around_gap(batch, GAP, 500) == [(0, n) for n in batch["num_frames"]]
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_what_the_tracker_said_of_painted_pictures_takes_the_place_of_what_it_said_before(batch, told):
+    mouth = np.ones_like(batch["landmarks_valid"])
+    mouth[:, 20:30] = False
+    painted = {"landmarks": batch["landmarks"] + 3, "landmarks_valid": np.ones_like(mouth), "mouth": mouth}
+    given = batch | {"donors": batch["donors"] | {(900, "covered_50", 400): painted}}
+    case = Case(900, "covered_50" + "_told" * told, 400)
+    after = suites.changed(given, GAP, case, given["donors"])
+    np.testing.assert_array_equal(after["landmarks_valid"], mouth if told else np.ones_like(mouth))
+    for b, frames in enumerate(batch["num_frames"]):
+        seen = np.setdiff1d(np.arange(frames), np.arange(20, 30)) if told else np.arange(frames)
+        points = painted["landmarks"][b]
+        np.testing.assert_array_equal(after["landmarks"][b, seen], points[seen])
+        between = np.interp(np.arange(20, 30), [19, 30], points[[19, 30], 5, 0]) if told else points[20:30, 5, 0]
+        np.testing.assert_allclose(after["landmarks"][b, 20:30, 5, 0], between, rtol=1e-5)
