@@ -147,6 +147,7 @@ def track_all(jobs: list[tuple], num_workers: int, tick) -> list[dict]:
 
     ValueError for a video that is not the one of its record; tick(done, of all) after each.
     """
+    landmarks.load_models()  # says in one line what is missing, where a worker would end
     made: list = [None] * len(jobs)
     outcomes = workers.run(track, jobs, workers=num_workers, timeout_s=TIMEOUT_S, memory_mb=MEMORY_MB, start=_start)
     for done, outcome in enumerate(outcomes):
@@ -171,7 +172,7 @@ def track(video: str, points: np.ndarray, clip_id: str, changes: list[tuple]) ->
     """One job of `track_all`."""
     rgb = media.read_clip(video, sound=False).pictures.rgb
     if len(rgb) != len(points):
-        raise ValueError(f"{video}: found {len(rgb)} pictures, expected {len(points)} as in the dataset: another recording")
+        raise ValueError(f"{video}: found {len(rgb)} pictures, expected {len(points)} as in the dataset: another recording or rate")
     made = {}
     for key, family, value, first, last in changes:
         painted = paint(rgb, points, clip_id, family, first, last, value)

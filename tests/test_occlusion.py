@@ -97,7 +97,7 @@ def test_what_the_tracker_says_of_painted_pictures(video, points):
 
 
 def test_another_recording_is_refused(video, points):
-    with pytest.raises(ValueError, match="found 75 pictures, expected 70 as in the dataset: another recording"):
+    with pytest.raises(ValueError, match="found 75 pictures, expected 70 as in the dataset: another recording or rate"):
         occlusion.track(str(video), points[:70], "bbaz5s", [])
     with pytest.raises(ValueError, match=r"face points lie 30.* px from the dataset's; expected the same recording"):
         occlusion.track(str(video), points + 30, "bbaz5s", [("key", "covered_25", 400, FIRST, LAST)])
