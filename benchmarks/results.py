@@ -65,9 +65,9 @@ SPLITS = {"test_seen": "Speakers heard in training (test_seen)", "test": "Unseen
 
 
 def run(names: list[str], data_dir: str, runs: Path, judge: str) -> None:
-    """Trains and evaluates every run that has no committed summary; what is there of it is gone on with."""
+    """Trains and evaluates every run whose committed summary lacks something; what is there of it is gone on with."""
     for name in names or RUNS:
-        if (HOME / f"{name}.json").is_file():
+        if not missing(name):
             continue
         workdir = runs / name
         for command in commands(name, data_dir, workdir, judge):
@@ -78,16 +78,28 @@ def run(names: list[str], data_dir: str, runs: Path, judge: str) -> None:
     write()
 
 
+def missing(name: str) -> list[str]:
+    """Evaluations, PROTOCOL-SPLIT, that the committed summary of a run lacks."""
+    kept = HOME / f"{name}.json"
+    done = json.loads(kept.read_text())["evaluations"] if kept.is_file() else {}
+    return [f"{protocol}-{split}" for protocol in protocols_of(name) for split in SPLITS if f"{protocol}-{split}" not in done]
+
+
+def protocols_of(name: str) -> list[str]:
+    config, fields = RUNS[name]
+    preset = configs.load(config, [(k, str(v)) for k, v in fields.items()], like="base").preset
+    return [p for p in PROTOCOLS if p != "paper" or preset == "paper"]
+
+
 def commands(name: str, data_dir: str, workdir: Path, judge: str):
     """The training of a run, then its evaluations that aren't there."""
     config, fields = RUNS[name]
     where = [f"--workdir={workdir}", f"--config.data_dir={data_dir}"]
     yield ["avsi_jax.train", f"--config={config}", *where, *(f"--config.{k}={v}" for k, v in (COMMON | fields).items())]
-    preset = configs.load(config, [(k, str(v)) for k, v in fields.items()], like="base").preset
-    for protocol, gap_ms in PROTOCOLS.items():
+    for protocol in protocols_of(name):
+        gap_ms = PROTOCOLS[protocol]
         for split in SPLITS:
-            done = workdir / "eval" / f"{protocol}-{split}-lengths" / "summary.json"
-            if done.is_file() or (protocol == "paper" and preset != "paper"):
+            if (workdir / "eval" / f"{protocol}-{split}-lengths" / "summary.json").is_file():
                 continue
             told = {"protocol": protocol, "split": split, "gap_ms": gap_ms, "judge": judge, "examples": 2}
             yield ["avsi_jax.evaluate", *where, *(f"--config.{k}={v}" for k, v in told.items() if v)]
@@ -95,7 +107,8 @@ def commands(name: str, data_dir: str, workdir: Path, judge: str):
 
 def add(name: str, workdir: Path) -> None:
     """Copies what the tables need of each evaluation under `workdir` to docs/results/NAME.csv and .json."""
-    folders = sorted(f for f in (workdir / "eval").glob("*-lengths") if (f / "summary.json").is_file())
+    wanted = [workdir / "eval" / f"{protocol}-{split}-lengths" for protocol in PROTOCOLS for split in SPLITS]
+    folders = sorted(f for f in wanted if (f / "summary.json").is_file())
     if not folders:
         raise SystemExit(f"results: no evaluation in {workdir}; expected one made by avsi-evaluate --workdir={workdir}")
     HOME.mkdir(exist_ok=True)
@@ -111,7 +124,11 @@ def add(name: str, workdir: Path) -> None:
     facts = training_facts(workdir) | {"evaluations": evaluations}
     write_csv(HOME / f"{name}.csv", rows)
     (HOME / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
-    write_csv(HOME / f"references-{facts['config']['preset']}.csv", references)
+    kept_at, new = HOME / f"references-{facts['config']['preset']}.csv", {(r["protocol"], r["split"]) for r in references}
+    if kept_at.is_file():  # of protocols that this run wasn't evaluated by yet
+        with kept_at.open(newline="") as file:
+            references += [r for r in csv.DictReader(file) if (r["protocol"], r["split"]) not in new]
+    write_csv(kept_at, sorted(references, key=lambda r: (r["protocol"], r["split"])))
     print(HOME / f"{name}.json")
 
 

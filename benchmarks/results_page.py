@@ -34,6 +34,9 @@ def page() -> str:
     parts = ["# Results\n", (HOME / "notes.md").read_text().strip() + "\n"]
     if missing := [name for name in RUNS if name not in there]:
         parts.append(f"Not trained yet (`make table` does it): {', '.join(missing)}.\n")
+    if lacking := {name: lacks for name in there if (lacks := results.missing(name))}:
+        told = "; ".join(f"{name} ({', '.join(lacks)})" for name, lacks in lacking.items())
+        parts.append(f"Not evaluated yet: {told}.\n")
     for protocol in PROTOCOLS:
         for split, title in SPLITS.items():
             if section := of_split(there, protocol, split):
