@@ -75,6 +75,7 @@ def evaluate(
     kept_at = references.path_of(
         config.references, data=records.fingerprint(), clips=sorted(clips.raw), protocol=protocol.name, cases=cases,
         preset=restorer.config.preset, suite=config.suite, versions=versions(), judge=judge and judge.fingerprint,
+        columns=COLUMNS,
     )  # fmt: skip
     kept = references.read(kept_at)
 

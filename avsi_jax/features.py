@@ -117,11 +117,11 @@ def hear(batch: dict, gaps: jax.Array, config: FeatureConfig) -> Features:
 
 
 def hole_level(config: FeatureConfig) -> jax.Array:
-    """(1, 1, K or 1): what the paper's protocol leaves of a lost frame: silence; the mean spectrum where levels are standardised.
+    """(1, 1, K or 1): what the paper's protocol leaves of a lost frame: silence; on a log level the mean spectrum, Morrone's hole.
 
-    The latter is Morrone's hole: a network finds 0 there in both cases.
+    A network finds 0 there, unless it sees a 'db' level standardised: then silence, as in lost samples.
     """
-    scale = config.normalisation.level
+    scale = config.normalisation.level if config.spec.level == "log" else None
     return stft.along_last(np.float32(scale.mean if scale else [stft.silence_level(config.spec)]), 3)
 
 
