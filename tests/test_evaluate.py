@@ -315,7 +315,7 @@ def test_the_other_clip_is_the_speakers_next():
         (["--workdir={run}", "--config.protocol=papers"], "config.protocol: found 'papers', expected waveform or paper or peer"),
         (["--workdir={run}", "--config.protocol=paper", "--config.suite=multigap"], "config.protocol=paper draws its own gaps"),
         (["--workdir={run}", "--config.suite=occlusion"], "expected --raw=DIR with the videos of the dataset"),
-        (["--workdir={run}", "--config.suite=occlusion", "--raw=nowhere"], "--raw=nowhere: no such folder"),
+        (["--workdir={run}", "--config.suite=occlusion", "--config.split=test", "--raw=nowhere"], "--raw=nowhere: no such folder"),
         (["--workdir={run}", "--config.protocol=peer", "--config.suite=multigap"], "config.protocol=peer has one gap a clip"),
         (["--workdir={run}", "--config.suite=unseen"], "found config.split=test_seen, expected test"),
         (["--workdir={run}", "--config.judge={run}", "--config.split=test"], "expected a recogniser"),

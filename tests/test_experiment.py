@@ -102,7 +102,8 @@ def test_lost_sound_is_that_of_whole_clips(monkeypatch):
 
 @pytest.mark.parametrize("train", [True, False])
 def test_a_recogniser_hears_everything(monkeypatch, train):
-    config = config_of("asr", **{"preset": "paper", "augment.speed": 0.0, "augment.gain_db": 0.0, "augment.trim": 0.0})
+    plain = {"augment.speed": 0.0, "augment.gain_db": 0.0, "augment.trim": 0.0}
+    config = config_of("asr", **plain, preset="paper", levels="preset")
     assert not drawn(monkeypatch, config, train=train)[0].any()
 
 

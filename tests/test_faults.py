@@ -152,8 +152,10 @@ def test_a_disk_that_fills_up_in_a_save(run, tiny_dir):
     """The third epoch's checkpoint can't be written: one line with path and bytes, the two before it stay whole."""
     command = ["-c", LIMITED, 30_000, *arguments(run, tiny_dir, epochs=3)]
     (done,) = processes.run(command, processes=1, devices=4, timeout=200)
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("avsi-train: ")]
-    assert done.returncode == 2 and line.startswith(f"avsi-train: {run / 'checkpoints'}: checkpoint 6 of "), done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("avsi-train: ")]
+    assert done.returncode == 2 and len(lines) == 1, (done.returncode, done.stderr)
+    (line,) = lines
+    assert line.startswith(f"avsi-train: {run / 'checkpoints'}: checkpoint 6 of "), done.stderr
     assert "bytes could not be written" in line and "the checkpoints [2, 4] are kept" in line
     assert "avsi_jax/" not in done.stderr, "no traceback of ours; tensorstore's threads may say what they think"
     assert [find_fault(run / "checkpoints" / step) for step in ("2", "4")] == [None, None]
