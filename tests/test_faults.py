@@ -152,12 +152,10 @@ def test_a_disk_that_fills_up_in_a_save(run, tiny_dir):
     """The third epoch's checkpoint can't be written: one line with path and bytes, the two before it stay whole."""
     command = ["-c", LIMITED, 30_000, *arguments(run, tiny_dir, epochs=3)]
     (done,) = processes.run(command, processes=1, devices=4, timeout=200)
-    # Orbax's threads may write to the same line before it.
-    lines = [line[line.index("avsi-train: ") :] for line in done.stderr.splitlines() if "avsi-train: " in line]
-    assert done.returncode == 2 and len(lines) == 1, (done.returncode, done.stderr)
-    (line,) = lines
-    assert line.startswith(f"avsi-train: {run / 'checkpoints'}: checkpoint 6 of "), done.stderr
-    assert "bytes could not be written" in line and "the checkpoints [2, 4] are kept" in line
+    # Threads of Orbax write into the same line, before it and behind.
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert done.stderr.count(f"{run / 'checkpoints'}: checkpoint 6 of ") == 1, done.stderr[-3000:]
+    assert "bytes could not be written" in done.stderr and "the checkpoints [2, 4] are kept" in done.stderr
     assert "avsi_jax/" not in done.stderr, "no traceback of ours; tensorstore's threads may say what they think"
     assert [find_fault(run / "checkpoints" / step) for step in ("2", "4")] == [None, None]
     assert set_damaged_aside(run) == [] and Checkpoints(run, read_only=True).latest_step() == 4
