@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import vocoder as ceilings
 
 from avsi_jax import input_pipeline, restore, stft, vocoder
 from avsi_jax.spec import RECORD_RATE, get
-from benchmarks import vocoder as ceilings
 
 SPEC = get("wide")
 BINS = SPEC.n_fft // 2 + 1
@@ -227,6 +227,9 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=40)
     parser.add_argument("--gap_ms", default="300,900,1500")
     args = parser.parse_args()
+    needed = ("out",) if args.what == "train" else ("weights", "run")
+    if lacks := [name for name in needed if not getattr(args, name)]:
+        parser.error(f"{args.what}: no --{lacks[0]} given")
     if args.what == "train":
         train(args.data_dir, args.out, args.steps, args.batch_size)
     else:
