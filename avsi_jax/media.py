@@ -20,6 +20,9 @@ SOUND_SUFFIXES = (".wav", ".flac")
 MAX_PICTURE_BYTES = 6 * 2**30  # decoded; 75 Grid pictures take 23 MB, one minute of 1080p 9 GB
 PCM_BITS = {"PCM_U8": 8, "PCM_S8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
 SAME_START_S = 1e-4  # two streams start together within this
+# What is looked for inside a file, whatever its suffix: a play list (concat, hls, dash, sdp) would open what it names.
+VIDEO_FORMATS = "mpeg,mpegts,mpegvideo,m4v,h264,hevc,mov,matroska,avi,flv,asf,ogg"
+PICTURE_FORMATS = "image2,png_pipe,jpeg_pipe,bmp_pipe,tiff_pipe,webp_pipe,gif_pipe,pgm_pipe,ppm_pipe"
 
 
 class MediaError(ValueError):
@@ -56,6 +59,18 @@ def read_clip(path, *, pictures: bool = True, sound: bool = True, max_bytes: int
     Raises FileNotFoundError, or MediaError where the suffix is unknown, the file cannot be decoded, holds nothing asked for or
     more than max_bytes.
     """
+    file = check_file(path)
+    if file.suffix.lower() in SOUND_SUFFIXES:
+        return Clip(str(file), None, _read_sound_file(file) if sound else None)
+    clip = _read_video_file(file, pictures, sound, max_bytes)
+    wanted = (pictures and clip.pictures is not None) or (sound and clip.sound is not None)
+    if (pictures or sound) and not wanted:
+        raise nothing_in(file, pictures, sound)
+    return clip
+
+
+def check_file(path) -> pathlib.Path:
+    """A clip's path; FileNotFoundError, or MediaError for a folder or a suffix that is not known."""
     file = pathlib.Path(path)
     suffix = file.suffix.lower()
     if suffix not in VIDEO_SUFFIXES + SOUND_SUFFIXES:
@@ -67,14 +82,24 @@ def read_clip(path, *, pictures: bool = True, sound: bool = True, max_bytes: int
         raise FileNotFoundError(f"{file}: no such file; expected a clip ({' '.join(VIDEO_SUFFIXES + SOUND_SUFFIXES)})")
     if not file.is_file():
         raise MediaError(f"{file}: found a folder, expected a clip file")
-    if suffix in SOUND_SUFFIXES:
-        return Clip(str(file), None, _read_sound_file(file) if sound else None)
-    clip = _read_video_file(file, pictures, sound, max_bytes)
-    wanted = (pictures and clip.pictures is not None) or (sound and clip.sound is not None)
-    if (pictures or sound) and not wanted:
-        asked = " or ".join(name for name, on in (("pictures", pictures), ("sound", sound)) if on)
-        raise MediaError(f"{file}: found no {asked} that can be decoded; check that the file plays, or fetch it again")
-    return clip
+    return file
+
+
+def nothing_in(file, pictures: bool, sound: bool) -> MediaError:
+    """What to raise where nothing that was asked for can be decoded."""
+    asked = " or ".join(name for name, on in (("pictures", pictures), ("sound", sound)) if on)
+    return MediaError(f"{file}: found no {asked} that can be decoded; check that the file plays, or fetch it again")
+
+
+def open_container(file, formats: str = VIDEO_FORMATS):
+    """PyAV's container of a local file of the known kinds, closed by its `with`; MediaError for a play list and others."""
+    import av
+
+    options = {"format_whitelist": formats, "protocol_whitelist": "file"}
+    try:
+        return av.open(str(pathlib.Path(file).absolute()), options=options)
+    except av.ArgumentError as e:
+        raise MediaError(f"{file}: found a play list or another unknown kind of file inside, expected a clip; convert it") from e
 
 
 def read_pictures(paths, numbers=None, fps: float = spec.GRID_FPS, *, max_bytes: int = MAX_PICTURE_BYTES) -> Pictures:
@@ -84,11 +109,11 @@ def read_pictures(paths, numbers=None, fps: float = spec.GRID_FPS, *, max_bytes:
     """
     import av
 
-    reader = _PictureReader(paths[0], max_bytes)
+    reader = PictureReader(paths[0], max_bytes)
     numbers = range(len(paths)) if numbers is None else numbers
     for path, number in zip(paths, numbers, strict=True):
         try:
-            with av.open(str(path)) as container:
+            with open_container(path, PICTURE_FORMATS) as container:
                 reader.check_size(container.streams.video[0])
                 reader.add(next(container.decode(video=0)), seconds=(number - numbers[0]) / fps)
         except (av.FFmpegError, IndexError, StopIteration) as e:
@@ -131,9 +156,14 @@ def sound_lag_s(clip: Clip) -> float:
     """
     if clip.pictures is None or clip.sound is None:
         return 0.0
-    lag = clip.pictures.start_s - clip.sound.start_s
-    copied = clip.sound.codec.startswith("mp3") and len(clip.sound.samples) == spec.GRID_MPEG_SAMPLES
-    of_grid = (clip.sound.codec == "mp2" or copied) and clip.sound.rate == 44_100 and abs(lag) < SAME_START_S
+    return lag_between(clip.pictures.start_s, clip.sound, len(clip.sound.samples))
+
+
+def lag_between(picture_start_s: float, sound: Sound, num_samples: int) -> float:
+    """sound_lag_s of a clip that has both; the samples themselves are not looked at."""
+    lag = picture_start_s - sound.start_s
+    copied = sound.codec.startswith("mp3") and num_samples == spec.GRID_MPEG_SAMPLES
+    of_grid = (sound.codec == "mp2" or copied) and sound.rate == 44_100 and abs(lag) < SAME_START_S
     return lag + spec.MPEG_SOUND_LAG_S if of_grid else lag
 
 
@@ -184,25 +214,28 @@ def _read_sound_file(file: pathlib.Path) -> Sound:
 
     try:
         with soundfile.SoundFile(file) as f:
-            wide = f.subtype in ("PCM_32", "DOUBLE")  # more bits than a float32 holds
-            samples = f.read(dtype="float64" if wide else "float32", always_2d=True)
-            keeps = f.subtype in (*PCM_BITS, "FLOAT", "DOUBLE")
-            sound = Sound(samples, f.samplerate, 0.0, f.subtype if keeps else "PCM_16", f"{f.format} {f.subtype}".lower())
+            dtype, subtype, codec = sound_file_kind(f)
+            sound = Sound(f.read(dtype=dtype, always_2d=True), f.samplerate, 0.0, subtype, codec)
     except (soundfile.SoundFileError, OSError) as e:
         raise MediaError(f"{file}: cannot be decoded as {file.suffix[1:].lower()} ({one_line(e)}); check that it plays") from e
-    if not len(samples):
+    if not len(sound.samples):
         raise MediaError(f"{file}: found 0 samples, expected sound")
     return sound
+
+
+def sound_file_kind(f) -> tuple[str, str, str]:
+    """(numbers it is read as: float64 where a float32 holds too few bits; subtype it is written back as; codec)."""
+    subtype = f.subtype if f.subtype in (*PCM_BITS, "FLOAT", "DOUBLE") else "PCM_16"
+    return "float64" if subtype in ("PCM_32", "DOUBLE") else "float32", subtype, f"{f.format} {f.subtype}".lower()
 
 
 def _read_video_file(file: pathlib.Path, want_pictures: bool, want_sound: bool, max_bytes: int) -> Clip:
     import av
 
     try:
-        with av.open(str(file)) as container:
-            video = next((s for s in container.streams.video if not _is_cover(s)), None) if want_pictures else None
-            audio = next(iter(container.streams.audio), None) if want_sound else None
-            pair = ((video, _PictureReader(file, max_bytes)), (audio, _SoundReader(file)))
+        with open_container(file) as container:
+            video, audio = streams_of(container, want_pictures, want_sound)
+            pair = ((video, PictureReader(file, max_bytes)), (audio, SoundReader(file)))
             readers = {stream.index: reader for stream, reader in pair if stream is not None}
             if video is not None:
                 readers[video.index].check_size(video)
@@ -217,21 +250,35 @@ def _read_video_file(file: pathlib.Path, want_pictures: bool, want_sound: bool, 
         raise MediaError(f"{file}: cannot be decoded ({one_line(e)}); check that it plays, or fetch it again") from e
 
 
+def streams_of(container, pictures: bool = True, sound: bool = True) -> tuple:
+    """The (video, audio) streams a clip's pictures and sound come from; None where there is none, or it is not wanted."""
+    from av.stream import Disposition
+
+    films = (s for s in container.streams.video if not s.disposition & Disposition.attached_pic)  # no cover of a sound file
+    video = next(films, None) if pictures else None
+    return video, next(iter(container.streams.audio), None) if sound else None
+
+
 def _decode(container, streams, readers) -> None:
-    """One pass over the file; a packet that cannot be decoded is left out and noted with its reader."""
+    """One pass over the file."""
+    for packet in container.demux(streams):
+        decode_packet(packet, readers[packet.stream.index])
+
+
+def decode_packet(packet, reader) -> None:
+    """Gives the packet's frames to reader.add; one that cannot be decoded is left out and noted with its reader."""
     import av
 
-    for packet in container.demux(streams):
-        try:
-            frames = packet.decode()
-        except av.FFmpegError:
-            readers[packet.stream.index].note_loss()
-            continue
-        for frame in frames:
-            readers[packet.stream.index].add(frame)
+    try:
+        frames = packet.decode()
+    except av.FFmpegError:
+        reader.note_loss()
+        return
+    for frame in frames:
+        reader.add(frame)
 
 
-class _PictureReader:
+class PictureReader:
     """Collects pictures; lost ones only leave a hole in `times`."""
 
     def __init__(self, file, max_bytes):
@@ -247,66 +294,73 @@ class _PictureReader:
         pass
 
     def add(self, frame, seconds=None):
-        rgb = frame.to_ndarray(format="rgb24")
-        self.num_bytes += rgb.nbytes
+        self.num_bytes += 3 * frame.width * frame.height  # known before any memory is taken
         if self.num_bytes > self.max_bytes:
             raise MediaError(
                 f"{self.file}: its pictures take more than {self.max_bytes / 2**30:g} GiB decoded; "
                 "cut the clip around the damage or scale its pictures down"
             )
+        rgb = frame.to_ndarray(format="rgb24")
         if self.rgb and rgb.shape != self.rgb[0].shape:
             raise MediaError(
                 f"{self.file}: the picture size changes from {self.rgb[0].shape[1::-1]} to {rgb.shape[1::-1]}; "
                 "expected one size, re-encode the clip"
             )
         self.rgb.append(rgb)
-        self.seconds.append(_frame_time(frame) if seconds is None else seconds)
+        self.seconds.append(frame_time(frame) if seconds is None else seconds)
 
     def result(self, stream) -> Pictures | None:
         if not self.rgb:
             return None
-        rate = stream.average_rate or stream.guessed_rate or stream.base_rate
-        fps = float(rate) if rate else spec.GRID_FPS
-        seconds = _fill_times(np.array(self.seconds), fps)
+        fps = frame_rate(stream)
+        seconds = fill_times(np.array(self.seconds), fps)
         order = np.argsort(seconds, kind="stable")
         seconds = seconds[order]
         return Pictures(np.stack([self.rgb[i] for i in order]), fps, float(seconds[0]), seconds - seconds[0])
 
 
-class _SoundReader:
-    """Collects sound; a packet lost between others would shift all that follows, so it is an error."""
+class SoundReader:
+    """Collects sound in `parts`, a list or what stands for one; a packet lost between others would shift all that follows,
+    so it is an error."""
 
-    def __init__(self, file):
-        self.file, self.parts, self.start_s, self.rate, self.losses = file, [], np.nan, 0, []
+    def __init__(self, file, parts=None):
+        self.file, self.parts, self.start_s, self.losses = file, [] if parts is None else parts, np.nan, []
+        self.rate = self.channels = 0
 
     def note_loss(self):
         self.losses.append(len(self.parts))
 
     def add(self, frame):
         x = _frame_samples(frame)
-        if self.parts and (x.shape[1] != self.parts[0].shape[1] or frame.sample_rate != self.rate):
+        if len(self.parts) and (x.shape[1] != self.channels or frame.sample_rate != self.rate):
             raise MediaError(f"{self.file}: the sound's rate or channels change inside the file; expected one, re-encode it")
-        if not self.parts:
-            self.start_s, self.rate = _frame_time(frame), frame.sample_rate
+        if not len(self.parts):
+            self.start_s, self.rate, self.channels = frame_time(frame), frame.sample_rate, x.shape[1]
         self.parts.append(x)
 
-    def result(self, stream) -> Sound | None:
-        if not self.parts or not sum(map(len, self.parts)):
+    def result(self, stream, whole=np.concatenate) -> Sound | None:
+        """What was read, its samples whole(parts); None for no sample."""
+        if not sum(map(len, self.parts)):
             return None
         if any(0 < n < len(self.parts) for n in self.losses):
             raise MediaError(f"{self.file}: {len(self.losses)} sound packets cannot be decoded; fetch the file again")
-        start = 0.0 if np.isnan(self.start_s) else self.start_s
-        context = stream.codec_context
-        return Sound(np.concatenate(self.parts), self.rate, start, _subtype(context), context.codec.canonical_name)
+        start, context = 0.0 if np.isnan(self.start_s) else self.start_s, stream.codec_context
+        return Sound(whole(self.parts), self.rate, start, _subtype(context), context.codec.canonical_name)
 
 
-def _frame_time(frame) -> float:
+def frame_rate(stream) -> float:
+    """Pictures a second as the file says, else Grid's."""
+    rate = stream.average_rate or stream.guessed_rate or stream.base_rate
+    return float(rate) if rate else spec.GRID_FPS
+
+
+def frame_time(frame) -> float:
     """Seconds in the container, NaN where the file does not say."""
     stamp = frame.pts if frame.pts is not None else frame.dts
     return float(stamp * frame.time_base) if stamp is not None and frame.time_base else np.nan
 
 
-def _fill_times(seconds: np.ndarray, fps: float) -> np.ndarray:
+def fill_times(seconds: np.ndarray, fps: float) -> np.ndarray:
     """Times (T,) with the missing ones put on the clip's own frame raster, from its first known time (else 0)."""
     known = np.flatnonzero(~np.isnan(seconds))
     raster = np.arange(len(seconds)) / fps
@@ -339,13 +393,6 @@ def _subtype(context) -> str:
         return "PCM_16"
     # 24 bits arrive in the upper part of 32-bit frames; only plain 32-bit PCM fills them
     return "PCM_32" if name.startswith("pcm_s32") else "PCM_24"
-
-
-def _is_cover(stream) -> bool:
-    """A still cover picture in a sound-only file."""
-    from av.stream import Disposition
-
-    return bool(stream.disposition & Disposition.attached_pic)
 
 
 def one_line(error: Exception) -> str:

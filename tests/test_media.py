@@ -160,8 +160,8 @@ def test_missing_halves_are_none(tmp_path):
 
 
 def test_times_missing_from_the_file_are_put_on_the_raster():
-    np.testing.assert_allclose(media._fill_times(np.array([np.nan, np.nan, np.nan]), 25), [0, 0.04, 0.08])
-    np.testing.assert_allclose(media._fill_times(np.array([np.nan, 1.04, np.nan]), 25), [1.0, 1.04, 1.08])
+    np.testing.assert_allclose(media.fill_times(np.array([np.nan, np.nan, np.nan]), 25), [0, 0.04, 0.08])
+    np.testing.assert_allclose(media.fill_times(np.array([np.nan, 1.04, np.nan]), 25), [1.0, 1.04, 1.08])
 
 
 @pytest.mark.parametrize("subtype, bits", [("PCM_16", 16), ("PCM_24", 24), ("PCM_U8", 8), ("FLOAT", 24), ("DOUBLE", 24)])
@@ -307,3 +307,24 @@ def test_refusals_of_write_clip(tmp_path):
         with pytest.raises(media.MediaError, match=words):
             mpeg.write_clip(tmp_path / name, shown, FPS, sound, 25_000)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "ffconcat version 1.0\nfile real.mkv\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1.0,\nreal.mkv\n#EXT-X-ENDLIST\n",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+    ],
+    ids=["concat", "hls", "sdp"],
+)
+def test_a_play_list_opens_no_other_file(tmp_path, content):
+    write_clip(tmp_path / "real.mkv", "libx264", frames=2)  # the first list played it under every suffix
+    for suffix in (".mp4", ".mpg"):
+        (tmp_path / f"list{suffix}").write_text(content)
+        with pytest.raises(media.MediaError, match="list.m.*(a play list or another unknown kind|cannot be decoded)") as error:
+            media.read_clip(tmp_path / f"list{suffix}")
+        assert "\n" not in str(error.value)
+    (tmp_path / "list.png").write_text(content)
+    with pytest.raises(media.MediaError, match="list.png"):
+        media.read_pictures([tmp_path / "list.png"])
