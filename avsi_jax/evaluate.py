@@ -233,7 +233,7 @@ def baseline_rows(config, baseline: Path, restorer, raw: Path | None, overwrite:
 
 def is_stale(folder: Path, config, workdir: Path) -> str:
     """Why an evaluation of a workdir can't be taken for today's: 'none' where there is none, '' where it can."""
-    from avsi_jax.restore import step_of
+    from avsi_jax.runs import step_of
 
     if not (folder / "summary.json").is_file():
         return "none"

@@ -15,11 +15,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-import configs
-from avsi_jax import decode, experiment, gaps, media, models, stft, text, vocoder
-from avsi_jax import workdir as workdir_files
-from avsi_jax.checkpoints import CheckpointError, Checkpoints
+from avsi_jax import decode, experiment, gaps, media, models, runs, stft, text, vocoder, weights
 from avsi_jax.features import Features, Normalisation, hear, record_sound, standardise, to_level
+from avsi_jax.runs import Run
 from avsi_jax.spec import RECORD_RATE, Spec, get
 
 MOST_MISREAD = 0.5  # of a sentence's letters or phones, before it is taken for a guess
@@ -39,38 +37,12 @@ class Restored(NamedTuple):
     num_steps: jax.Array | None = None
 
 
-class Run(NamedTuple):
-    """What a training left: its config, the parameters of one step (their running mean, where config.ema is on), and what levels
-    and motion were standardised by.
+def read_run(checkpoint: str | Path, which: str = "best") -> Run:
+    """What a checkpoint holds: the workdir of a training ('best' by validation, 'last', or a step), a folder of weights, or the
+    name of weights that came with this installation, 'pretrained' for the best of them. ValueError says what is missing.
     """
-
-    config: ml_collections.ConfigDict
-    params: dict
-    step: int
-    normalisation: Normalisation
-
-
-def read_run(workdir: str | Path, which: str = "best") -> Run:
-    """The checkpoint of a training: 'best' by validation, 'last', or a step; CheckpointError says what is missing."""
-    path = Path(workdir) / workdir_files.CONFIG
-    if not path.is_file():
-        raise CheckpointError(
-            f"no {workdir_files.CONFIG} in {workdir}; expected the workdir of a training (avsi-train --workdir=DIR)"
-        )
-    # How an LSTM was run is no part of what was learned, and cuDNN is not everywhere.
-    config = ml_collections.ConfigDict(workdir_files.read_config(path.parent) | {"lstm": "auto"}).lock()
-    if missing := sorted(set(configs.fields(configs.load("base"))) - set(configs.fields(config))):
-        raise CheckpointError(f"{path} has no {missing[0]}: a run of an older version; expected one trained with this version")
-    normalisation = workdir_files.read_normalisation(path.parent)
-    if experiment.standardised(config) and not any(normalisation):
-        needed = " and ".join(experiment.standardised(config))
-        raise CheckpointError(f"no {workdir_files.STATISTICS} in {workdir}; expected what its {needed} was standardised by")
-    checkpoints = Checkpoints(workdir, read_only=True)
-    step = _step(checkpoints, which, workdir)
-    name = "ema" if config.ema else "params"
-    params = checkpoints.restore_params(step, jax.eval_shape(lambda: experiment.init_params(config)), name)
-    checkpoints.close()
-    return Run(config, params, step, normalisation)
+    folder = weights.locate(checkpoint)
+    return weights.read(folder).run if folder else runs.read(checkpoint, which)
 
 
 class Restorer:
@@ -92,12 +64,22 @@ class Restorer:
         self._hear = jax.jit(functools.partial(hear, config=feature_config))
 
     @classmethod
+    def load(cls, checkpoint: str | Path, which: str = "best", *, protocol: str = "waveform") -> Restorer:
+        """Of any checkpoint that `read_run` takes; ValueError says what is missing, or that the system restores nothing."""
+        return cls._of(read_run(checkpoint, which), checkpoint, protocol)
+
+    @classmethod
     def from_workdir(cls, workdir: str | Path, which: str = "best", *, protocol: str = "waveform") -> Restorer:
-        """The checkpoint of a training; CheckpointError says what is missing, or that the system restores nothing."""
-        run = read_run(workdir, which)
+        """Of a training alone; CheckpointError says what is missing, or that the system restores nothing."""
+        return cls._of(runs.read(workdir, which), workdir, protocol)
+
+    @classmethod
+    def _of(cls, run: Run, where, protocol: str) -> Restorer:
         if not models.get(run.config.system).restores:
+            from avsi_jax.checkpoints import CheckpointError
+
             raise CheckpointError(
-                f"{workdir} holds a run of {run.config.system}, which restores nothing; expected one of a system that does, "
+                f"{where} holds a run of {run.config.system}, which restores nothing; expected one of a system that does, "
                 "such as av_unified (avsi_jax.recognise hears words with this one)"
             )
         return cls(*run, protocol=protocol)
@@ -137,29 +119,6 @@ class Restorer:
 
 def _arrays(batch: dict) -> dict:
     return {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
-
-
-def step_of(workdir: str | Path, which: str = "best") -> int:
-    """The step that `which` means in a workdir today; CheckpointError where there is none."""
-    checkpoints = Checkpoints(workdir, read_only=True)
-    try:
-        return _step(checkpoints, which, workdir)
-    finally:
-        checkpoints.close()
-
-
-def _step(checkpoints: Checkpoints, which: str, workdir) -> int:
-    steps = {"best": checkpoints.best_step(), "last": checkpoints.latest_step()}
-    step = steps[which] if which in steps else _number(which)
-    if step is None:
-        raise CheckpointError(f"no checkpoint in {workdir} yet; train for at least one epoch")
-    return step
-
-
-def _number(which: str) -> int:
-    if not str(which).isdigit():
-        raise CheckpointError(f"which checkpoint: found {which!r}, expected best, last or a step")
-    return int(which)
 
 
 def _predict(model, feature_config, params, batch, gap):

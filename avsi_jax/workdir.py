@@ -85,12 +85,12 @@ def _check_dataset(workdir, dataset: dict) -> None:
 
 def read_config(workdir) -> dict:
     """config.json, with fields that came later as the run did it."""
-    return _filled_up(json.loads((workdir / CONFIG).read_text()), LATER_FIELDS)
+    return filled_up(json.loads((workdir / CONFIG).read_text()), LATER_FIELDS)
 
 
-def _filled_up(fields: dict, later: dict) -> dict:
+def filled_up(fields: dict, later: dict) -> dict:
     """`fields` and, in groups too, what of `later` it lacks."""
-    groups = {k: _filled_up(fields.get(k, {}), v) for k, v in later.items() if isinstance(v, dict)}
+    groups = {k: filled_up(fields.get(k, {}), v) for k, v in later.items() if isinstance(v, dict)}
     return later | fields | groups
 
 

@@ -17,11 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # The rooms, in the order the sound travels: each imports only from rooms before it. A new room is given its place here.
 ROOMS = {
     "avsi_jax": (
-        "spec workers media mpeg streams face_files landmarks sync visibility occlusion text stft gaps holes features augment "
-        "records input_pipeline train_statistics "
+        "spec workers media mpeg muxing streams face_files landmarks sync visibility occlusion text stft gaps holes features "
+        "augment records input_pipeline train_statistics "
         "lstm models losses decode cluster parallel experiment steps storage phases stopping watchdog manifest checkpoints "
-        "workdir board console looks loop replay train vocoder weights restore recognise intervals metrics "
-        "suites protocols restorations references tables mistakes table_files figures comparison report evaluate inpaint repair_page repair app export"
+        "workdir board console looks loop replay train vocoder runs model_card weights restore recognise intervals metrics "
+        "suites protocols restorations references tables mistakes table_files figures comparison report evaluate inpaint "
+        "repair_page repair app export"
     ).split(),
     "tfds_grid": (
         "grid_ids raw_files speakers clips measuring grid_dataset_builder prepare beam_pipeline beam_build "
@@ -32,8 +33,8 @@ TFDS_GRID_MAY_USE = {"spec", "workers", "media", "mpeg", "landmarks", "text", "t
 
 # Library -> the only files that may import it. None: no file at all.
 OWNERS = {
-    "av": ("avsi_jax/media.py", "avsi_jax/mpeg.py", "avsi_jax/streams.py"),
-    "soundfile": ("avsi_jax/media.py", "avsi_jax/streams.py"),
+    "av": ("avsi_jax/media.py", "avsi_jax/mpeg.py", "avsi_jax/muxing.py", "avsi_jax/streams.py"),
+    "soundfile": ("avsi_jax/media.py", "avsi_jax/muxing.py", "avsi_jax/streams.py"),
     "ai_edge_litert": ("avsi_jax/landmarks.py",),
     "orbax": ("avsi_jax/checkpoints.py",),
     "grain": ("avsi_jax/input_pipeline.py",),
