@@ -118,8 +118,7 @@ def read_pictures(paths, numbers=None, fps: float = spec.GRID_FPS, *, max_bytes:
                 reader.add(next(container.decode(video=0)), seconds=(number - numbers[0]) / fps)
         except (av.FFmpegError, IndexError, StopIteration) as e:
             raise MediaError(f"{path}: cannot be decoded as a picture ({one_line(e)}); fetch it again") from e
-    seconds = np.array(reader.seconds)
-    return Pictures(np.stack(reader.rgb), fps, 0.0, seconds)
+    return Pictures(np.stack(reader.rgb), fps, 0.0, np.array(reader.seconds))
 
 
 def mono(samples: np.ndarray) -> np.ndarray:
@@ -183,7 +182,7 @@ def write_sound(path, samples: np.ndarray, rate: int, subtype: str = "PCM_16") -
     if not np.isfinite(samples).all():
         raise MediaError(f"{file}: the sound holds NaN or infinite samples; nothing is written")
     try:
-        soundfile.write(file, _as_written(samples, subtype), rate, subtype=subtype, format=kind)
+        soundfile.write(file, as_written(samples, subtype), rate, subtype=subtype, format=kind)
     except (soundfile.SoundFileError, OSError) as e:
         raise MediaError(
             f"{file}: cannot be written ({one_line(e)}); expected an existing folder with room, and {rate} Hz to be "
@@ -191,8 +190,8 @@ def write_sound(path, samples: np.ndarray, rate: int, subtype: str = "PCM_16") -
         ) from e
 
 
-def _as_written(samples: np.ndarray, subtype: str) -> np.ndarray:
-    """What libsndfile stores as meant: int32 with the sample in the upper bits, or float for the other subtypes."""
+def as_written(samples: np.ndarray, subtype: str) -> np.ndarray:
+    """What libsndfile and PyAV store as meant: int32 with the sample in the upper bits, or float for the other subtypes."""
     if samples.dtype == np.int16:
         if subtype == "PCM_16":
             return samples
@@ -325,7 +324,7 @@ class SoundReader:
 
     def __init__(self, file, parts=None):
         self.file, self.parts, self.start_s, self.losses = file, [] if parts is None else parts, np.nan, []
-        self.rate = self.channels = 0
+        self.rate = self.channels = self.num_samples = 0
 
     def note_loss(self):
         self.losses.append(len(self.parts))
@@ -337,10 +336,11 @@ class SoundReader:
         if not len(self.parts):
             self.start_s, self.rate, self.channels = frame_time(frame), frame.sample_rate, x.shape[1]
         self.parts.append(x)
+        self.num_samples += len(x)
 
     def result(self, stream, whole=np.concatenate) -> Sound | None:
         """What was read, its samples whole(parts); None for no sample."""
-        if not sum(map(len, self.parts)):
+        if not self.num_samples:
             return None
         if any(0 < n < len(self.parts) for n in self.losses):
             raise MediaError(f"{self.file}: {len(self.losses)} sound packets cannot be decoded; fetch the file again")
