@@ -19,6 +19,7 @@ VIDEO_SUFFIXES = (".mpg", ".mpeg", ".mp4", ".avi", ".mov", ".mkv")
 SOUND_SUFFIXES = (".wav", ".flac")
 MAX_PICTURE_BYTES = 6 * 2**30  # decoded; 75 Grid pictures take 23 MB, one minute of 1080p 9 GB
 PCM_BITS = {"PCM_U8": 8, "PCM_S8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
+MAX_SAMPLES_A_BYTE = 65_535  # FLAC's longest block, of silence, takes more than a byte
 SAME_START_S = 1e-4  # two streams start together within this
 # What is looked for inside a file, whatever its suffix: a play list (concat, hls, dash, sdp) would open what it names.
 VIDEO_FORMATS = "mpeg,mpegts,mpegvideo,m4v,h264,hevc,mov,matroska,avi,flv,asf,ogg"
@@ -71,15 +72,12 @@ def read_clip(path, *, pictures: bool = True, sound: bool = True, max_bytes: int
 
 def check_file(path) -> pathlib.Path:
     """A clip's path; FileNotFoundError, or MediaError for a folder or a suffix that is not known."""
-    file = pathlib.Path(path)
+    file, known = pathlib.Path(path), " ".join(VIDEO_SUFFIXES + SOUND_SUFFIXES)
     suffix = file.suffix.lower()
     if suffix not in VIDEO_SUFFIXES + SOUND_SUFFIXES:
-        raise MediaError(
-            f"{file}: found suffix {suffix!r}, expected one of {' '.join(VIDEO_SUFFIXES + SOUND_SUFFIXES)}; "
-            "convert the clip to one of them"
-        )
+        raise MediaError(f"{file}: found suffix {suffix!r}, expected one of {known}; convert the clip to one of them")
     if not file.exists():
-        raise FileNotFoundError(f"{file}: no such file; expected a clip ({' '.join(VIDEO_SUFFIXES + SOUND_SUFFIXES)})")
+        raise FileNotFoundError(f"{file}: no such file; expected a clip ({known})")
     if not file.is_file():
         raise MediaError(f"{file}: found a folder, expected a clip file")
     return file
@@ -224,6 +222,8 @@ def _read_sound_file(file: pathlib.Path) -> Sound:
 
 def sound_file_kind(f) -> tuple[str, str, str]:
     """(numbers it is read as: float64 where a float32 holds too few bits; subtype it is written back as; codec)."""
+    if f.frames > MAX_SAMPLES_A_BYTE * pathlib.Path(f.name).stat().st_size:  # a lie, or a .flac that does not tell
+        raise MediaError(f"{f.name}: its header tells of {f.frames} samples, more than the file can hold; write it anew")
     subtype = f.subtype if f.subtype in (*PCM_BITS, "FLOAT", "DOUBLE") else "PCM_16"
     return "float64" if subtype in ("PCM_32", "DOUBLE") else "float32", subtype, f"{f.format} {f.subtype}".lower()
 

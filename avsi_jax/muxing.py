@@ -14,14 +14,10 @@ import secrets
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from avsi_jax import media
-
-if TYPE_CHECKING:
-    from avsi_jax.streams import Source
 
 WAV_BYTES = 2**32 - 2**20  # a plain .wav counts its bytes in 32 bits
 PIECE = 4096  # samples encoded between two pictures, at most
@@ -38,8 +34,8 @@ MP2_DELAY, MP2_FRAME = 481, 1152  # samples by which ffmpeg's encoder delays the
 LAYOUTS = {1: "mono", 2: "stereo", 3: "2.1", 4: "quad", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}
 
 
-def write_clip(source: Source, target, blocks: Iterable[np.ndarray], *, overwrite: bool = False) -> tuple[str, ...]:
-    """Writes the source's clip with another sound: `blocks` (n, C), float, one after another, num_samples in all. -> warnings.
+def write_clip(source, target, blocks: Iterable[np.ndarray], *, overwrite: bool = False) -> tuple[str, ...]:
+    """Writes a streams.Source's clip with another sound: `blocks` (n, C), float, one after another, num_samples in all -> warnings
 
     .wav .flac: the sound alone, of the source's rate, channels and subtype. .mp4 .mkv .mov .mpg .mpeg: the source's pictures too,
     as they are coded, in step with the sound as they were; flac in .mp4 and .mkv, PCM in .mov, MP2 in .mpg, which loses some.
@@ -65,7 +61,7 @@ def write_clip(source: Source, target, blocks: Iterable[np.ndarray], *, overwrit
     return warnings
 
 
-def _writer_for(source: Source, target: Path):
+def _writer_for(source, target: Path):
     suffix = target.suffix.lower()
     if not source.num_samples:
         raise media.MediaError(f"{source.path}: has no sound to write to {target}; expected a clip with sound")
@@ -80,7 +76,7 @@ def _writer_for(source: Source, target: Path):
     return _write_video
 
 
-def _checked(source: Source, blocks) -> Iterator[np.ndarray]:
+def _checked(source, blocks) -> Iterator[np.ndarray]:
     """The blocks, in pieces; MediaError where they are not the source's sound in size, or not finite."""
     count = 0
     for block in blocks:
@@ -124,7 +120,7 @@ class _Coding:
     delay: int = 0
 
 
-def _coding(source: Source, target: Path) -> _Coding:
+def _coding(source, target: Path) -> _Coding:
     """For the target's suffix; MediaError where it has none."""
     suffix, rate, bits = target.suffix.lower(), source.rate, media.PCM_BITS.get(source.subtype, 0)
     subtype = "PCM_16" if bits in (8, 16) else source.subtype
@@ -140,7 +136,7 @@ def _coding(source: Source, target: Path) -> _Coding:
     return _Coding("flac", "s16" if subtype == "PCM_16" else "s32", subtype if not lost else "PCM_24", rate, lost)
 
 
-def _mp2(source: Source, target: Path) -> _Coding:
+def _mp2(source, target: Path) -> _Coding:
     if source.channels > 2:
         raise media.MediaError(f"{target}: .mpg holds 2 channels, found {source.channels}; name the target .mkv or .mov")
     rate = min((r for r in MP2_RATES if r >= source.rate), default=MP2_RATES[-1])
@@ -174,14 +170,16 @@ def _write_video(source, part, target, pieces) -> tuple[str, ...]:
 
 def _pictures_from(given, video, start_s: float, fps: float, target) -> Iterator:
     """The video's packets as they are, their times counted from start_s."""
-    ticks = round(start_s / video.time_base)
-    for packet in filter(lambda packet: packet.size, given.demux(video)):
+    ticks, one = round(start_s / video.time_base), round(1 / Fraction(fps).limit_denominator(1001) / video.time_base)
+    packets = [packet for packet in itertools.islice(given.demux(video), 2) if packet.size]
+    if len(packets) == 2 and None not in (packets[0].dts, packets[1].dts) and packets[1].dts <= packets[0].dts:
+        packets[0].dts = packets[1].dts - one  # the .mpg reader gives Grid's first two one time: a picture less in their length
+    for packet in filter(lambda packet: packet.size, itertools.chain(packets, given.demux(video))):
         if packet.pts is None and not video.codec_context.has_b_frames:
             packet.pts = packet.dts
         if packet.pts is None or packet.dts is None:
             raise media.MediaError(f"{target}: the pictures' times are missing from the source; name the target .wav or .flac")
-        packet.pts, packet.dts = packet.pts - ticks, packet.dts - ticks
-        packet.duration = packet.duration or round(1 / Fraction(fps).limit_denominator(1001) / video.time_base)
+        packet.pts, packet.dts, packet.duration = packet.pts - ticks, packet.dts - ticks, packet.duration or one
         yield packet
 
 
