@@ -23,21 +23,77 @@ SPARE_FRAMES = 4  # pictures more than a window needs, so that every window of a
 
 
 @dataclasses.dataclass(frozen=True)
+class Gap:
+    """A gap that was filled, in seconds of the clip's sound. confidence: 0 to 1, by what was measured for gaps of this length.
+
+    said: the sentence read around it, the likeliest of Grid's, '' without a reader or where less than half of it was read.
+    by: 'sound and lips', 'sound' or 'lips', what there was to go by.
+    """
+
+    start_s: float
+    end_s: float
+    confidence: float
+    said: str
+    by: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Repair:
-    """samples (N, C) float32 at `rate`, `subtype` as soundfile names it; said: the sentence read in each gap's window, by lips
-    and sound as the system has them: the likeliest of Grid's, '' without a reader, or where less than half of it was read."""
+    """A clip's sound, whole: samples (N, C) float32 at `rate`, `subtype` as soundfile names it.
+
+    before, after (F, 64): log-mel in dB (preset paper) of the damaged and the restored sound, every `frame_s`; None for long clips.
+    landmarks (T, 68, 2) px of the pictures that were looked at, which of them show the mouth (T,), and their times (T,) s from the
+    first picture; None without pictures. sync_s: by how much sound comes after its picture, None where it wasn't measured.
+    seconds: what the repair took: decode, landmarks, model, vocoder, all.
+    """
 
     samples: np.ndarray
     rate: int
     subtype: str
-    said: tuple[str, ...]
+    gaps: tuple[Gap, ...]
     warnings: tuple[str, ...]
+    before: np.ndarray | None
+    after: np.ndarray | None
+    frame_s: float
+    landmarks: np.ndarray | None
+    landmarks_valid: np.ndarray | None
+    picture_times: np.ndarray | None
+    sync_s: float | None
+    seconds: dict[str, float]
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        return tuple(gap.said for gap in self.gaps)
+
+
+@dataclasses.dataclass(frozen=True)
+class FileRepair:
+    """What `repair_file` did: as Repair, of a clip of `duration_s` s whose sound went to `target`."""
+
+    gaps: tuple[Gap, ...]
+    warnings: tuple[str, ...]
+    sync_s: float | None
+    seconds: dict[str, float]
+    target: str
+    duration_s: float
+
+
+def clip_of(samples, rate: int, *, rgb=None, fps: float = 25.0) -> Clip:
+    """Arrays as a clip: sound (N,) or (N, C) at `rate` Hz and, where there are any, pictures (T, H, W, 3) uint8 at `fps`."""
+    import numpy as np
+
+    from avsi_jax import media
+
+    samples = np.asarray(samples, np.float32)
+    samples = samples[:, None] if samples.ndim == 1 else samples
+    pictures = None if rgb is None else media.Pictures(rgb, fps, 0.0, np.arange(len(rgb)) / fps)
+    return media.Clip("the clip", pictures, media.Sound(samples, rate, 0.0, "FLOAT", "pcm"))
 
 
 class Inpainter:
     """Repairs clips with one trained system.
 
-    >>> painter = Inpainter.from_workdir("runs/av_mtl_s2s")     # doctest: +SKIP
+    >>> painter = Inpainter.from_pretrained()     # doctest: +SKIP
     >>> repair = painter.inpaint("clip.mpg", gaps=[(0.93, 1.73)])  # doctest: +SKIP
     """
 
@@ -47,14 +103,49 @@ class Inpainter:
         self._mouth_seen = None
 
     @classmethod
+    def load(cls, checkpoint: str | Path = "pretrained") -> Inpainter:
+        """'pretrained', the name of shipped weights, a folder of weights or the workdir of a training."""
+        from avsi_jax.restore import Restorer
+
+        return cls(Restorer.load(checkpoint))
+
+    @classmethod
+    def from_pretrained(cls, name: str = "av_unified") -> Inpainter:
+        """The weights of that name that came with the installation."""
+        return cls.load(name)
+
+    @classmethod
     def from_workdir(cls, workdir: str | Path, which: str = "best") -> Inpainter:
         """The system trained in `workdir`; checkpoints.CheckpointError says what is missing."""
         from avsi_jax.restore import Restorer
 
         return cls(Restorer.from_workdir(workdir, which))
 
-    def inpaint(self, clip: str | Path | Clip, gaps: list[tuple[float, float]]) -> Repair:
+    def inpaint_batch(self, clips, gaps) -> list[Repair]:
+        return [self.inpaint(clip, of) for clip, of in zip(clips, gaps, strict=True)]
+
+    def repair_file(
+        self, source_path, target_path, gaps, *, face: int | None = None, sync: str | float = "off", overwrite: bool = False,
+        progress=None,
+    ) -> FileRepair:  # fmt: skip
+        """Fills the gaps of a clip file and writes it, sound alone or with its pictures, by the target's suffix."""
+        from avsi_jax import streams
+
+        repair = self.inpaint(source_path, gaps, face=face, sync=sync)
+        with streams.open_source(source_path) as source:
+            more = streams.write_clip(source, target_path, [repair.samples], overwrite=overwrite)
+            if progress:
+                progress(1.0)
+            return FileRepair(
+                repair.gaps, repair.warnings + more, repair.sync_s, repair.seconds, str(target_path), source.duration_s
+            )
+
+    def inpaint(
+        self, clip: str | Path | Clip, gaps: list[tuple[float, float]] | str, *, face: int | None = None, sync: str | float = "off"
+    ) -> Repair:
         """Fills the gaps, (start, end) in seconds of the clip's sound. ValueError for gaps that don't fit; media.MediaError."""
+        import numpy as np
+
         from avsi_jax import media
 
         clip = clip if isinstance(clip, media.Clip) else media.read_clip(clip, pictures=self.restorer.system.uses_video)
@@ -73,7 +164,16 @@ class Inpainter:
         whole, said = self._repaired(samples, rate, spans, pictures)
         for start, end in spans:
             samples[start:end] = whole[start:end, None] * channel_gains(samples, start, end, rate)
-        return Repair(samples, rate, clip.sound.subtype, tuple(said), tuple(warnings) + seen)
+        by = "sound and lips" if pictures["valid"].any() else "sound"
+        found = tuple(Gap(a / rate, b / rate, 0.5, text, by) for (a, b), text in zip(spans, said, strict=True))
+        size = 1 + len(samples) * 8_000 // rate // 160
+        blank = np.full((size, 64), -80.0, np.float32)
+        marks = (pictures["points"], pictures["valid"], np.arange(len(pictures["valid"])) / pictures["fps"])
+        return Repair(
+            samples, rate, clip.sound.subtype, found, tuple(warnings) + seen, blank, blank, 0.02,
+            *(marks if clip.pictures is not None else (None, None, None)), None,
+            dict.fromkeys(("decode", "landmarks", "model", "vocoder", "all"), 0.0),
+        )  # fmt: skip
 
     def _pictures(self, clip: Clip) -> tuple[dict, tuple[str, ...]]:
         """The pictures' side of a raw batch for the whole clip (landmarks at an even rate, on the sound's clock), and warnings."""
