@@ -60,7 +60,7 @@ class Restorer:
         self.spec = get(config.preset)
         self.system = models.get(config.system)
         feature_config = dataclasses.replace(experiment.make_feature_config(config, normalisation), protocol=protocol)
-        self._predict = jax.jit(functools.partial(_predict, experiment.make_model(config), feature_config))
+        self._predict = jax.jit(functools.partial(predict, experiment.make_model(config), feature_config))
         self._hear = jax.jit(functools.partial(hear, config=feature_config))
 
     @classmethod
@@ -75,6 +75,12 @@ class Restorer:
 
     @classmethod
     def _of(cls, run: Run, where, protocol: str) -> Restorer:
+        cls.check(run, where)
+        return cls(*run, protocol=protocol)
+
+    @staticmethod
+    def check(run: Run, where) -> None:
+        """CheckpointError where a run is of a system that restores nothing."""
         if not models.get(run.config.system).restores:
             from avsi_jax.checkpoints import CheckpointError
 
@@ -82,7 +88,6 @@ class Restorer:
                 f"{where} holds a run of {run.config.system}, which restores nothing; expected one of a system that does, "
                 "such as av_unified (avsi_jax.recognise hears words with this one)"
             )
-        return cls(*run, protocol=protocol)
 
     @property
     def name(self) -> str:
@@ -121,7 +126,8 @@ def _arrays(batch: dict) -> dict:
     return {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
 
 
-def _predict(model, feature_config, params, batch, gap):
+def predict(model, feature_config, params, batch, gap):
+    """Arrays of a raw batch and its gaps -> what was heard, the restored level (B, F, K), and logits with their steps or None."""
     heard = hear(batch, gap, feature_config)
     output = model.apply({"params": params}, standardise(heard, feature_config))
     return heard, models.composite(to_level(output.level, feature_config), heard), output.logits, output.num_steps
@@ -131,7 +137,7 @@ def fill(level: jax.Array, batch: dict, gap: np.ndarray, preset: str) -> np.ndar
     """Levels -> sound (B, record_samples) at RECORD_RATE: the batch's own outside the gaps, Griffin-Lim with it held inside."""
     spec = get(preset)
     at_preset = np.asarray(
-        _fill(jnp.asarray(level), batch["audio"], batch["audio_length"], jnp.asarray(gap), batch["id_hash"], spec)
+        fill_at_preset(jnp.asarray(level), batch["audio"], batch["audio_length"], jnp.asarray(gap), batch["id_hash"], spec)
     )
     sound, lost = _record_view(batch["audio"], batch["audio_length"], jnp.asarray(gap), spec)
     return np.where(lost, at_record_rate(at_preset, spec), np.asarray(sound))
@@ -166,7 +172,8 @@ def _record_view(audio, length, gap, spec):
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _fill(level, audio, length, gap, seeds, spec):
+def fill_at_preset(level, audio, length, gap, seeds, spec):
+    """Levels (B, F, K), audio (B, N) int16 or of its values, lengths, gaps (B, G, 2), seeds (B,) -> sound at the preset's rate."""
     sound, lost = _record_view(audio, length, gap, spec)
     known = stft.decimate(gaps.damage(sound, lost), spec)
     return vocoder.fill_gap(level, known, gaps.lost_at_preset(lost, spec), spec, seeds=seeds)
