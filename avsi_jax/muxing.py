@@ -8,6 +8,7 @@ chapters, titles) is left out.
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import itertools
 import os
 import secrets
@@ -31,6 +32,7 @@ PCM_CODECS = {
 }
 MP2_RATES = (16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
 MP2_DELAY, MP2_FRAME = 481, 1152  # samples by which ffmpeg's encoder delays the sound, and of a packet
+REORDERED = 16  # pictures that a codec keeps waiting, at most
 LAYOUTS = {1: "mono", 2: "stereo", 3: "2.1", 4: "quad", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}
 
 
@@ -151,6 +153,8 @@ def _write_video(source, part, target, pieces) -> tuple[str, ...]:
 
     coding = _coding(source, target)
     with media.open_container(source.path) as given:
+        depth = _reordered(given, media.streams_of(given)[0], target)
+    with media.open_container(source.path) as given:
         video, audio = media.streams_of(given)
         kind = FORMATS[part.suffix]
         if kind == "mpeg" and video.codec_context.name not in ("mpeg1video", "mpeg2video"):
@@ -164,23 +168,39 @@ def _write_video(source, part, target, pieces) -> tuple[str, ...]:
                 sound.bit_rate = (192_000 if coding.rate >= 32_000 else 80_000) * source.channels  # the most that a channel takes
             start_s = min(source.picture_start_s, source.sound_start_s)
             frames = _frames(source, coding, sound.layout.name, pieces, source.sound_start_s - start_s)
-            _interleave(out, _pictures_from(given, video, start_s, source.fps, target), film, sound, frames)
+            _interleave(out, _pictures_from(given, video, depth, start_s, source.fps), film, sound, frames)
     return coding.warnings
 
 
-def _pictures_from(given, video, start_s: float, fps: float, target) -> Iterator:
-    """The video's packets as they are, their times counted from start_s."""
-    ticks, one = round(start_s / video.time_base), round(1 / Fraction(fps).limit_denominator(1001) / video.time_base)
-    packets = [packet for packet in itertools.islice(given.demux(video), 2) if packet.size]
-    if len(packets) == 2 and None not in (packets[0].dts, packets[1].dts) and packets[1].dts <= packets[0].dts:
-        packets[0].dts = packets[1].dts - one  # the .mpg reader gives Grid's first two one time: a picture less in their length
-    for packet in filter(lambda packet: packet.size, itertools.chain(packets, given.demux(video))):
-        if packet.pts is None and not video.codec_context.has_b_frames:
-            packet.pts = packet.dts
-        if packet.pts is None or packet.dts is None:
-            raise media.MediaError(f"{target}: the pictures' times are missing from the source; name the target .wav or .flac")
-        packet.pts, packet.dts, packet.duration = packet.pts - ticks, packet.dts - ticks, packet.duration or one
+def _pictures_from(given, video, depth: int, start_s: float, fps: float) -> Iterator:
+    """The video's packets as they are, their times counted from start_s.
+
+    The times they are decoded at are made anew, as many containers don't tell them: that of the picture shown `depth` before.
+    """
+    ticks, one = round(start_s / video.time_base), max(1, round(1 / Fraction(fps).limit_denominator(1001) / video.time_base))
+    shown, before = [], None
+    for packet in _with_data(given, video):
+        packet.pts, packet.duration = packet.pts - ticks, packet.duration or one
+        if before is None:
+            shown = [packet.pts - k * one for k in range(depth, 0, -1)]
+        heapq.heappush(shown, packet.pts)
+        packet.dts = before = heapq.heappop(shown) if before is None else max(heapq.heappop(shown), before + 1)
         yield packet
+
+
+def _reordered(given, video, target) -> int:
+    """By how many places, at most, a picture is shown after pictures that lie behind it in the file."""
+    latest, depth = [], 0
+    for packet in _with_data(given, video):
+        if packet.pts is None:
+            raise media.MediaError(f"{target}: the pictures' times are missing from the source; name the target .wav or .flac")
+        depth = max(depth, sum(pts > packet.pts for pts in latest))
+        latest = [*latest[-REORDERED:], packet.pts]
+    return depth
+
+
+def _with_data(given, video) -> Iterator:
+    return (packet for packet in given.demux(video) if packet.size)
 
 
 def _frames(source, coding: _Coding, layout: str, pieces, start_s: float) -> Iterator:

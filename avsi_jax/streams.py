@@ -286,7 +286,6 @@ class _Film:
         self.size, seconds = self.first.size, np.array(self.first.seconds)
         if not len(seconds):
             return False
-        self.regular &= all(key[1] is not None for key in self.keys)
         if self.regular and not np.isnan(seconds).any():
             self.start_s = float(seconds.min())
         else:
@@ -338,11 +337,11 @@ class _Film:
         for packet in container.demux(video):
             if _name(packet) in known:
                 return [packet]
-            if packet.dts is None or packet.dts > self.keys[last][1]:
+            if packet.is_keyframe and packet.pts is not None and packet.pts > self.keys[last][0]:
                 break
         return []
 
 
 def _name(packet) -> tuple:
     """What tells a packet from all others of its file."""
-    return packet.pts, packet.dts, packet.pos, packet.size
+    return packet.pts, packet.pos, packet.size
