@@ -7,6 +7,7 @@ one, but not from one whose bytes were changed since. It is written before Orbax
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -93,8 +94,11 @@ class Checkpoints:
         self._closed = True
         try:
             self.wait()
-        finally:
-            self._manager.close()
+        except CheckpointError:
+            with contextlib.suppress(Exception):  # what failed may fail again as Orbax leaves: what was said first stands
+                self._manager.close()
+            raise
+        self._manager.close()
 
     def _set_aside(self, step: int) -> None:
         """Makes place to save a step anew. What was there goes once that is done; where it never is, a restart takes it back."""

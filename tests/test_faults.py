@@ -161,6 +161,22 @@ def test_a_disk_that_fills_up_in_a_save(run, tiny_dir):
     assert set_damaged_aside(run) == [] and Checkpoints(run, read_only=True).latest_step() == 4
 
 
+def test_what_orbax_says_on_leaving_hides_no_failed_save(run, monkeypatch):
+    """A save that failed may fail once more as its manager is closed, by another error: seen with its event loop."""
+    saved = Checkpoints(run)
+
+    def fail(why):
+        raise RuntimeError(why)
+
+    closed = saved._manager.close
+    monkeypatch.setattr(saved._manager, "wait_until_finished", lambda: fail("no space left"))
+    monkeypatch.setattr(saved._manager, "close", lambda: fail("Event loop is closed"))
+    with pytest.raises(CheckpointError, match="could not be written .no space left"):
+        saved.close()
+    monkeypatch.undo()
+    closed()
+
+
 def test_too_little_room_is_told_before_anything_is_written(run, tiny_config, monkeypatch):
     from avsi_jax import checkpoints
 
