@@ -22,7 +22,7 @@ ROOMS = {
         "lstm models losses decode cluster parallel experiment steps storage phases stopping watchdog manifest checkpoints "
         "workdir board console looks loop replay train vocoder runs model_card weights restore recognise intervals metrics "
         "suites protocols restorations references tables mistakes table_files figures comparison report evaluate inpaint "
-        "repair_page repair app export"
+        "drawings repair_outcomes repair_jobs repair_page repair app export"
     ).split(),
     "tfds_grid": (
         "grid_ids raw_files speakers clips measuring grid_dataset_builder prepare beam_pipeline beam_build "
