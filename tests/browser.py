@@ -141,3 +141,18 @@ class Browser:
         clip = {"x": 0, "y": y, "width": size["width"], "height": height or size["height"] - y, "scale": 1}
         drawn = self("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
         Path(path).write_bytes(base64.b64decode(drawn["data"]))
+
+    def wait_for(self, expression: str, what: str = ""):
+        """What JavaScript says as soon as it is true of it; TimeoutError."""
+        until = time.monotonic() + self.patience_s
+        while not (found := self.ask(expression)):
+            if time.monotonic() > until:
+                raise TimeoutError(f"{what or expression}: not so in {self.patience_s} s")
+            time.sleep(0.05)
+        return found
+
+    def put_in(self, selector: str, *files: Path) -> None:
+        """Files into an <input type=file>, as if chosen by hand."""
+        root = self("DOM.getDocument")["root"]["nodeId"]
+        field = self("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self("DOM.setFileInputFiles", files=[str(f) for f in files], nodeId=field)

@@ -22,7 +22,7 @@ ROOMS = {
         "lstm models losses decode cluster parallel experiment steps storage phases stopping watchdog manifest checkpoints "
         "workdir board console looks loop replay train vocoder runs model_card weights restore recognise intervals metrics "
         "suites protocols restorations references tables mistakes table_files figures comparison report evaluate inpaint "
-        "drawings repair_outcomes repair_jobs repair_page repair app export"
+        "drawings repair_outcomes repair_jobs repair_page repair visit showing seclusion page app export"
     ).split(),
     "tfds_grid": (
         "grid_ids raw_files speakers clips measuring grid_dataset_builder prepare beam_pipeline beam_build "
@@ -38,7 +38,7 @@ OWNERS = {
     "ai_edge_litert": ("avsi_jax/landmarks.py",),
     "orbax": ("avsi_jax/checkpoints.py",),
     "grain": ("avsi_jax/input_pipeline.py",),
-    "gradio": ("avsi_jax/app.py",),
+    "gradio": ("avsi_jax/page.py",),
     "tensorflow": ("tfds_grid/",),
     "tensorflow_datasets": ("tfds_grid/",),
     "apache_beam": ("tfds_grid/beam_pipeline.py", "tfds_grid/beam_build.py"),
@@ -224,7 +224,7 @@ def test_no_machine_paths():
         ("avsi_jax/train.py", "import grain.python as pygrain", "only avsi_jax/input_pipeline.py"),
         ("avsi_jax/input_pipeline.py", "import tensorflow as tf", "only tfds_grid/"),
         ("avsi_jax/train.py", "import tensorflow_datasets as tfds", "only tfds_grid/"),
-        ("avsi_jax/inpaint.py", "import gradio as gr", "only avsi_jax/app.py"),
+        ("avsi_jax/inpaint.py", "import gradio as gr", "only avsi_jax/page.py"),
         ("tfds_grid/clips.py", "import apache_beam as beam", "only tfds_grid/beam_pipeline.py"),
         ("avsi_jax/landmarks.py", "import mediapipe", "no room may"),
         ("avsi_jax/train.py", "import jax\nstep = jax.pmap(print)", "writes pmap"),
