@@ -113,15 +113,13 @@ def read(folder: str | Path) -> Weights:
 
 def _read_config(path: Path) -> dict:
     """config.json with everything in its place; what stands in 'config' and 'normalisation' is still to be checked."""
+    if not path.is_file():
+        raise WeightsError(f"no {CONFIG} in {path.parent}; expected a folder of weights (python -m avsi_jax.weights)")
+    if (size := path.stat().st_size) > MOST_CONFIG:
+        raise WeightsError(f"{path} has {size} bytes, expected at most {MOST_CONFIG}; {HOW}")
     try:
-        if (size := path.stat().st_size) > MOST_CONFIG:
-            raise WeightsError(f"{path} has {size} bytes, expected at most {MOST_CONFIG}; {HOW}")
         told = json.loads(path.read_bytes(), parse_constant=_no_number)
-    except FileNotFoundError:
-        raise WeightsError(f"no {CONFIG} in {path.parent}; expected a folder of weights (python -m avsi_jax.weights)") from None
     except (ValueError, RecursionError) as error:
-        if isinstance(error, WeightsError):
-            raise
         raise WeightsError(f"{path} is no JSON ({_one_line(error)}); {HOW}") from error
     if not isinstance(told, dict) or told.get("format") != FORMAT:
         found = told.get("format") if isinstance(told, dict) else type(told).__name__
@@ -143,6 +141,9 @@ def check_config(told: dict) -> ml_collections.ConfigDict:
     import configs
 
     usual = configs.load("base")
+    for group in (k for k, v in usual.items() if isinstance(v, ml_collections.ConfigDict)):
+        if not isinstance(told.get(group, {}), dict):
+            raise ValueError(f"config.{group}: found {_short(told[group])}, expected fields")
     told = workdir_files.filled_up(told, workdir_files.LATER_FIELDS) | {"lstm": "auto"}  # how it ran is no part of what was learned
     _check_fields(told, usual, "")
     config = ml_collections.ConfigDict(told)
@@ -158,8 +159,6 @@ def _check_fields(told: dict, usual, prefix: str) -> None:
         raise ValueError(f"config.{prefix}{_short(odd[0])} is {'unknown' if odd[0] in told else 'missing'}")
     for key, value in told.items():
         if isinstance(usual[key], ml_collections.ConfigDict):
-            if not isinstance(value, dict):
-                raise ValueError(f"config.{prefix}{key}: found {_short(value)}, expected fields")
             _check_fields(value, usual[key], f"{prefix}{key}.")
             continue
         kind = type(usual[key])
@@ -213,7 +212,9 @@ def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...]], sha256: str) -
         tensors = {name: x.astype(np.float32) for name, x in safetensors.load(data).items()}
     except (SafetensorError, ValueError) as error:
         raise WeightsError(f"{path}: {_one_line(error)}; {HOW}") from error
-    for name, x in tensors.items():
+    for name, shape in shapes.items():
+        if (x := tensors.get(name)) is None or x.shape != shape:
+            raise WeightsError(f"{path}: {name} is not what the header said first; {HOW}")
         if not np.isfinite(x).all():
             raise WeightsError(f"{path}: {name} holds numbers that are not finite; {HOW}")
     return tensors
