@@ -3,7 +3,8 @@
 A BlazeFace detector finds the face, a face mesh gives 468 points on a turned square crop, and the next frame's square comes
 from this frame's points, so that the detector is asked once a clip. Points are pixels (x, y) of the whole picture in iBUG-68
 order. The three model files are MediaPipe's (Apache-2.0, face_models/NOTICE.md); their bytes are checked, since other versions
-give other points. Not done here: smoothing, normalisation by face size or pose (features.py), following more than one face.
+give other points. Of several faces the largest or a chosen one is followed. Not done here: smoothing, normalisation by face size or
+pose (features.py), following more than one face at once, telling people apart by their looks.
 
     python -m avsi_jax.landmarks --fetch      brings the model files where an installation lacks them
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import sys
 
 import cv2
@@ -75,7 +75,7 @@ class Track:
 
 
 class FaceTracker:
-    """Follows the largest face of a clip. Holds interpreters: one tracker a process, not for several threads."""
+    """Follows one face of a clip. Holds interpreters: one tracker a process, not for several threads."""
 
     def __init__(self, model_dir=None):
         files = load_models(model_dir)
@@ -85,12 +85,16 @@ class FaceTracker:
         )
         self._mesh = _Mesh(files[MESH])
 
-    def __call__(self, rgb: np.ndarray) -> Track:
-        """rgb (T, H, W, 3) uint8 -> Track. Raises NoFaceError when no frame shows a face."""
+    def __call__(self, rgb: np.ndarray, face: int | None = None) -> Track:
+        """rgb (T, H, W, 3) uint8 -> Track of the largest face, or of the `face`-th from the left.
+
+        Faces are counted from 0 in the first picture in which several are found (and so many); a chosen face that is lost is
+        found again only about where it was. Raises NoFaceError when no frame shows a face, ValueError when there are fewer faces.
+        """
         _check_rgb(rgb)
         num_frames, start = len(rgb), damaged_until(rgb)
         mesh = np.full((num_frames, NUM_MESH_POINTS, 2), np.nan, np.float32)
-        self._follow_forward(rgb, mesh, start)
+        self._follow_forward(rgb, mesh, start) if face is None else self._follow_chosen(rgb, mesh, start, face)
         self._follow_backward(rgb, mesh, start)
         valid = ~np.isnan(mesh[:, 0, 0])
         if not valid.any():
@@ -99,17 +103,44 @@ class FaceTracker:
                 "about a tenth of the picture's width, seen from the front"
             )
         points = _fill(mesh[:, MESH_TO_IBUG68], valid)
-        return Track(points, valid, self._warnings(rgb, valid, start))
+        return Track(points, valid, self._warnings(rgb, valid, start, face))
 
     def _follow_forward(self, rgb, mesh, start) -> None:
         """Writes the points of every frame seen from `start` on; asks the detectors again where the mesh loses the face."""
         points = None
         for t in range(start, len(rgb)):
-            points = self._mesh(rgb[t], _square_of_mesh(points)) if points is not None else None
-            if points is None:
-                points = self._find(rgb[t])
+            points = None if points is None else self._mesh(rgb[t], _square_of_mesh(points))
+            points = self._find(rgb[t]) if points is None else points
             if points is not None:
                 mesh[t] = points
+
+    def _follow_chosen(self, rgb, mesh, start, face) -> None:
+        """Writes the points of the face-th face from the left, to both sides of the picture in which faces are counted."""
+        if face < 0:
+            raise ValueError(f"found face {face}, expected a number from 0, which is the face furthest left")
+        most = 0
+        for first in range(start, len(rgb)):
+            most = max(most, len(faces := self._faces(rgb[first])))
+            if len(faces) > max(face, 1):
+                break
+        else:
+            if most and face >= most:
+                raise ValueError(f"found {most} face{'s' * (most > 1)}, expected a face number below that, from 0; not {face}")
+            return self._follow_forward(rgb, mesh, start)  # one face alone, or none
+        for way in (range(first, len(rgb)), range(first - 1, start - 1, -1)):
+            square, seen = _square_of_mesh(faces[face]), True
+            for t in way:
+                points = self._again(rgb[t], square, seen)
+                if seen := points is not None:
+                    mesh[t], square = points, _square_of_mesh(points)
+
+    def _again(self, picture, square, seen: bool):
+        """(468, 2) points of the face that was last in `square`, looked for with the detectors where it was not `seen`, or None."""
+        found = [self._mesh(picture, square) if seen else None]
+        if found[0] is None:
+            found = [self._mesh(picture, _square_of_mesh(points)) for points in self._faces(picture)]
+        near = {_overlap(square, _square_of_mesh(points)): points for points in found if points is not None}
+        return near[max(near)] if near and max(near) > SAME_FACE_IOU else None
 
     def _follow_backward(self, rgb, mesh, start) -> None:
         """Follows the face back in time into frames where it could not be found."""
@@ -130,19 +161,18 @@ class FaceTracker:
                     return points
         return None
 
-    def _count_faces(self, picture) -> int:
-        """The most faces one detector finds, confirmed by the mesh where there are several."""
-        counts = [0]
-        for squares in (detector(picture) for detector in self._detectors):
-            several = len(squares) > 1
-            counts.append(sum(self._mesh(picture, q) is not None for q in squares) if several else len(squares))
-        return max(counts)
+    def _faces(self, picture) -> list[np.ndarray]:
+        """(468, 2) points of every face, left to right: of the detector that finds the most which the mesh confirms."""
+        found = ([self._mesh(picture, square) for square in detector(picture)] for detector in self._detectors)
+        faces = max(([points for points in several if points is not None] for several in found), key=len)
+        return sorted(faces, key=lambda points: points[:, 0].mean())
 
-    def _warnings(self, rgb, valid, start) -> tuple[str, ...]:
+    def _warnings(self, rgb, valid, start, face) -> tuple[str, ...]:
         found = []
-        faces = max(self._count_faces(rgb[t]) for t in np.flatnonzero(valid)[::COUNT_EVERY])
+        faces = max(len(self._faces(rgb[t])) for t in np.flatnonzero(valid)[::COUNT_EVERY])
         if faces > 1:
-            found.append(f"{faces} faces seen; the larger one is followed: crop the pictures to the speaker if that is wrong")
+            which = "the largest" if face is None else f"number {face} from the left"
+            found.append(f"{faces} faces seen; {which} is followed: choose by number (face), 0 to {faces - 1} from the left")
         if start:
             found.append(f"the first {start} pictures are damaged (no scene in them); their points are held, not seen")
         lost = int((~valid[start:]).sum())
@@ -158,7 +188,8 @@ def damaged_until(rgb: np.ndarray) -> int:
     where the mesh is sure of wrong points. So where the first picture is plain grey, all before the last jump is damaged, the
     whole clip where nothing jumps. Clips that begin otherwise (black, a cut later) are left alone.
     """
-    if not len(rgb) or not _is_plain_grey(luma(rgb[0])):
+    first = luma(rgb[0]) if len(rgb) else np.zeros(1)
+    if first.std() >= FLAT_STD or abs(first.mean() - GREY) >= GREY_WITHIN:
         return 0
     jumps = np.flatnonzero(luma_jumps(rgb) > REPAIR_JUMP)
     return int(jumps[-1]) + 1 if len(jumps) else len(rgb)
@@ -298,6 +329,13 @@ def _square_of_mesh(points: np.ndarray) -> np.ndarray:
     return np.array([*((low + high) / 2 @ turn), SQUARE_SCALE * (high - low).max(), angle])
 
 
+def _overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two squares, their turn left aside."""
+    sides = np.minimum(a[:2] + a[2] / 2, b[:2] + b[2] / 2) - np.maximum(a[:2] - a[2] / 2, b[:2] - b[2] / 2)
+    inner = np.clip(sides, 0, None).prod()
+    return float(inner / (a[2] ** 2 + b[2] ** 2 - inner))
+
+
 def _mouth_square(pose: np.ndarray) -> np.ndarray:
     """(mouth x, y, eye line x, y) -> square around the mouth."""
     return np.array([*pose[:2], MOUTH_SPAN * np.hypot(*pose[2:]), np.arctan2(pose[3], pose[2])])
@@ -317,8 +355,7 @@ def _fill(points: np.ndarray, valid: np.ndarray) -> np.ndarray:
     good, bad = np.flatnonzero(valid), np.flatnonzero(~valid)
     flat = points.reshape(len(points), -1).astype(np.float32, copy=True)
     if len(bad):
-        line = functools.partial(np.interp, bad, good)
-        flat[bad] = np.stack([line(column) for column in flat[good].T], 1)
+        flat[bad] = np.stack([np.interp(bad, good, column) for column in flat[good].T], 1)
     return flat.reshape(points.shape)
 
 
@@ -328,10 +365,6 @@ def _smooth(x: np.ndarray, sigma: float) -> np.ndarray:
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     padded = np.pad(x, ((reach, reach), (0, 0)), mode="edge")
     return np.stack([np.convolve(column, kernel / kernel.sum(), "valid") for column in padded.T], 1)
-
-
-def _is_plain_grey(y: np.ndarray) -> bool:
-    return bool(y.std() < FLAT_STD and abs(y.mean() - GREY) < GREY_WITHIN)
 
 
 def _sigmoid(x):
@@ -344,9 +377,8 @@ def _check_rgb(rgb: np.ndarray) -> None:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m avsi_jax.landmarks", description="The face models: where they are, bringing them."
-    )
+    about = "The face models: where they are, bringing them."
+    parser = argparse.ArgumentParser(prog="python -m avsi_jax.landmarks", description=about)
     parser.add_argument("--fetch", action="store_true", help=f"take the files from the wheel of {MODEL_WHEEL} (36 MB download)")
     parser.add_argument("--model_dir", help="folder of the model files (default: inside the package)")
     args = parser.parse_args(argv)

@@ -159,6 +159,60 @@ def test_of_two_faces_the_larger_is_followed_with_a_warning(tracker, clean, trac
     assert np.abs(found.points - track.points[:30] - (w, 0)).max() < 6
 
 
+@pytest.fixture(scope="module")
+def beside(tracker, clean, track, grid_dir):
+    """Two real clips, s1 on the left, and the points of each by itself, where they lie in the joined pictures."""
+    other = media.read_clip(grid_dir / "s2" / "bbaf1n.mpg", sound=False).pictures.rgb[:30]
+    pair = np.concatenate([clean.pictures.rgb[:30], other], axis=2)
+    width = np.float32([clean.pictures.rgb.shape[2], 0])
+    return pair, (track.points[:30], tracker(other).points + width)
+
+
+def exchanged(pair):
+    """The joined pictures with left and right changed places; by how much the points move."""
+    left, right = np.split(pair, 2, axis=2)
+    return np.concatenate([right, left], axis=2)
+
+
+def test_a_face_is_chosen_by_its_place_from_the_left(tracker, beside):
+    pair, alone = beside
+    assert pair.shape[1:3] == (288, 720)
+    width = np.float32([360, 0])
+    for rgb, expected in ((pair, alone), (exchanged(pair), (alone[1] - width, alone[0] + width))):
+        for face in (0, 1):
+            found = tracker(rgb, face=face)
+            assert found.valid.all() and np.abs(found.points - expected[face]).max() < 6
+            assert found.warnings[0].startswith(f"2 faces seen; number {face} from the left") and len(found.warnings) == 1
+    assert "2 faces seen; the largest is followed: choose" in tracker(pair[:3]).warnings[0]
+
+
+@pytest.mark.parametrize("face", [0, 1])
+def test_a_chosen_face_that_is_hidden_is_waited_for(tracker, beside, face):
+    """Hidden from the first picture on too: faces are counted where both are seen, and the chosen one is followed back."""
+    pair, alone = beside
+    hidden = pair.copy()
+    half = slice(360 * face, 360 * (face + 1))
+    hidden[:4, :, half] = 0
+    hidden[10:20, :, half] = 0
+    found = tracker(hidden, face=face)
+    np.testing.assert_array_equal(np.flatnonzero(~found.valid), [*range(4), *range(10, 20)])
+    assert np.abs(found.points - alone[face])[found.valid].max() < 6
+    largest = tracker(hidden).points  # of no use here: whoever is there
+    assert np.abs(largest[12] - alone[1 - face][12]).max() < 6
+
+
+def test_fewer_faces_than_asked_for(tracker, beside, clean, track):
+    pair, _ = beside
+    np.testing.assert_array_equal(tracker(clean.pictures.rgb[:5], face=0).points, track.points[:5])
+    for rgb, face, said in ((clean.pictures.rgb[:3], 1, "found 1 face, expected .* not 1"), (pair[:3], 2, "found 2 faces")):
+        with pytest.raises(ValueError, match=said):
+            tracker(rgb, face=face)
+    with pytest.raises(ValueError, match="expected a number from 0"):
+        tracker(pair[:3], face=-1)
+    with pytest.raises(landmarks.NoFaceError):
+        tracker(np.full((3, 120, 160, 3), 30, np.uint8), face=1)
+
+
 def test_no_face(tracker):
     with pytest.raises(landmarks.NoFaceError, match="no face found in 5 pictures"):
         tracker(np.full((5, 120, 160, 3), 30, np.uint8))
