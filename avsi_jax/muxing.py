@@ -107,6 +107,10 @@ def _write_sound(source, part, target, pieces) -> tuple[str, ...]:
     with soundfile.SoundFile(part, "w", source.rate, source.channels, subtype, format=kind) as out:
         for piece in pieces:
             out.write(media.as_written(piece, subtype))
+    with soundfile.SoundFile(part) as back:  # libsndfile does not tell that the disk has no room for the end of a .flac
+        back.seek(source.num_samples - 1)
+        if len(back.read(1)) != 1:
+            raise OSError("its end was not written")
     return warnings
 
 
@@ -161,8 +165,7 @@ def _write_video(source, part, target, pieces) -> tuple[str, ...]:
             raise media.MediaError(f"{target}: .mpg holds no {video.codec_context.name} pictures; name the target .mkv or .mp4")
         with av.open(str(part.absolute()), "w", format=kind) as out:
             film, sound = out.add_stream_from_template(video), out.add_stream(coding.codec, rate=coding.rate)
-            known = audio is not None and audio.layout.nb_channels == source.channels
-            sound.layout = audio.layout.name if known else LAYOUTS[source.channels]
+            sound.layout = _layout(audio, source.channels)
             sound.codec_context.format = coding.format
             if coding.codec == "mp2":
                 sound.bit_rate = (192_000 if coding.rate >= 32_000 else 80_000) * source.channels  # the most that a channel takes
@@ -170,6 +173,12 @@ def _write_video(source, part, target, pieces) -> tuple[str, ...]:
             frames = _frames(source, coding, sound.layout.name, pieces, source.sound_start_s - start_s)
             _interleave(out, _pictures_from(given, video, depth, start_s, source.fps), film, sound, frames)
     return coding.warnings
+
+
+def _layout(audio, channels: int) -> str:
+    """What ffmpeg calls the channels: the source's word, where it names them and isn't plain mono or stereo."""
+    named = audio is not None and channels > 2 and audio.layout.nb_channels == channels and "channels" not in audio.layout.name
+    return audio.layout.name if named else LAYOUTS.get(channels, f"{channels} channels")
 
 
 def _pictures_from(given, video, depth: int, start_s: float, fps: float) -> Iterator:
@@ -185,6 +194,7 @@ def _pictures_from(given, video, depth: int, start_s: float, fps: float) -> Iter
             shown = [packet.pts - k * one for k in range(depth, 0, -1)]
         heapq.heappush(shown, packet.pts)
         packet.dts = before = heapq.heappop(shown) if before is None else max(heapq.heappop(shown), before + 1)
+        packet.pts = max(packet.pts, packet.dts)  # of two pictures at one time, the second a tick later
         yield packet
 
 
