@@ -11,32 +11,16 @@ from pathlib import Path
 import evaluations
 import numpy as np
 import pytest
+import tiny_weights
 
-import configs
 from avsi_jax import model_card, suites, weights
-from avsi_jax.runs import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def tiny_run(**fields) -> Run:
-    """A run of a tiny av_unified: numbers drawn for its parameters and made up to standardise by; nothing is compiled."""
-    import jax
-
-    from avsi_jax import experiment
-    from avsi_jax.features import Normalisation, Scale
-
-    wanted = {"units": 4, "layers": 1, "data_dir": "/somewhere/data", "preset": "wide"} | fields
-    config = configs.load("av_unified", [(k, str(v)) for k, v in wanted.items()])
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: experiment.init_params(config))
-    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
-    return Run(config, params, 7, Normalisation(Scale((-7.0,), (2.25,)), Scale((0.0,) * 272, (0.1,) * 272)))
-
-
 @pytest.fixture(scope="module")
 def run():
-    return tiny_run()
+    return tiny_weights.run()
 
 
 @pytest.fixture(scope="module")
