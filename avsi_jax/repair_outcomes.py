@@ -83,7 +83,7 @@ class Teller:
         self.share = share
         if self.bar is not None:
             self.bar.update(self.done + share - self.bar.n)
-        elif not self.quiet and time.monotonic() - self.last_said > SAY_EVERY_S:
+        elif not self.quiet and self.done + share < self.total and time.monotonic() - self.last_said > SAY_EVERY_S:
             self.last_said = time.monotonic()
             self._progress()
 

@@ -148,8 +148,21 @@ def test_names_from_lists(made_up, monkeypatch):
 
 def test_options_may_stand_anywhere(made_up):
     touch("a.wav", "b.wav", "c.wav")
-    assert run("a.wav", "--gap", "0.1-0.2", "b.wav", "--report", "c.wav", "--report=x.html", "--gap=1:00-1:01.5") in (0, 1)
+    assert run("a.wav", "--gap", "0.1-0.2", "b.wav", "--report", "c.wav", "--report=x.html", "--gap=1:00-1:01.5") == 0
     assert len(made_up.calls) == 3 and made_up.calls[0]["gaps"] == [(0.1, 0.2), (60.0, 61.5)]
+    assert "x.html" in files() and "Can&#39;t be shown: a.wav: cannot be decoded" in Path("x.html").read_text()
+
+
+def test_a_report_lies_beside_what_is_written(made_up, capsys):
+    touch("junk.wav")
+    assert run("junk.wav", "-o", "out", "--report") == 2 and "out/repair.html" in files()
+    assert capsys.readouterr().out == "report: out/repair.html\n"
+    assert run("junk.wav", "-o", "new/x.wav", "--report", "--json") == 2 and "new/repair.html" in files()
+    assert json.loads(capsys.readouterr().out)["status"] == "failed"
+    assert run("junk.wav", "-o", "out", "--report") == 2 and "out/repair.html exists" in one_line(capsys.readouterr().err)
+    assert run("junk.wav", "-o", "out", "--report", "--resume") == 2
+    assert run("junk.wav", "--report=junk.wav/x.html") == 2
+    assert "avsi-inpaint: --report: " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_what_is_asked_reaches_the_inpainter(made_up):
@@ -485,7 +498,7 @@ def test_sound_files_keep_rate_subtype_and_all_bits(untrained_a_si, tmp_path, ca
     code = run(tmp_path, "--gap", "0.8-1.3", "--gap=2.2-2.5", "-o", tmp_path / "out", "--checkpoint", untrained_a_si)
     said = capsys.readouterr()
     assert code == 1 and len(said.out.splitlines()) == 6, said.err
-    assert "bad.wav: cannot be decoded" in said.err and "short.flac: gap 2.2-2.5 s leaves the clip" in said.err
+    assert "bad.wav: cannot be decoded" in said.err and "short.flac: gap 0.8-1.3 s leaves the clip" in said.err
     for kind, rate in kinds.items():
         before, after = tmp_path / f"{kind}.wav", tmp_path / "out" / f"{kind}.restored.wav"
         assert (soundfile.info(after).samplerate, soundfile.info(after).subtype) == (rate, kind)
