@@ -30,6 +30,7 @@ PCM_CODECS = {
     "FLOAT": ("pcm_f32le", "flt"),
     "DOUBLE": ("pcm_f64le", "dbl"),
 }
+SAME_TIME_S = 1e-3
 MP2_RATES = (16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
 MP2_DELAY, MP2_FRAME = 481, 1152  # samples by which ffmpeg's encoder delays the sound, and of a packet
 REORDERED = 16  # pictures that a codec keeps waiting, at most
@@ -156,8 +157,7 @@ def _write_video(source, part, target, pieces) -> tuple[str, ...]:
     import av
 
     coding = _coding(source, target)
-    with media.open_container(source.path) as given:
-        depth = _reordered(given, media.streams_of(given)[0], target)
+    times, hidden = _times(source.path, target)
     with media.open_container(source.path) as given:
         video, audio = media.streams_of(given)
         kind = FORMATS[part.suffix]
@@ -171,8 +171,17 @@ def _write_video(source, part, target, pieces) -> tuple[str, ...]:
                 sound.bit_rate = (192_000 if coding.rate >= 32_000 else 80_000) * source.channels  # the most that a channel takes
             start_s = min(source.picture_start_s, source.sound_start_s)
             frames = _frames(source, coding, sound.layout.name, pieces, source.sound_start_s - start_s)
-            _interleave(out, _pictures_from(given, video, depth, start_s, source.fps), film, sound, frames)
-    return coding.warnings
+            _interleave(out, _pictures_from(given, video, _depth(times), start_s, source.fps), film, sound, frames)
+    return coding.warnings + tuple(_warnings(part, target, times, hidden))
+
+
+def _warnings(part, target, times, hidden: int) -> Iterator[str]:
+    """What a look at the written pictures shows."""
+    if hidden and target.suffix.lower() not in (".mp4", ".mov"):
+        yield f"{hidden} pictures that the source keeps but cuts off at its start are seen again; .mp4 and .mov hide them"
+    new = _times(part, target)[0] if FORMATS[part.suffix] == "mpeg" else times
+    if len(new) != len(times) or np.abs(new - times).max() > SAME_TIME_S:
+        yield "an .mpg does not tell every small picture's time: some are shown early or late; a .mkv tells them"
 
 
 def _layout(audio, channels: int) -> str:
@@ -198,15 +207,20 @@ def _pictures_from(given, video, depth: int, start_s: float, fps: float) -> Iter
         yield packet
 
 
-def _reordered(given, video, target) -> int:
-    """By how many places, at most, a picture is shown after pictures that lie behind it in the file."""
-    latest, depth = [], 0
-    for packet in _with_data(given, video):
-        if packet.pts is None:
+def _times(path, target) -> tuple[np.ndarray, int]:
+    """When the pictures are shown, s from the first to be shown, as they lie in the file; how many the file itself hides."""
+    with media.open_container(path) as given:
+        video = media.streams_of(given)[0]
+        packets = [(packet.pts, packet.is_discard) for packet in _with_data(given, video)]
+        if any(pts is None for pts, _ in packets):
             raise media.MediaError(f"{target}: the pictures' times are missing from the source; name the target .wav or .flac")
-        depth = max(depth, sum(pts > packet.pts for pts in latest))
-        latest = [*latest[-REORDERED:], packet.pts]
-    return depth
+        ticks = np.array([pts for pts, _ in packets])
+        return (ticks - ticks.min()) * float(video.time_base), sum(hidden for _, hidden in packets)
+
+
+def _depth(times: np.ndarray) -> int:
+    """By how many places, at most, a picture is shown after pictures that lie behind it in the file."""
+    return max(int((times[max(0, k - REORDERED) : k] > times[k]).sum()) for k in range(len(times)))
 
 
 def _with_data(given, video) -> Iterator:

@@ -8,11 +8,14 @@ Writing is muxing.py's; its write_clip is offered here too.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import itertools
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -255,18 +258,29 @@ class _Stretch:
         return media.Pictures(np.asarray(rgb), film.fps, film.start_s, seconds[order])
 
 
+class _Key(NamedTuple):
+    """A key picture's packet: the time it says, its place among the packets, and what tells it from others."""
+
+    pts: int
+    number: int
+    pos: int
+    content: tuple[int, int]
+
+
 class _Film:
     """The pictures of a video file.
 
     Decoding starts at the second key picture before a stretch (the pictures after the last one may lean on those before it), and
-    only where the packet found there is the one met on the way through the file; else at the start. Files whose pictures' times
-    are missing or out of order are decoded once, to number them.
+    only where the packet found there is one met on the way through the file, by its content; else at the start. After a seek the
+    reader of .mpg makes up other times: each packet's is taken from the way through. Files whose pictures' times are missing or
+    out of order are decoded once, to number them.
     """
 
     max_bytes = media.MAX_PICTURE_BYTES
 
     def __init__(self, file, stream):
-        self.file, self.keys, self.regular, self.times = file, [], True, None
+        self.file, self.regular, self.times = file, True, None
+        self.keys, self.alike, self.stamps = [], {}, array.array("q")
         self.first, self.fps, self.size, self.start_s = _Times(), 0.0, (0, 0), 0.0
         if stream is not None:
             media.PictureReader(file, self.max_bytes).check_size(stream)
@@ -274,10 +288,13 @@ class _Film:
 
     def note(self, packet):
         """The next packet of the file."""
-        if packet.size:
-            self.regular &= packet.pts is not None and (len(self.keys) < 2 or packet.pts > self.keys[-2][0])
+        if packet.size and self.regular:
+            self.regular = packet.pts is not None and (len(self.keys) < 2 or packet.pts > self.keys[-2].pts)
+        if packet.size and self.regular:
             if packet.is_keyframe:
-                self.keys.append(_name(packet))
+                self.keys.append(_Key(packet.pts, len(self.stamps), packet.pos, _content(packet)))
+                self.alike.setdefault(self.keys[-1].content, []).append(len(self.keys) - 1)
+            self.stamps.append(packet.pts)
         if len(self.first.seconds) < FIRST_PICTURES:
             media.decode_packet(packet, self.first)
 
@@ -317,31 +334,36 @@ class _Film:
 
     def _decode(self, stretch, start_s):
         """Feeds the stretch from a key picture before start_s, or from the file's first picture for None."""
-        last = -1 if start_s is None else sum(key[0] * self.tick_s <= start_s + self.start_s for key in self.keys) - 2
+        last = -1 if start_s is None else sum(key.pts * self.tick_s <= start_s + self.start_s for key in self.keys) - 2
         for key in [last - back for back in (0, 1, 3) if last - back > 0] + [None]:  # a seek may land after what was asked for
             with media.open_container(self.file) as container:
                 video = media.streams_of(container)[0]
-                found = [] if key is None else self._found(container, video, key, last)
-                if key is not None and not found:
+                found = None if key is None else self._found(container, video, key, last)
+                if key is not None and found is None:
                     continue
-                for packet in itertools.chain(found, container.demux(video)):
+                for packet in container.demux(video) if key is None else self._from(container, video, *found):
                     media.decode_packet(packet, stretch)
                     if stretch.done:
                         break
                 return stretch
 
-    def _found(self, container, video, key: int, last: int) -> list:
-        """After a seek to a key picture: [the first packet known as one up to `last`], [] where there is none."""
-        container.seek(self.keys[key][0], stream=video)
-        known = set(self.keys[: last + 1])
+    def _found(self, container, video, key: int, last: int):
+        """After a seek to a key picture: (the first packet that is known as one up to `last`, its number), or None."""
+        container.seek(self.keys[key].pts, stream=video)
         for packet in container.demux(video):
-            if _name(packet) in known:
-                return [packet]
-            if packet.is_keyframe and packet.pts is not None and packet.pts > self.keys[last][0]:
-                break
-        return []
+            alike = self.alike.get(_content(packet), []) if packet.is_keyframe else []
+            if len(alike) > 1:  # a picture that stands still
+                alike = [k for k in alike if (packet.pts, packet.pos) == (self.keys[k].pts, self.keys[k].pos)]
+            if alike:
+                return (packet, self.keys[alike[0]].number) if alike[0] <= last else None
+
+    def _from(self, container, video, first, number: int):
+        """The packets from the one of this number on, with their times."""
+        for place, packet in enumerate(itertools.chain([first], container.demux(video)), number):
+            if packet.size and place < len(self.stamps):
+                packet.pts = self.stamps[place]
+            yield packet
 
 
-def _name(packet) -> tuple:
-    """What tells a packet from all others of its file."""
-    return packet.pts, packet.pos, packet.size
+def _content(packet) -> tuple[int, int]:
+    return packet.size, zlib.crc32(packet)

@@ -147,7 +147,7 @@ def test_late_pictures_are_decoded_from_a_key_before_them(made, name, monkeypatc
 def test_a_seek_that_goes_wrong_changes_nothing(made, monkeypatch):
     clip = media.read_clip(made("open_gop.mkv"), sound=False)
     with streams.open_source(made("open_gop.mkv")) as source:
-        monkeypatch.setattr(streams._Film, "_found", lambda *_: [])
+        monkeypatch.setattr(streams._Film, "_found", lambda *_: None)
         assert_same_pictures(source, clip.pictures, [(2.0, 2.4)])
 
 
@@ -325,7 +325,7 @@ def test_a_grid_clip_stays_one(grid_dir, tmp_path):
         new, warnings = written(source, target)
     old = media.read_clip(path)
     assert_in_step(new, old, path, target)
-    assert "MP2" in warnings[0] and media.sound_lag_s(new) == pytest.approx(0.0110)
+    assert len(warnings) == 1 and "MP2" in warnings[0] and media.sound_lag_s(new) == pytest.approx(0.0110)
     assert len(new.sound.samples) == 131_328 and new.sound.samples.shape[1] == 2
     assert np.abs(new.sound.samples[481:] - old.sound.samples[481:]).mean() < 0.002
 
@@ -365,6 +365,39 @@ def test_sound_of_an_mpg_is_in_step(tmp_path, rate, kept):
     assert new.sound.rate == kept and new.sound.codec == "mp2" and len(warnings) == 1 + (rate != kept)
     assert len(new.sound.samples) / kept >= 3.0  # nothing is cut off its end
     assert new.sound.start_s < new.pictures.start_s  # so that nobody takes it for Grid's
+
+
+def test_pictures_that_a_source_hides_stay_hidden_or_are_told_of(tmp_path):
+    """As a phone trims a film: the pictures up to the cut stay in the file, before time 0."""
+    import av
+
+    path = make(tmp_path / "whole.mp4", "libx264", "aac", bf="0")
+    with av.open(str(path)) as whole, av.open(str(tmp_path / "cut.mp4"), "w") as cut:
+        copies = {stream.index: cut.add_stream_from_template(stream) for stream in whole.streams}
+        for packet in [packet for packet in whole.demux() if packet.size]:
+            earlier = round(fractions.Fraction(2, 5) / packet.time_base)
+            packet.pts, packet.dts, packet.stream = packet.pts - earlier, packet.dts - earlier, copies[packet.stream.index]
+            cut.mux(packet)
+    old = media.read_clip(tmp_path / "cut.mp4")
+    assert len(old.pictures.times) == FRAMES - 10
+    with streams.open_source(tmp_path / "cut.mp4") as source:
+        assert_same(source, old)
+        new, warnings = written(source, tmp_path / "out.mp4")
+        assert_in_step(new, old, tmp_path / "cut.mp4", tmp_path / "out.mp4")
+        assert warnings == ()
+        new, warnings = written(source, tmp_path / "out.mkv")
+    assert len(warnings) == 1 and warnings[0].startswith("10 pictures") and len(new.pictures.times) == FRAMES
+    assert new.sound.start_s - new.pictures.start_s == pytest.approx(0.4, abs=1e-3)
+
+
+def test_an_mpg_whose_pictures_lie_too_close_is_told_of(tmp_path, monkeypatch):
+    """The times of the written file are looked at: here a picture's is wrong."""
+    path = make(tmp_path / "in.mkv", "mpeg1video", "pcm_s16le", rate=44_100)
+    read = muxing._times
+    late = lambda path, target: (read(path, target)[0] + 0.04 * (np.arange(FRAMES) == 70) * path.name.endswith("mpg"), 0)
+    monkeypatch.setattr(muxing, "_times", lambda path, target: late(type(target)(path), target))
+    with streams.open_source(path) as source:
+        assert "does not tell every small picture's time" in written(source, tmp_path / "out.mpg")[1][-1]
 
 
 def test_what_a_target_cannot_hold_is_refused(made, tmp_path):
