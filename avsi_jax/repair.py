@@ -102,7 +102,9 @@ def parser() -> Parser:
         "as they are. Default: same as IN, but .mkv for .mpg and .avi, which would lose sound")  # fmt: skip
     add("--checkpoint", default="pretrained", help="shipped weights by name, or the folder of weights or of a training; "
         "default: %(default)s")  # fmt: skip
-    add("--face", type=_type(parse_face), metavar="N", help="which face speaks, counted from the left, where there are several")
+    add(
+        "--face", type=_type(parse_face), metavar="N", help="which face speaks, where there are several: 0 is the one furthest left"
+    )
     add("--sync", type=_type(parse_sync), default="off", metavar="off|auto|SECONDS",
         help="sound and pictures out of step: measured, or how much the sound comes late; default: %(default)s")  # fmt: skip
     add("--overwrite", action="store_true", help="replace files that are there")

@@ -76,7 +76,7 @@ class Teller:
             import tqdm
 
             form = "{percentage:3.0f}% |{bar}| " + f"{{n:.1f}}/{total} clips, {{rate_fmt}}, {{elapsed}} gone, {{remaining}} left"
-            self.bar = tqdm.tqdm(total=total, unit="clip", bar_format=form, dynamic_ncols=True, leave=False)
+            self.bar = tqdm.tqdm(total=total, unit="clip", bar_format=form, dynamic_ncols=True, leave=False, smoothing=0.1)
 
     def tick(self, share: float) -> None:
         """How much of the present clip is done, 0 to 1."""
