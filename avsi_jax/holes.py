@@ -29,16 +29,16 @@ FLOOR_DB = -120.0
 CONSTANT_S = 0.008  # so long the same value
 QUIET_DB, QUIET_S = -66.0, 0.012  # what is left of a hole after coding
 DROP_DB = 15.0  # a hole's inside below its edges
-CUT_DB, CUT_S = 25.0, 0.008  # an edge within so much of speech is cut off
-END_CUT_DB, END_S = 15.0, 0.03  # at the ends of a clip, where digital silence is common
-PAUSE_S = 0.06  # so long at the noise's level shows that there is noise
+CUT_DB, CUT_S = 12.0, 0.008  # an edge within so much of speech is cut off
+END_CUT_DB, END_S = 8.0, 0.03  # at the ends of a clip, where digital silence is common
+PAUSE_S, NOISE_DB = 0.15, 8.0  # so long at the edges' level, or so much above, shows that the recording has noise
 SMEAR_S, SMEAR_DB = 0.03, 20.0  # edges move outwards so far at most, while so much below what follows
 
 # Repeats
 SHORTEST_LAG_S, LONGEST_LAG_S = 0.01, 0.06
 WINDOW_S, HOP_S = 0.01, 0.005
 COARSE_RATE = 8000
-COARSE, EXACT, ALIKE = 0.9, 1e-3, 0.03  # correlation; share of a window's energy that is not the copy's
+COARSE, EXACT, ALIKE = 0.9, 1e-3, 0.1  # correlation; share of a window's energy that is not the copy's
 ALIKE_S = 0.025
 REPEAT_S = 0.012
 TONE_SHARE = 10.0  # a shorter period that fits nearly as well: it is a tone, not a copy
@@ -46,6 +46,7 @@ TONE_SHARE = 10.0  # a shorter period that fits nearly as well: it is a tone, no
 # Clipped
 CLIP_FRAMES = 4
 CLIP_LEVEL, CLIP_NEAR, CLIP_DENSITY = 0.6, 0.9, 0.35
+SHORT_DENSITY = 0.6  # of bursts shorter than three frames
 CLIP_S, CLIP_MERGE_S = 0.016, 0.03
 
 
@@ -64,7 +65,7 @@ def find_holes(samples: np.ndarray, rate: int) -> list[Hole]:
 
 
 class HoleFinder:
-    """The same in pieces, in constant memory: `feed` tells the holes that are certain by then, up to a minute late, `end` the rest."""
+    """The same in pieces, in constant memory: `feed` tells the holes certain by then, up to a minute late; `end` the rest."""
 
     def __init__(self, rate: int):
         self._rate, self._frame = rate, max(1, round(rate * FRAME_S))
@@ -220,7 +221,7 @@ def silence_is_lost(levels: np.ndarray, start: float, end: float, at_ends: tuple
         lost = last - first >= END_S / FRAME_S and beside[0][:2].max() > speech - END_CUT_DB
     else:
         cut = sides[0][edge[0] :][:near].max(initial=FLOOR_DB) > speech - CUT_DB or beside[-1][:2].max() > speech - END_CUT_DB
-        lost = cut or _has_noise(levels, inside + DROP_DB, adjacent + 4)
+        lost = cut or _has_noise(levels, inside + DROP_DB, adjacent + NOISE_DB)
     quantum = levels[levels > FLOOR_DB].min()
     return tuple(edge) if lost and adjacent > max(inside + DROP_DB, quantum + 12) else None
 
@@ -285,7 +286,9 @@ def clipped_runs(view, a, b, frame) -> list[tuple[int, int]]:
         peak = parts.max(1)
         near = ndimage.maximum_filter1d(peak, 3, mode="nearest")
         dense = (parts >= CLIP_NEAR * near[:, None]).mean(1)
-        spans += [(a + i * size, min(a + j * size, b)) for i, j in runs((near > CLIP_LEVEL) & (dense > CLIP_DENSITY))]
+        found = runs((near > CLIP_LEVEL) & (dense > CLIP_DENSITY))
+        found = [(i, j) for i, j in found if j - i > 2 or dense[i:j].max() > SHORT_DENSITY]
+        spans += [(a + i * size, min(a + j * size, b)) for i, j in found]
     return spans
 
 
@@ -373,7 +376,7 @@ def _likeness(now, then) -> float:
 
 def alike_runs(x, starts, lags, left, rate) -> list[tuple[int, int]]:
     """Where coding left copies only alike: windows in a row at one lag."""
-    window, hop, spans = round(WINDOW_S * rate), HOP_S * rate * 1.5, []
+    window, hop, spans = round(WINDOW_S * rate), HOP_S * rate * 3, []
     good = left < ALIKE
     begun: dict[int, list[int]] = {}
     for start, lag in sorted(zip(starts[good].tolist(), lags[good].tolist(), strict=True)):

@@ -23,7 +23,8 @@ from avsi_jax import holes, media
 
 KINDS = ("silence", "constant", "packets", "repeat", "scaled repeat", "clipped")
 CODINGS = ("wav", "mp2", "aac", "opus")
-RATES = {"wav": (8000, 16000, 44100, 48000), "mp2": (16000, 44100, 48000), "aac": (8000, 16000, 44100, 48000), "opus": (8000, 16000, 48000)}
+ALL_RATES = (8000, 16000, 44100, 48000)
+RATES = {"wav": ALL_RATES, "mp2": (16000, 44100, 48000), "aac": ALL_RATES, "opus": (8000, 16000, 48000)}
 WAYS = {"mp2": ("mp2", "mp2", 64_000), "aac": ("aac", "mp4", 64_000), "opus": ("libopus", "ogg", 32_000)}  # bit/s for each channel
 OVERLAP = 0.5
 
@@ -166,7 +167,7 @@ def undamaged(samples: np.ndarray, rate: int, rng) -> dict[tuple[str, str], coll
 
 
 def _rate_of(num: int, num_before: int, rate: int) -> int:
-    return min((8000, 16000, 44100, 48000), key=lambda r: abs(r - rate * num / num_before))
+    return min(ALL_RATES, key=lambda r: abs(r - rate * num / num_before))
 
 
 def gated(samples: np.ndarray, rate: int) -> np.ndarray:
@@ -205,7 +206,8 @@ def summary(kind: str, coding: str, row: collections.Counter) -> str:
     if kind == "nothing":
         minutes = row["whole_s"] / 60
         return f"| {kind} | {coding} | {row['clips']} | | | {row['found']} in {minutes:.0f} min | | | |"
-    share = [row[a] / max(row[b], 1e-9) for a, b in (("hit", "truth"), ("right", "found"), ("both_s", "truth_s"), ("both_s", "found_s"))]
+    pairs = (("hit", "truth"), ("right", "found"), ("both_s", "truth_s"), ("both_s", "found_s"))
+    share = [row[a] / max(row[b], 1e-9) for a, b in pairs]
     numbers = " | ".join(f"{100 * s:.1f}" for s in share)
     edge = 1000 * row["edge_s"] / max(row["edges"], 1)
     return f"| {kind} | {coding} | {row['clips']} | {row['truth']} | {numbers} | {edge:.1f} |"
@@ -232,7 +234,8 @@ def main(argv=None) -> int:
                 table[key].update(row)
     print("| damage | coding | clips | holes | recall % | precision % | recall % of samples | precision % of samples | edge ms |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for key in sorted(table, key=lambda k: (("nothing", *KINDS).index(k[0]), ("as it is", *CODINGS, "silent ends", "gated").index(k[1]))):
+    order = ("nothing", *KINDS, "as it is", *CODINGS, "silent ends", "gated")
+    for key in sorted(table, key=lambda k: [order.index(part) for part in k]):
         print(summary(*key, table[key]))
     return 0
 
