@@ -2,8 +2,8 @@
 
     python benchmarks/sync.py --data_dir=DATA [--leave_out=IDS.txt] [--fit]     prints the tables; with --fit the numbers first
 
-Halves by a hash of the clip's id. Speakers of `validation` and `test` are in no fit: those rows are of people never heard. A clip is
-put out of step by moving its sound, the end that comes free filled with the sound mirrored there, so that no lag has more to go by.
+Halves by a hash of the clip's id. Speakers of `validation` and `test` are in no fit: those rows are of people never heard. A clip
+is put out of step by moving its sound, the end that comes free filled with the sound mirrored there: no lag has more to go by.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def rows_of(clips, num_clips) -> list[Clip]:
 
 
 def measure_all(clips, mouth, sound) -> dict[str, np.ndarray]:
-    """Every clip, and its speaker's clips in rows, in step, out of step and with another's sound; whole and with gaps: arrays (C,)."""
+    """All clips and rows of them, in step, out of step and with another's sound; whole and with gaps: arrays (C, ...)."""
     lines = []
     for num_clips in LENGTHS:
         rows = rows_of(clips, num_clips)
@@ -215,8 +215,9 @@ def _line(table, offsets, certainties, sure) -> str:
     moved_far = (certainties >= sure) & (np.abs(offsets) > sync.WORTH_S)
     worse = moved_far & (error > np.abs(table["off"]))
     share = lambda what, of: f"{int(what[of].sum())} of {int(of.sum())} ({what[of].mean():.1%})" if of.any() else "-"  # noqa: E731
+    near = ", ".join(f"{(error[mine] <= s).mean():.0%}" for s in (0.04, 0.08))
     return (
-        f"{mine.sum()} | {1000 * np.median(error[mine]):.0f} | {(error[mine] <= 0.04).mean():.0%}, {(error[mine] <= 0.08).mean():.0%} | "
+        f"{mine.sum()} | {1000 * np.median(error[mine]):.0f} | {near} | "
         f"{share(moved_far, kind == 'in step')} | {share(moved_far & (error <= sync.NEAR_S), out)} | {share(worse, out)} | "
         f"{share(moved_far, kind == 'other')} |"
     )
