@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from avsi_jax.inpaint import Inpainter
 
 PAGE = "repair.html"
+NO_HOLE = "no hole found"  # in the error of a clip in which mending.found_gaps finds none
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 NO_ROOM = 2**20  # bytes left on a disk that count as none: libsndfile doesn't say why it can't write
 
@@ -171,12 +172,12 @@ def repaired(painter: Inpainter, job: Job, known: argparse.Namespace, progress: 
             )
     except Exception as error:  # whatever it is: the other clips don't suffer for it
         why = told(error)
+        if job.gaps == AUTO and isinstance(error, ValueError) and NO_HOLE in why:
+            return Outcome(path, None, "no hole found")
         if is_full(error, job.target):
             raise FullDiskError(f"no room left for {target} ({why}); make room and go on with --resume") from error
         return Outcome(path, None, "failed", error=why)
-    status = "restored" if done.gaps else "no hole found"
-    output = target if done.gaps else None
-    return Outcome(path, output, status, done.gaps, done.warnings, done.sync_s, done.seconds, done.duration_s)
+    return Outcome(path, target, "restored", done.gaps, done.warnings, done.sync_s, done.seconds, done.duration_s)
 
 
 @contextlib.contextmanager

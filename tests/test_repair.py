@@ -35,9 +35,10 @@ class MadeUp:
         kind = Path(source).stem
         if kind in RAISED:
             raise RAISED[kind]
-        found = [] if kind == "whole" else [(0.5, 0.75)] if gaps == "auto" else gaps
-        if found:
-            Path(target).write_bytes(b"restored")
+        if kind == "whole" and gaps == "auto":
+            raise ValueError(f"{source}: no hole found; expected digital silence")
+        found = [(0.5, 0.75)] if gaps == "auto" else gaps
+        Path(target).write_bytes(b"restored")
         gaps = tuple(inpaint.Gap(a, b, np.float32(0.75), "bin blue at f two now", "sound and lips") for a, b in found)
         return inpaint.FileRepair(gaps, ("half a face",) if kind == "half" else (), None, {"all": 0.1}, str(target), 3.0)
 
@@ -282,6 +283,15 @@ def test_an_outcome_is_a_line(made_up, capsys):
     assert lines[2] == "whole.wav: no hole found, nothing written; --gap START-END tells where one is"
     assert said.err == "avsi-inpaint: half.wav: half a face\n"
     assert files() == ["a.restored.wav", "a.wav", "half.restored.wav", "half.wav", "whole.wav"]
+
+
+def test_a_whole_clip_is_told_in_the_words_that_the_command_looks_for():
+    from avsi_jax import mending, streams
+
+    noise = 0.1 * np.random.default_rng(0).normal(size=(32_000, 1)).astype(np.float32)
+    clip = media.Clip("whole", None, media.Sound(noise, 16_000, 0.0, "PCM_16", "pcm"))
+    with pytest.raises(ValueError, match=repair.NO_HOLE):
+        mending.found_gaps(streams.source_of(clip))
 
 
 def test_many_gaps_are_not_all_told(made_up, capsys):
