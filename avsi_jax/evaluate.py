@@ -32,12 +32,13 @@ OTHER_VIDEO_IN = ("lengths", "unseen", "multigap")  # suites that have a row for
 
 
 def evaluate(
-    config, workdir: Path, *, baseline: Path | None = None, raw: Path | None = None, overwrite: bool = False, command: str = ""
-) -> Path:
-    """Evaluates the run in `workdir`, beside what `baseline`'s own evaluation found; returns the folder of the results.
+    config, workdir: Path, *, checkpoint: str = "", baseline: Path | None = None, raw: Path | None = None, overwrite: bool = False,
+    command: str = "",
+) -> Path:  # fmt: skip
+    """Evaluates the run in `workdir`, beside what `baseline`'s own evaluation found; returns the folder of the results, in it.
 
-    The baseline is evaluated first where it hasn't been. raw: the clips' videos, for suites that paint on them.
-    ValueError and OSError say what can't be done.
+    checkpoint: the name or folder of weights to evaluate in the run's place. The baseline is evaluated first where it hasn't been.
+    raw: the clips' videos, for suites that paint on them. ValueError and OSError say what can't be done.
     """
     from avsi_jax import input_pipeline, intervals, metrics, protocols, references, report, restorations, suites
     from avsi_jax.restore import Restorer
@@ -48,7 +49,7 @@ def evaluate(
     folder = folder_of(config, workdir)
     if (folder / "summary.json").exists() and not overwrite:
         raise FileExistsError(f"{folder} holds an evaluation; take --overwrite to replace it")
-    restorer = Restorer.from_workdir(workdir, config.checkpoint, protocol=protocol.damage)
+    restorer = Restorer.load(checkpoint or workdir, config.checkpoint, protocol=protocol.damage)
     if protocol.presets and restorer.config.preset not in protocol.presets:
         raise ValueError(
             f"config.protocol={protocol.name}: found a system of preset {restorer.config.preset}, expected {protocol.presets[0]}"
@@ -58,9 +59,9 @@ def evaluate(
     if config.suite in suites.NEED_RAW and not raw:
         raise ValueError(f"config.suite={config.suite} paints on the pictures; expected --raw=DIR with the videos of the dataset")
     other = baseline_rows(config, Path(baseline), restorer, raw, overwrite) if baseline else None
-    dataset = input_pipeline.find_dataset(
-        config.data_dir or restorer.config.data_dir, config.builder_config or restorer.config.builder_config
-    )
+    if not (data_dir := config.data_dir or restorer.config.data_dir):
+        raise ValueError("weights come without a dataset; expected --config.data_dir=DIR, where avsi-prepare wrote one")
+    dataset = input_pipeline.find_dataset(data_dir, config.builder_config or restorer.config.builder_config)
     records = input_pipeline.Records(dataset, config.split, mouth=False)
     clips = restorations.Clips(records, restorations.chosen_clips(records, config.max_clips))
     cases = protocol.cases or tuple(suites.SUITES[config.suite](config.gap_ms or protocol.gap_ms))
@@ -364,7 +365,8 @@ def main(argv: list[str] | None = None) -> int:
         "avsi-evaluate", description="Evaluate a trained system on one split; writes a report into its workdir."
     )
     parser.add_argument("--config", default="eval", help="a name or a .py file; default %(default)s")
-    parser.add_argument("--workdir", help="the run to evaluate")
+    parser.add_argument("--workdir", help="the run to evaluate; with --checkpoint the folder that the results go to")
+    parser.add_argument("--checkpoint", default="", help="weights to evaluate instead of a run: pretrained, another name, a folder")
     parser.add_argument("--baseline", help="another run at the same preset, shown beside it with paired differences")
     parser.add_argument("--raw", help="folder of the dataset's videos, for config.suite=occlusion, which paints on them")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation of the same split and protocol")
@@ -379,8 +381,9 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("no --workdir given; expected the folder of a training")
         command = "avsi-evaluate " + " ".join(sys.argv[1:] if argv is None else argv)
         folder = evaluate(
-            config, Path(known.workdir), baseline=known.baseline, raw=known.raw, overwrite=known.overwrite, command=command
-        )
+            config, Path(known.workdir), checkpoint=known.checkpoint, baseline=known.baseline, raw=known.raw,
+            overwrite=known.overwrite, command=command,
+        )  # fmt: skip
         print(folder / "report.html")
     except (ValueError, OSError) as error:
         print(f"avsi-evaluate: {error}", file=sys.stderr)

@@ -99,6 +99,15 @@ def test_wheel_holds(unpacked, pattern):
     assert list(unpacked.glob(pattern)), f"found no {pattern} in the wheel"
 
 
+def test_wheel_holds_the_shipped_weights_and_stays_small(wheel, unpacked):
+    """30 MB, of which the weights are most; those that are not there yet are no fault."""
+    assert wheel.stat().st_size <= 30e6, f"the wheel has {wheel.stat().st_size / 1e6:.1f} MB"
+    shipped = {p.parent.name for p in (ROOT / "avsi_jax" / "pretrained").glob("*/model.safetensors")}
+    for name in shipped:
+        folder = unpacked / "avsi_jax" / "pretrained" / name
+        assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
 def test_wheel_tells_version_commands_and_python(unpacked):
     (meta,) = unpacked.glob("avsi_jax-*.dist-info")
     told = importlib.metadata.Distribution.at(meta)

@@ -127,6 +127,15 @@ def test_a_folder_of_the_name_of_shipped_weights_is_the_folder(folder, tmp_path,
     assert weights.locate("small") is None, "a workdir: the reader of trainings says what it lacks"
 
 
+def test_an_evaluation_of_weights_is_told_where_the_data_are(folder, tmp_path, capsys):
+    from avsi_jax import evaluate
+
+    assert evaluate.main([f"--checkpoint={folder}", f"--workdir={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("avsi-evaluate: weights come without a dataset; expected --config.data_dir=DIR")
+    assert said.count("\n") == 1
+
+
 def test_a_restorer_of_weights_needs_no_heavy_library(folder, tmp_path):
     """Nor does importing what reads and restores."""
     heavy = "orbax librosa numba tensorflow tensorflow_datasets matplotlib grain cv2 av soundfile optax".split()
