@@ -88,7 +88,7 @@ def test_nothing_to_go_by_is_never_sure():
         (drawn_mouth(times), ~seen, noise(16_000, 0.0), []),
         (drawn_mouth(times), seen, noise(16_000, 0.0), [(0.3, 8.0)]),
         (drawn_mouth(times), seen, noise(16_000, 0.0)[:0], []),
-        (drawn_mouth(times + 50), seen, noise(16_000, 0.0), []),  # another speech
+        (drawn_mouth(times + 3.3), seen, noise(16_000, 0.0), []),  # another speech
     ):
         found = sync.measure(points, valid, times, samples, 16_000, lost, 0.0)
         assert found.certainty < sync.SURE and found.correction_s == 0.0
