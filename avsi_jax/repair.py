@@ -177,7 +177,7 @@ def repaired(painter: Inpainter, job: Job, known: argparse.Namespace, progress: 
         if is_full(error, job.target):
             raise FullDiskError(f"no room left for {target} ({why}); make room and go on with --resume") from error
         return Outcome(path, None, "failed", error=why)
-    return Outcome(path, target, "restored", done.gaps, done.warnings, done.sync_s, done.seconds, done.duration_s)
+    return Outcome(path, target, "restored", done.gaps, done.warnings, done.sync_s, done.seconds, done.duration_s, gaps == AUTO)
 
 
 @contextlib.contextmanager

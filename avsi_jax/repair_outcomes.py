@@ -15,14 +15,14 @@ from pathlib import Path
 
 NAME = "avsi-inpaint"
 SAY_EVERY_S = 30  # where no terminal shows a bar
-MOST_GAPS = 3  # told in an outcome's line
+MOST_TOLD = 3  # gaps and sentences, in an outcome's line
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """How a job came out. status: 'restored', 'no hole found', 'there already' or 'failed', then `error` says why.
 
-    gaps: of inpaint.Gap; sync_s, seconds, duration_s as in inpaint.FileRepair.
+    gaps: of inpaint.Gap; sync_s, seconds, duration_s as in inpaint.FileRepair. found: the gaps were found, not given.
     """
 
     path: str
@@ -33,6 +33,7 @@ class Outcome:
     sync_s: float | None = None
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     duration_s: float | None = None
+    found: bool = False
     error: str | None = None
 
     def as_dict(self) -> dict:
@@ -130,16 +131,14 @@ def whose(path: str, text: str) -> str:
 
 
 def line_of(outcome: Outcome, seconds: float) -> str:
-    """'whole.wav: filled 0.93-1.73 s by sound and lips, confidence 0.71, likeliest "bin blue at f two now" (4.3 s)'."""
+    """'whole.wav: filled 0.93-1.73 s by sound and lips, confidence 0.71; likeliest sentence ... (4.3 s)'."""
     if outcome.status == "no hole found":
         return f"{outcome.path}: no hole found, nothing written; --gap START-END tells where one is"
     if outcome.status == "there already":
         return f"{outcome.output}: there already"
-    gaps = [gap_line(gap) for gap in outcome.gaps[:MOST_GAPS]]
-    more = len(outcome.gaps) - len(gaps)
-    return f"{outcome.output}: filled {'; '.join(gaps)}{f'; and {more} more' if more else ''} ({seconds:.1f} s)"
-
-
-def gap_line(gap) -> str:
-    said = f', likeliest sentence of Grid "{gap.said}"' if gap.said else ""
-    return f"{gap.start_s:.2f}-{gap.end_s:.2f} s by {gap.by}, confidence {gap.confidence:.2f}{said}"
+    gaps = outcome.gaps[:MOST_TOLD]
+    parts = [f"{g.start_s:.2f}-{g.end_s:.2f} s by {g.by}, confidence {g.confidence:.2f}" for g in gaps]
+    parts += [f"{len(outcome.gaps) - MOST_TOLD} more"] * (len(outcome.gaps) > MOST_TOLD)
+    if said := [f'"{text}"' for text in dict.fromkeys(g.said for g in outcome.gaps if g.said)]:
+        parts.append(f"likeliest sentence of Grid {', '.join(said[:MOST_TOLD])}")
+    return f"{outcome.output}: {'found and ' * outcome.found}filled {'; '.join(parts)} ({seconds:.1f} s)"

@@ -278,8 +278,8 @@ def test_an_outcome_is_a_line(made_up, capsys):
     assert run("a.wav", "half.wav", "whole.wav") == 0
     said = capsys.readouterr()
     lines = said.out.splitlines()
-    told = 'filled 0.50-0.75 s by sound and lips, confidence 0.75, likeliest sentence of Grid "bin blue at f two now" (0.0 s)'
-    assert lines[0] == f"a.restored.wav: {told}" and len(lines) == 3
+    told = "a.restored.wav: found and filled 0.50-0.75 s by sound and lips, confidence 0.75"
+    assert lines[0] == f'{told}; likeliest sentence of Grid "bin blue at f two now" (0.0 s)' and len(lines) == 3
     assert lines[2] == "whole.wav: no hole found, nothing written; --gap START-END tells where one is"
     assert said.err == "avsi-inpaint: half.wav: half a face\n"
     assert files() == ["a.restored.wav", "a.wav", "half.restored.wav", "half.wav", "whole.wav"]
@@ -298,7 +298,7 @@ def test_many_gaps_are_not_all_told(made_up, capsys):
     touch("a.wav")
     assert run("a.wav", *(f"--gap={i}-{i}.5" for i in range(9))) == 0
     out = capsys.readouterr().out
-    assert out.count("confidence") == 3 and "; and 6 more (" in out
+    assert out.count("confidence") == 3 and out.count("bin blue") == 1 and "; 6 more; likeliest" in out
 
 
 def test_one_bad_clip_stops_no_other(made_up, capsys):
@@ -332,7 +332,7 @@ def test_json_is_all_there_is_on_stdout(made_up, capsys):
     gap = {"start_s": 0.5, "end_s": 0.75, "confidence": 0.75, "said": "bin blue at f two now", "by": "sound and lips"}
     assert found[0] == {
         "path": "a.wav", "output": "a.restored.wav", "status": "restored", "gaps": [gap], "warnings": [], "sync_s": None,
-        "seconds": {"all": 0.1}, "duration_s": 3.0, "error": None,
+        "seconds": {"all": 0.1}, "duration_s": 3.0, "found": True, "error": None,
     }  # fmt: skip
     assert found[1]["error"] == "cannot be decoded (found nothing)" and found[1]["output"] is None
     assert found[4]["warnings"] == ["half a face"] and found[5]["output"] == "b.restored.wav"
