@@ -263,7 +263,7 @@ def runs(flags: np.ndarray) -> list[tuple[int, int]]:
 def frame_levels(x: np.ndarray, frame: int, num: int) -> np.ndarray:
     """(n, C) -> (num,) dB: half of peak to peak, the loudest channel's; the last frame may be part of one."""
     full = len(x) // frame
-    parts = x[: full * frame].reshape(full, frame, -1)
+    parts = x[: full * frame].reshape(full, frame, x.shape[1])
     range_ = (parts.max(1) - parts.min(1)).max(1)
     if num > full:
         range_ = np.append(range_, (x[full * frame :].max(0) - x[full * frame :].min(0)).max())
@@ -299,8 +299,14 @@ def repeats(view, a, b, rate) -> list[tuple[int, int]]:
     if len(starts) == 0:
         return []
     starts, lags, left, gain = refine(x, starts, lags, rate)
-    spans = [_extended(x, *c, rate) for c in zip(starts[left < EXACT], lags[left < EXACT], gain[left < EXACT], strict=True)]
-    return [s for s in spans if s] + alike_runs(x, starts, lags, left, rate)
+    one = np.lexsort((left, starts))
+    one = one[np.r_[True, np.diff(starts[one]) > 0]]  # each window's best lag: a tone has dozens
+    one, spans, seen = one[left[one] < EXACT], [], 0
+    for c in zip(starts[one], lags[one], gain[one], strict=True):
+        if c[0] + round(WINDOW_S * rate) > seen:
+            first, seen, tone = _extended(x, *c, rate)
+            spans += [] if tone else [(first, seen)]
+    return spans + alike_runs(x, starts, lags, left, rate)
 
 
 def coarse_candidates(x, a, b, rate) -> tuple[np.ndarray, np.ndarray]:
@@ -347,7 +353,7 @@ def refine(x, starts, lags, rate):
 
 
 def _extended(x, start, lag, gain, rate):
-    """The stretch around a window over which x[n] is gain * x[n - lag], as nearly as 16 bits tell; None for a tone."""
+    """Where, around a window, x[n] is gain * x[n - lag], as nearly as 16 bits tell: (start, end, is it a tone)."""
     window, reach = round(WINDOW_S * rate), round(2 * LONGEST_LAG_S * rate)
     low, high = max(lag, start - reach), min(len(x), start + window + reach)
     now, then = x[low:high], x[low - lag : high - lag]
@@ -355,10 +361,10 @@ def _extended(x, start, lag, gain, rate):
     bad_before, bad_after = np.flatnonzero(wrong[: start - low + window // 2]), np.flatnonzero(wrong[start - low + window // 2 :])
     first = low + (bad_before[-1] + 1 if len(bad_before) else 0)
     last = start + window // 2 + bad_after[0] if len(bad_after) else high
-    return None if is_tone(x[max(0, first - lag) : last], rate) else (int(first), int(last))
+    return int(first), int(last), is_tone(x[max(0, first - lag) : last], rate, TONE_SHARE * EXACT)
 
 
-def is_tone(x: np.ndarray, rate: int) -> bool:
+def is_tone(x: np.ndarray, rate: int, differs: float) -> bool:
     """Whether a period shorter than any packet fits nearly as well."""
     d = np.diff(x)
     longest, shortest = round(0.9 * SHORTEST_LAG_S * rate), max(2, round(0.001 * rate))
@@ -367,7 +373,7 @@ def is_tone(x: np.ndarray, rate: int) -> bool:
     lags = np.arange(shortest, longest)
     now = d[longest:]
     like = np.array([_likeness(now, d[longest - lag : len(d) - lag]) for lag in lags])
-    return bool(like.max() > 1 - TONE_SHARE * EXACT)
+    return bool(like.max() > 1 - differs)
 
 
 def _likeness(now, then) -> float:
@@ -386,4 +392,5 @@ def alike_runs(x, starts, lags, left, rate) -> list[tuple[int, int]]:
             spans.append(begun[lag])
         else:
             begun[key][1] = start
-    return [(a, b + window) for a, b in spans if b - a + window >= ALIKE_S * rate]
+    long = [(a, b + window) for a, b in spans if b - a + window >= ALIKE_S * rate]
+    return [(a, b) for a, b in long if not is_tone(x[max(0, a - window) : b], rate, ALIKE)]
