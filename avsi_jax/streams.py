@@ -130,7 +130,8 @@ class _Spool:
         return np.frombuffer(bytearray(self.file.read(4 * self.channels * (stop - start))), np.float32).reshape(-1, self.channels)
 
     def close(self):
-        self.file.close()
+        with contextlib.suppress(OSError):  # what found no room before, finds none now
+            self.file.close()
 
 
 class _SoundFile:
@@ -195,6 +196,10 @@ def _open_video(file: Path, pictures: bool) -> Source:
         except av.FFmpegError as e:
             raise media.MediaError(
                 f"{file}: cannot be decoded ({media.one_line(e)}); check that it plays, or fetch it again"
+            ) from e
+        except OSError as e:
+            raise media.MediaError(
+                f"{file}: its sound, decoded, finds no room in {tempfile.gettempdir()} ({media.one_line(e)})"
             ) from e
         if sound is None and film is None:
             raise media.nothing_in(file, pictures, True)

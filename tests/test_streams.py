@@ -172,6 +172,18 @@ def test_long_sound_lies_on_the_disk_and_leaves_nothing(made, tmp_path, monkeypa
         source.sound(0, 10)
 
 
+def test_a_full_temporary_folder_is_told_of(made, tmp_path, monkeypatch):
+    path, limits = made("float.mov"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(streams, "IN_MEMORY", 10_000)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(media.MediaError, match="its sound, decoded, finds no room in"):
+            streams.open_source(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_sound_outside_the_clip_is_refused(made):
     with streams.open_source(made("float.mov")) as source:
         for start, stop in [(-1, 5), (5, 4), (0, source.num_samples + 1)]:
