@@ -66,6 +66,7 @@ def test_a_checkpoint_comes_back_as_it_was_trained(trained, tiny_config):
     first = Restorer.from_workdir(trained, "2")
     jax.tree.map(np.testing.assert_array_equal, last.params, second.params)
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(last.params), strict=True))
+    jax.tree.map(np.testing.assert_array_equal, Restorer.load(trained, "2").params, first.params)
 
 
 def test_what_is_missing_is_said(trained, tmp_path):
