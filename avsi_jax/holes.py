@@ -119,7 +119,8 @@ class HoleFinder:
             hole = self._judge(start, end, stop if over else None)
             self._found += [hole] if hole else []
         told = self._tell(horizon - (CONTEXT_S + NEAR_PACKETS_S) * self._rate)
-        keep = int(min(horizon, stop) - (CONTEXT_S + 1) * self._rate) // self._frame
+        waiting = [a for spans in self._silent.values() for a, b in spans if b - a <= LONGEST_S * self._rate]
+        keep = int(min([horizon, stop, *waiting]) - (CONTEXT_S + 1) * self._rate) // self._frame
         if keep > self._levels_from:
             self._levels, self._levels_from = self._levels[keep - self._levels_from :], keep
         return told
