@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).parent
 EXAMPLES = (("A whole clip", "whole.mp4"), ("A clip with a hole", "with_a_hole.mp4"))  # drawn and spoken by tfds_grid.synthetic
 SWEEP = (600, 3600)  # seconds: how often, and from which age on, uploads that no visit holds are deleted
 PLAYER = {"interactive": False, "buttons": ["download"], "type": "filepath"}
+CAMERA = gr.WebcamOptions(mirror=False, constraints={"video": {"width": 640, "height": 480}})
 WAITING = 20  # repairs that may wait for the one that runs
 SOUNDS = ("damaged", "restored", "original")
 TAKEN = ("seen", "heard", "gaps", "start", "told", "results")  # parts that a new clip changes
@@ -58,12 +59,12 @@ def _work_part() -> dict:
 
 def _clip_part() -> dict:
     parts, kinds = {}, [*media.VIDEO_SUFFIXES, *media.SOUND_SUFFIXES]
-    with gr.Tab("A file"):
+    with gr.Tab("File"):
         parts["file"] = gr.File(label="A clip", file_types=kinds, height=132, elem_id="file")
-    with gr.Tab("Record a film"):
-        camera = {"sources": ["webcam"], "include_audio": True, "webcam_options": gr.WebcamOptions(mirror=False)}
+    with gr.Tab("Camera"):
+        camera = {"sources": ["webcam"], "include_audio": True, "webcam_options": CAMERA}
         parts["film"] = gr.Video(label="A film of you speaking", height=230, elem_id="film", **camera)
-    with gr.Tab("Record sound"):
+    with gr.Tab("Microphone"):
         parts["voice"] = gr.Audio(label="Your voice", sources=["microphone"], type="filepath", editable=False, elem_id="voice")
     with gr.Row():
         for name, file in EXAMPLES:

@@ -28,7 +28,7 @@ def head(limits: visit.Limits) -> str:
 def line(error: Exception) -> str:
     """An error in one line, for a message that takes HTML."""
     words = " ".join(str(error).split()) or type(error).__name__
-    return html.escape(words[0].upper() + words[1:])
+    return html.escape(words)
 
 
 def clip(found: visit.Clip, gaps) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from avsi_jax import media, streams, workers
+from avsi_jax import holes, media, streams, workers
 
 if TYPE_CHECKING:
     from avsi_jax.inpaint import Inpainter, Repair
@@ -31,7 +31,7 @@ MOST_VISITS = 20  # at once; the one that was quiet longest makes room
 QUIET_S = 3600.0  # after which a visit is over
 STRIP, MOST_STRIPS = 5, 3  # pictures of a gap; gaps that are shown so
 AS_IT_IS = {".webm": ".mkv", ".mpeg": ".mpg"}  # suffixes of the same kind of file under another name
-WORDS = ((0.85, "sure"), (0.7, "rather sure"), (0.55, "half sure"), (0.0, "a guess"))  # from a confidence on
+WORDS = ((0.8, "sure"), (0.65, "rather sure"), (0.5, "half sure"), (0.0, "a guess"))  # from a confidence on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,8 +182,6 @@ class Visit:
 
     def _opened(self, file: Path, name: str) -> Clip:
         """Its sound, and the holes in it."""
-        from avsi_jax import holes
-
         with streams.open_source(file) as source:
             samples = np.asarray(source.sound(0, source.num_samples), np.float32)
             found = [h for h in holes.find_holes(samples, source.rate) if h.end - h.start >= SHORTEST_S * source.rate]
