@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -37,10 +38,18 @@ class Outcome:
     error: str | None = None
 
     def as_dict(self) -> dict:
-        """What --json tells."""
-        gaps = [{k: getattr(g, k) for k in ("start_s", "end_s", "confidence", "said", "by")} for g in self.gaps]
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return fields | {"gaps": gaps, "warnings": list(self.warnings), "seconds": dict(self.seconds)}
+        """What --json tells; numbers to the microsecond."""
+        gaps = [{k: _plain(getattr(g, k)) for k in ("start_s", "end_s", "confidence", "said", "by")} for g in self.gaps]
+        fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        seconds = {part: _plain(s) for part, s in self.seconds.items()}
+        return fields | {"gaps": gaps, "warnings": list(self.warnings), "seconds": seconds}
+
+
+def _plain(value):
+    """A number as json takes it, also where it is numpy's; null where it is none."""
+    if value is None or isinstance(value, str | bool | tuple | Mapping):
+        return value
+    return round(float(value), 6) if math.isfinite(value) else None
 
 
 def shown(text: object) -> str:
@@ -100,7 +109,7 @@ class Teller:
             for warning in () if self.quiet else outcome.warnings:
                 say(whose(outcome.path, warning))
             if self.as_json:
-                print(json.dumps(outcome.as_dict(), default=float), flush=True)
+                print(json.dumps(outcome.as_dict()), flush=True)
             elif not self.quiet and not outcome.error:
                 print(shown(line_of(outcome, seconds)), flush=True)
         if outcome.status != "there already":
