@@ -5,7 +5,7 @@
 #   GRID=DIR OUT=DIR EPOCHS=N for `make demo`      DATA=DIR RUNS=DIR JUDGE=RUN for `make table`
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint test test-slow test-beam test-gcs demo bench table tpu clean
+.PHONY: help venv lint test test-slow test-beam test-gcs demo docs bench table tpu clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -36,6 +36,7 @@ help:
 	@echo "make tpu            every system compiled by the TPU's own compiler, an hour of CPU or more -> docs/tpu.md"
 	@echo "make demo           the whole way on synthetic clips that it makes: build, train, evaluate, repair a clip"
 	@echo "make demo GRID=DIR  the same on a folder of Grid clips"
+	@echo "make docs           the documentation as a site, in build/site; a warning is an error"
 	@echo "make lint           ruff"
 	@echo "make venv           only the environment, in $(VENV)"
 	@echo "make clean          remove the environment and build litter"
@@ -82,6 +83,9 @@ test-gcs:
 
 demo: venv
 	@PATH="`cd "$(BIN)" && pwd`:$$PATH" GRID="$(GRID)" OUT="$(OUT)" EPOCHS="$(EPOCHS)" bash launch/demo.sh
+
+docs: venv
+	NO_MKDOCS_2_WARNING=1 "$(BIN)/mkdocs" build --strict --site-dir build/site
 
 # EXTRA=cuda: on a machine with an NVIDIA GPU. TORCH_INDEX: a package index beside pip's own that has PyTorch for CPUs alone,
 # e.g. https://download.pytorch.org/whl/cpu
