@@ -1,25 +1,34 @@
 """Inpainter: a person's clip -> media, landmarks, Restorer -> the clip's sound, whole. The Python API; repair.py is the command.
 
 The gaps are emptied first, at the clip's own rate, before anything else sees the sound: what stood there never changes the output.
-Samples outside the gaps are the recording's, bit for bit, at its own rate and in its own channels.
+Samples outside the gaps are the recording's, bit for bit, at its own rate and in its own channels. Only windows around the gaps are
+decoded, looked at and restored (mending.py), so a clip may be of any length. An Inpainter may be used from several threads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import numpy as np
 
     from avsi_jax.media import Clip
+    from avsi_jax.mending import Eyes, Mending
     from avsi_jax.restore import Restorer
+    from avsi_jax.streams import Source
 
-LONG_GAP_S = 1.5  # the longest that systems are evaluated at: longer ones are done, with a warning
-GUARD = 32  # record samples beside a gap that resampling mixed with it: treated as lost, never written
-GAP_ROWS = 8  # gaps of a window are padded to a multiple of this
-SPARE_FRAMES = 4  # pictures more than a window needs, so that every window of a clip has one shape
+    Gaps = Sequence[tuple[float, float]] | Literal["auto"]
+    Step = Literal["off", "auto"] | float
+
+LONGEST_MEL_S = 60.0  # clips for which `before` and `after` are made
+MEL_S = 3.0  # sound is filled up to this, twice this, ... for them: few shapes, each compiled once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,15 +88,28 @@ class FileRepair:
 
 
 def clip_of(samples, rate: int, *, rgb=None, fps: float = 25.0) -> Clip:
-    """Arrays as a clip: sound (N,) or (N, C) at `rate` Hz and, where there are any, pictures (T, H, W, 3) uint8 at `fps`."""
+    """Arrays as a clip: sound (N,) or (N, C), floats in [-1, 1] or integers of any width, at `rate` Hz and, where there are any,
+    pictures (T, H, W, 3) uint8 at `fps`, which begin with the sound. ValueError for other shapes.
+    """
     import numpy as np
 
     from avsi_jax import media
 
-    samples = np.asarray(samples, np.float32)
-    samples = samples[:, None] if samples.ndim == 1 else samples
-    pictures = None if rgb is None else media.Pictures(rgb, fps, 0.0, np.arange(len(rgb)) / fps)
-    return media.Clip("the clip", pictures, media.Sound(samples, rate, 0.0, "FLOAT", "pcm"))
+    samples = np.asarray(samples)
+    if samples.ndim not in (1, 2) or samples.dtype.kind not in "fi":
+        raise ValueError(f"found sound of shape {samples.shape} {samples.dtype}, expected (N,) or (N, C) of floats or integers")
+    if samples.dtype.kind == "i":
+        samples = samples / float(2 ** (8 * samples.dtype.itemsize - 1))
+    samples = np.asarray(samples.reshape(len(samples), -1), np.float32)
+    if not (rate == int(rate) and rate > 0 and fps > 0):
+        raise ValueError(f"found {rate} Hz and {fps} pictures a second, expected a whole number of hertz, both above 0")
+    pictures = None
+    if rgb is not None:
+        rgb = np.asarray(rgb)
+        if rgb.ndim != 4 or rgb.shape[-1] != 3 or rgb.dtype != np.uint8 or not rgb.size:
+            raise ValueError(f"found pictures of shape {rgb.shape} {rgb.dtype}, expected (T, H, W, 3) uint8")
+        pictures = media.Pictures(rgb, float(fps), 0.0, np.arange(len(rgb)) / fps)
+    return media.Clip("the clip", pictures, media.Sound(samples, int(rate), 0.0, "FLOAT", "arrays"))
 
 
 class Inpainter:
@@ -95,217 +117,228 @@ class Inpainter:
 
     >>> painter = Inpainter.from_pretrained()     # doctest: +SKIP
     >>> repair = painter.inpaint("clip.mpg", gaps=[(0.93, 1.73)])  # doctest: +SKIP
+
+    Arrays do as well. Here a network nobody trained, and a tone with 300 ms missing:
+
+    >>> import numpy as np, configs
+    >>> from avsi_jax import experiment, restore
+    >>> config = configs.load("tiny", [("system", "a_si"), ("units", "4")])
+    >>> painter = Inpainter(restore.Restorer(config, experiment.init_params(config), step=0))
+    >>> tone = 0.1 * np.sin(2 * np.pi * 220 * np.arange(32_000) / 16_000)
+    >>> repair = painter.inpaint(clip_of(tone, 16_000), gaps=[(0.9, 1.2)])
+    >>> repair.samples.shape, repair.rate, repair.after.shape
+    ((32000, 1), 16000, (101, 64))
+    >>> bool((repair.samples[:14_400, 0] == np.float32(tone[:14_400])).all())
+    True
+    >>> [(gap.start_s, gap.end_s, gap.by) for gap in repair.gaps]
+    [(0.9, 1.2, 'sound')]
     """
 
-    def __init__(self, restorer: Restorer):
+    def __init__(self, restorer: Restorer, measured: Mapping | None = None):
+        """measured: facts['measured'] of its weights, what `Gap.confidence` is taken from."""
+        from avsi_jax import compilation
+
+        compilation.keep()
         self.restorer = restorer
+        self.measured = measured or {}
         self._tracker = None
         self._mouth_seen = None
+        self._lock = threading.Lock()
 
     @classmethod
     def load(cls, checkpoint: str | Path = "pretrained") -> Inpainter:
-        """'pretrained', the name of shipped weights, a folder of weights or the workdir of a training."""
+        """'pretrained', the name of shipped weights, a folder of weights or the workdir of a training; ValueError says what is
+        missing."""
+        from avsi_jax import compilation, weights
+
+        compilation.keep()
+        if folder := weights.locate(checkpoint):
+            return cls._of_weights(folder)
+        return cls.from_workdir(checkpoint)
+
+    @classmethod
+    def _of_weights(cls, folder: Path) -> Inpainter:
+        from avsi_jax import weights
         from avsi_jax.restore import Restorer
 
-        return cls(Restorer.load(checkpoint))
+        held = weights.read(folder)
+        return cls(Restorer._of(held.run, folder, "waveform"), held.facts.get("measured"))
 
     @classmethod
     def from_pretrained(cls, name: str = "av_unified") -> Inpainter:
-        """The weights of that name that came with the installation."""
-        return cls.load(name)
+        """The weights of that name that came with the installation; ValueError names those there are."""
+        from avsi_jax import weights
+
+        return cls._of_weights(weights.find(name))
 
     @classmethod
     def from_workdir(cls, workdir: str | Path, which: str = "best") -> Inpainter:
         """The system trained in `workdir`; checkpoints.CheckpointError says what is missing."""
+        from avsi_jax import compilation
         from avsi_jax.restore import Restorer
 
+        compilation.keep()
         return cls(Restorer.from_workdir(workdir, which))
 
-    def inpaint_batch(self, clips, gaps) -> list[Repair]:
-        return [self.inpaint(clip, of) for clip, of in zip(clips, gaps, strict=True)]
+    def inpaint(self, clip: str | Path | Clip | Source, gaps: Gaps, *, face: int | None = None, sync: Step = "off") -> Repair:
+        """Fills the gaps, (start, end) in seconds of the clip's sound, or with 'auto' the holes that are found in it.
+
+        face: which of several, from 0 at the left; the largest without it. sync: 'auto' corrects sound and pictures that are out
+        of step where that is certain; seconds by which the sound comes later than the clip says are taken as they are.
+        ValueError for gaps that don't fit, or where there is nothing to go by; media.MediaError for a clip that can't be read, has
+        no sound, or lacks the pictures that the system needs; landmarks.NoFaceError where it needs a face.
+        """
+        with self._opened(clip) as source:
+            mending = self._mending(source, gaps, face, sync)
+            mending.begin()
+            return _repair_of(mending)
+
+    def inpaint_batch(
+        self, clips: Sequence[str | Path | Clip | Source], gaps: Sequence[Gaps], *, face: int | None = None, sync: Step = "off"
+    ) -> list[Repair]:
+        """`inpaint` of several clips, each with its own gaps; their windows go through the network together."""
+        from avsi_jax import filling
+
+        with contextlib.ExitStack() as stack:
+            sources = [stack.enter_context(self._opened(clip)) for clip in clips]
+            all_of_them = [self._mending(source, of, face, sync) for source, of in zip(sources, gaps, strict=True)]
+            for mending in all_of_them:
+                mending.begin()
+            shared = {"model": 0.0, "vocoder": 0.0}
+            filling.run(self.restorer, [f for mending in all_of_them for f in mending.fillings], shared)
+            for mending in all_of_them:  # what the network took is shared out evenly
+                for key, seconds in shared.items():
+                    mending.seconds[key] += seconds / len(all_of_them)
+            return [_repair_of(mending) for mending in all_of_them]
 
     def repair_file(
-        self, source_path, target_path, gaps, *, face: int | None = None, sync: str | float = "off", overwrite: bool = False,
-        progress=None,
+        self, source_path: str | Path, target_path: str | Path, gaps: Gaps, *, face: int | None = None, sync: Step = "off",
+        overwrite: bool = False, progress: Callable[[float], None] | None = None,
     ) -> FileRepair:  # fmt: skip
-        """Fills the gaps of a clip file and writes it, sound alone or with its pictures, by the target's suffix."""
-        from avsi_jax import streams
+        """Fills the gaps of a clip file of any length and writes it, in memory that doesn't grow with it.
 
-        repair = self.inpaint(source_path, gaps, face=face, sync=sync)
-        with streams.open_source(source_path) as source:
-            more = streams.write_clip(source, target_path, [repair.samples], overwrite=overwrite)
-            if progress:
-                progress(1.0)
-            return FileRepair(
-                repair.gaps, repair.warnings + more, repair.sync_s, repair.seconds, str(target_path), source.duration_s
-            )
+        The target's suffix says as what: .wav .flac the sound alone, .mp4 .mkv .mov .mpg with the source's pictures as they are.
+        progress is called with the share done, 0..1. As `inpaint`, and FileExistsError where the target is there already.
+        """
+        from avsi_jax import media, streams
 
-    def inpaint(
-        self, clip: str | Path | Clip, gaps: list[tuple[float, float]] | str, *, face: int | None = None, sync: str | float = "off"
-    ) -> Repair:
-        """Fills the gaps, (start, end) in seconds of the clip's sound. ValueError for gaps that don't fit; media.MediaError."""
-        import numpy as np
+        began = time.perf_counter()
+        film = Path(target_path).suffix.lower() not in media.SOUND_SUFFIXES
+        if Path(target_path).exists() and not overwrite:
+            raise FileExistsError(f"{target_path} exists; take overwrite (--overwrite) to replace it, or another name")
+        with streams.open_source(source_path, pictures=film or self.restorer.system.uses_video) as source:
+            opened = time.perf_counter() - began
+            mending = self._mending(source, gaps, face, sync, forgets=True)
+            mending.seconds["decode"] += opened
+            mending.began = began
+            mending.begin()
+            blocks = _told(mending.blocks(), source.num_samples, progress)
+            more = streams.write_clip(source, target_path, blocks, overwrite=overwrite)
+            filled, warnings, seconds = mending.finish()
+            told = _gaps_of(filled, source.rate)
+            return FileRepair(told, warnings + more, mending.sync_s, seconds, str(target_path), source.duration_s)
 
-        from avsi_jax import media
+    @contextlib.contextmanager
+    def _opened(self, clip) -> Iterator[Source]:
+        """Any kind of clip as a source; one that was given open stays open."""
+        from avsi_jax import media, streams
 
-        clip = clip if isinstance(clip, media.Clip) else media.read_clip(clip, pictures=self.restorer.system.uses_video)
-        if clip.sound is None:
-            raise media.MediaError(f"{clip.path} has no sound; expected a clip whose sound has a hole")
-        rate, samples = clip.sound.rate, clip.sound.samples.copy()
-        spans = check_gaps(gaps, len(samples), rate)
-        for start, end in spans:
-            samples[start:end] = 0.0
-        warnings = [
-            f"gap {a / rate:.2f}-{b / rate:.2f} s is longer than the {LONG_GAP_S} s that quality was measured up to"
-            for a, b in spans
-            if b - a > LONG_GAP_S * rate
-        ]
-        pictures, seen = self._pictures(clip)
-        whole, said = self._repaired(samples, rate, spans, pictures)
-        for start, end in spans:
-            samples[start:end] = whole[start:end, None] * channel_gains(samples, start, end, rate)
-        by = "sound and lips" if pictures["valid"].any() else "sound"
-        found = tuple(Gap(a / rate, b / rate, 0.5, text, by) for (a, b), text in zip(spans, said, strict=True))
-        size = 1 + len(samples) * 8_000 // rate // 160
-        blank = np.full((size, 64), -80.0, np.float32)
-        marks = (pictures["points"], pictures["valid"], np.arange(len(pictures["valid"])) / pictures["fps"])
-        return Repair(
-            samples, rate, clip.sound.subtype, found, tuple(warnings) + seen, blank, blank, 0.02,
-            *(marks if clip.pictures is not None else (None, None, None)), None,
-            dict.fromkeys(("decode", "landmarks", "model", "vocoder", "all"), 0.0),
-        )  # fmt: skip
+        if isinstance(clip, streams.Source):
+            yield clip
+            return
+        in_memory = isinstance(clip, media.Clip)
+        pictures = self.restorer.system.uses_video
+        with streams.source_of(clip) if in_memory else streams.open_source(clip, pictures=pictures) as source:
+            yield source
 
-    def _pictures(self, clip: Clip) -> tuple[dict, tuple[str, ...]]:
-        """The pictures' side of a raw batch for the whole clip (landmarks at an even rate, on the sound's clock), and warnings."""
-        import numpy as np
+    def _mending(self, source: Source, gaps, face, sync, forgets: bool = False) -> Mending:
+        from avsi_jax import media, mending
 
-        from avsi_jax import landmarks, media, visibility
-
-        system = self.restorer.system
-        still, never = np.zeros((1, 68, 2), np.float32), np.zeros(1, bool)
-        unseen = {"points": still, "valid": never, "fps": 25.0, "lag_s": 0.0, "size": (360, 288)}
-        if not system.uses_video:
-            return unseen, ()
-        if clip.pictures is None and not system.drops:
-            raise media.MediaError(f"{clip.path} has no pictures; {self.restorer.name} needs them; a_si and av_unified do without")
-        if clip.pictures is None:
-            return unseen, ("no pictures: repaired by the sound alone",)
-        self._tracker = self._tracker or landmarks.FaceTracker()
-        try:
-            track = self._tracker(clip.pictures.rgb)
-        except landmarks.NoFaceError:
-            if not system.drops:
-                raise
-            return unseen, ("no face in the pictures: repaired by the sound alone",)
-        height, width = clip.pictures.rgb.shape[1:3]
-        times, rate = clip.pictures.times, clip.pictures.fps
-        hidden = track.valid & ~(self._mouth_seen or visibility.mouth_seen)(clip.pictures.rgb, track.points)
-        if hidden.any():
-            track = track.without(hidden, "something hides the mouth")
-        points, fps = at_even_rate(track.points, times, rate)
-        valid = at_even_rate(track.valid.astype(np.float32), times, rate)[0] == 1
-        lips = {"points": points, "valid": valid, "fps": fps, "lag_s": media.sound_lag_s(clip), "size": (width, height)}
-        return lips, tuple(track.warnings)
-
-    def _repaired(self, samples, rate: int, spans, pictures: dict):
-        """The whole clip's sound (N,) at its own rate with every gap filled in; and the sentence read in each gap's window."""
-        import numpy as np
-
-        from avsi_jax import media
-        from avsi_jax.spec import RECORD_RATE
-
-        sound = media.resample(media.mono(samples), rate, RECORD_RATE)
-        size, scale = self.restorer.spec.record_samples, RECORD_RATE / rate
-        lost = np.asarray([[int(a * scale) - GUARD, int(np.ceil(b * scale)) + GUARD] for a, b in spans]).clip(0, len(sound))
-        whole, said, done = sound.copy(), [], {}
-        for start, end in lost:
-            if end - start > size:
-                raise ValueError(
-                    f"gap of {(end - start) / RECORD_RATE:.2f} s, expected at most {size / RECORD_RATE:.2f} s, what a system sees"
-                )
-            first = int(np.clip((start + end) // 2 - size // 2, 0, max(0, len(sound) - size)))
-            if first not in done:
-                done[first] = self._restore_window(sound, first, lost, pictures)
-            window, text = done[first]
-            whole[start:end] = window[start - first : end - first]
-            said.append(text)
-        out = media.resample(whole, RECORD_RATE, rate)
-        return np.pad(out, (0, max(0, len(samples) - len(out)))), said
-
-    def _restore_window(self, sound, first: int, lost, pictures: dict):
-        """One preset's length of sound from record sample `first` with its gaps filled in; the sentence read."""
-        import numpy as np
-
-        from avsi_jax import media
-        from avsi_jax.restore import fit
-        from avsi_jax.spec import RECORD_RATE
-
-        size = self.restorer.spec.record_samples
-        part = sound[first : first + size]
-        fps, start_s = pictures["fps"], first / RECORD_RATE
-        picture = int((start_s - pictures["lag_s"]) * fps) - 1
-        picture = min(max(0, picture), len(pictures["points"]) - 1)  # before the first and after the last, that one
-        count = int(np.ceil(size / RECORD_RATE * fps)) + SPARE_FRAMES
-        points, valid = (pictures[k][picture : picture + count] for k in ("points", "valid"))
-        batch = {
-            "audio": media.to_int16(fit(part, size))[None],
-            "audio_length": np.asarray([len(part)], np.int32),
-            "landmarks": np.pad(points, ((0, count - len(points)), (0, 0), (0, 0)), mode="edge")[None].astype(np.float32),
-            "landmarks_valid": np.pad(valid, (0, count - len(valid)))[None],
-            "num_frames": np.asarray([len(points)], np.int32),
-            "offset_s": np.asarray([pictures["lag_s"] - start_s + picture / fps], np.float32),
-            "fps": np.asarray([fps], np.float32),
-            "frame_size": np.asarray([pictures["size"]], np.int32),
-            "id_hash": np.asarray([0], np.uint32),
-        }
-        gap = np.clip(lost - first, 0, len(part))
-        gap = gap[gap[:, 0] < gap[:, 1]]
-        gap = np.pad(gap, ((0, -len(gap) % GAP_ROWS), (0, 0)))[None]  # few shapes: each is compiled once
-        restored = self.restorer.restore(batch, gap)
-        return self.restorer.to_sound(restored.level, batch, gap)[0, : len(part)], self.restorer.sentences(restored)[0]
-
-
-def check_gaps(gaps, num_samples: int, rate: int) -> list[tuple[int, int]]:
-    """Seconds -> [start, end) in samples of the clip's own rate, sorted; ValueError says which gap doesn't fit and why."""
-    duration = num_samples / rate
-    spans = []
-    for start, end in sorted(gaps):
-        if not 0 <= start < end:
-            raise ValueError(f"gap {start:g}-{end:g}: expected START-END in seconds with 0 <= START < END")
-        if start >= duration or end > duration + 0.5 / rate:
-            raise ValueError(f"gap {start:g}-{end:g} s leaves the clip, whose sound is {duration:.3f} s long")
-        spans.append((round(start * rate), min(round(end * rate), num_samples)))
-        if spans[-1][0] == spans[-1][1]:
-            raise ValueError(f"gap {start:g}-{end:g} s holds no sample at {rate} Hz")
-    if not spans:
-        raise ValueError("no gap given; expected at least one, such as --gap 0.93-1.73")
-    merged = [spans[0]]
-    for start, end in spans[1:]:
-        if start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        if not source.num_samples:
+            raise media.MediaError(f"{source.path} has no sound; expected a clip whose sound has a hole")
+        if isinstance(gaps, str):
+            if gaps != "auto":
+                raise ValueError(f"gaps {gaps!r}: expected (start, end) pairs in seconds, or 'auto'")
+            spans = mending.found_gaps(source)
         else:
-            merged.append((start, end))
-    return merged
+            spans = mending.check_gaps(gaps, source.num_samples, source.rate)
+        eyes = self._eyes(source) if self.restorer.system.uses_video else None
+        return mending.Mending(source, spans, self.restorer, eyes, self.measured, face=face, step=sync, forgets=forgets)
+
+    def _eyes(self, source: Source) -> Eyes:
+        from avsi_jax import landmarks, mending, visibility
+
+        with self._lock:
+            if self._tracker is None and source.has_pictures:
+                self._tracker = landmarks.FaceTracker()
+        return mending.Eyes(self._tracker, self._mouth_seen or visibility.mouth_seen, self._lock)
 
 
-def channel_gains(samples, start: int, end: int, rate: int):
-    """(C,) by how much each channel is louder than their mean around the gap: what is filled in is one voice for all of them."""
+def _told(blocks, num_samples: int, progress):
+    """The same blocks; tells progress after each."""
+    done = 0
+    for block in blocks:
+        yield block
+        done += len(block)
+        if progress:
+            progress(done / num_samples)
+
+
+def _gaps_of(filled, rate: int) -> tuple[Gap, ...]:
+    return tuple(Gap(start / rate, end / rate, *more) for start, end, *more in filled)
+
+
+def _repair_of(mending: Mending) -> Repair:
     import numpy as np
 
-    beside = np.concatenate([samples[max(0, start - rate) : start], samples[end : end + rate]])
-    if samples.shape[1] == 1 or not beside.any():
-        return np.ones(samples.shape[1], np.float32)
-    power = lambda x: np.sqrt(np.mean(np.square(x, dtype=np.float64), 0))
-    return (power(beside) / max(power(beside.mean(1, keepdims=True))[0], 1e-9)).clip(0, 4).astype(np.float32)
+    source, damaged = mending.source, mending.damaged
+    samples = np.concatenate(list(mending.blocks()))
+    filled, warnings, seconds = mending.finish()
+    before, after = (None, None)
+    if source.duration_s <= LONGEST_MEL_S:
+        before, after = _mels(np.stack([_mono(damaged.own(0, source.num_samples), source.rate), _mono(samples, source.rate)]))
+    watcher = mending.watcher
+    seen = watcher.all() if watcher else (None, None, None)
+    seconds["all"] = time.perf_counter() - mending.began
+    return Repair(
+        samples, source.rate, source.subtype, _gaps_of(filled, source.rate), warnings, before, after, _frame_s(), *seen,
+        mending.sync_s, seconds,
+    )  # fmt: skip
 
 
-def at_even_rate(values, times, fps: float):
-    """Values (T, ...) seen at `times` (T,) s -> those at k / rate s and the rate: unchanged where they are even already."""
+def _frame_s() -> float:
+    from avsi_jax.spec import get
+
+    return get("paper").hop / get("paper").rate
+
+
+def _mono(samples, rate: int):
+    """(N, C) -> (N',) at RECORD_RATE."""
+    from avsi_jax import media
+    from avsi_jax.spec import RECORD_RATE
+
+    return media.resample(media.mono(samples), rate, RECORD_RATE)
+
+
+def _mels(sounds) -> np.ndarray:
+    """(B, N) at RECORD_RATE -> (B, F, 64) log-mel in dB, by the paper's front end."""
     import numpy as np
 
-    if len(times) < 2 or np.abs(times - np.arange(len(times)) / fps).max() < 0.25 / fps:
-        return values, fps
-    even = np.arange(int(times[-1] * 25.0) + 1) / 25.0
-    flat = values.reshape(len(values), -1)
-    at_even = np.stack([np.interp(even, times, c) for c in flat.T], -1)
-    return at_even.reshape(-1, *values.shape[1:]).astype(np.float32), 25.0
+    from avsi_jax.spec import RECORD_RATE, get
+
+    spec, room = get("paper"), round(MEL_S * RECORD_RATE)
+    while room < sounds.shape[1]:
+        room *= 2
+    filled_up = np.pad(sounds, ((0, 0), (0, room - sounds.shape[1])))
+    return np.asarray(_front_end()(filled_up))[:, : spec.frames_of(-(-sounds.shape[1] // spec.decimation))]
+
+
+@functools.cache
+def _front_end():
+    import jax
+
+    from avsi_jax import stft
+    from avsi_jax.spec import get
+
+    spec = get("paper")
+    return jax.jit(lambda x: stft.to_db(stft.log_mel(stft.decimate(x, spec), spec), spec))
