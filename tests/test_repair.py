@@ -496,10 +496,10 @@ def voice(seconds, rate, *, channels=1):
 
 
 def test_sound_files_keep_rate_subtype_and_all_bits(untrained_a_si, tmp_path, capsys):
-    """Of 8 to 64 bits, outside the gaps; read back by libsndfile itself. One of them is no clip, one too short for the gap."""
+    """Of 8, 24 and 64 bits, outside the gaps; read back by libsndfile itself. One of them is no clip, one too short for the gap."""
     import soundfile
 
-    kinds = {"PCM_16": 48_000, "PCM_24": 48_000, "FLOAT": 44_100, "PCM_U8": 8_000, "PCM_32": 16_000, "DOUBLE": 16_000}
+    kinds = {"PCM_24": 48_000, "PCM_U8": 8_000, "DOUBLE": 16_000}
     for kind, rate in kinds.items():
         samples = voice(2.5, rate, channels=2).astype(np.float64) * (1 + 1e-8)
         soundfile.write(tmp_path / f"{kind}.wav", samples, rate, subtype=kind)
@@ -507,7 +507,7 @@ def test_sound_files_keep_rate_subtype_and_all_bits(untrained_a_si, tmp_path, ca
     soundfile.write(tmp_path / "short.flac", voice(1.0, 16_000), 16_000)
     code = run(tmp_path, "--gap", "0.8-1.3", "--gap=2.2-2.5", "-o", tmp_path / "out", "--checkpoint", untrained_a_si)
     said = capsys.readouterr()
-    assert code == 1 and len(said.out.splitlines()) == 6, said.err
+    assert code == 1 and len(said.out.splitlines()) == 3, said.err
     assert "bad.wav: cannot be decoded" in said.err and "short.flac: gap 0.8-1.3 s leaves the clip" in said.err
     for kind, rate in kinds.items():
         before, after = tmp_path / f"{kind}.wav", tmp_path / "out" / f"{kind}.restored.wav"
