@@ -21,6 +21,7 @@ SWEEP = (600, 3600)  # seconds: how often, and from which age on, uploads that n
 PLAYER = {"interactive": False, "buttons": ["download"], "type": "filepath"}
 CAMERA = gr.WebcamOptions(mirror=False, constraints={"video": {"width": 640, "height": 480}})
 WAITING = 20  # repairs that may wait for the one that runs
+FACES = [("the largest", -1), ("1st from the left", 0), ("2nd", 1), ("3rd", 2), ("4th", 3)]
 SOUNDS = ("damaged", "restored", "original")
 TAKEN = ("seen", "heard", "gaps", "start", "told", "results")  # parts that a new clip changes
 RESULTS = ("results", "original_part", "told", *(f"{n}{rest}" for n in SOUNDS for rest in ("", "_drawn")), "faces", "clip", "sound")
@@ -85,7 +86,7 @@ def _gap_part() -> dict:
         parts["damage"] = gr.Button("Damage it", size="sm", elem_id="damage")
     with gr.Accordion("More", open=False, elem_id="more"):
         parts["sync"] = gr.Checkbox(label="Sound and picture may be out of step: measure it", elem_id="sync")
-        parts["face"] = gr.Number(-1, visible=False, elem_id="face")
+        parts["face"] = gr.Radio(FACES, value=-1, label="Whose lips, where there are several faces", elem_id="face")
     parts["restore"] = gr.Button("Restore", variant="primary", elem_id="restore")
     return parts
 

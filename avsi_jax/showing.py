@@ -76,7 +76,11 @@ def told(result: visit.Result) -> str:
     warnings = f"<ul>{warnings}</ul>" if warnings else ""
     step = f"<p>The sound is {1000 * repair.sync_s:+.0f} ms after the picture; that was set right.</p>" if repair.sync_s else ""
     took = f"<p class='dim'>It took {repair.seconds.get('all', 0):.1f} s.</p>"
-    return _page("<h2>Restored</h2>" + (said if sentences else "") + table + step + warnings + took)
+    means = (
+        "<p class='dim'>How sure: the intelligibility (STOI) of gaps as long when the weights were measured; where they were not, "
+        "by the length alone.</p>"
+    )
+    return _page("<h2>Restored</h2>" + (said if sentences else "") + table + means + step + warnings + took)
 
 
 def faces(result: visit.Result) -> str:
@@ -84,7 +88,8 @@ def faces(result: visit.Result) -> str:
     if not result.strips:
         return ""
     drawn = "".join(f"<div class='faces'>{_strip(*strip)}</div>" for strip in result.strips)
-    return _page(f"<h2>What the lips did in the gap</h2>{drawn}<p class='dim'>Grey points were not seen.</p>")
+    unseen = "" if all(seen.all() for _, _, seen, _ in result.strips) else "<p class='dim'>Grey points were not seen.</p>"
+    return _page(f"<h2>What the lips did in the gap</h2>{drawn}{unseen}")
 
 
 def _strip(pictures, points, seen, times) -> str:

@@ -156,17 +156,20 @@ class Visit:
         self.on_purpose = False  # whether the gaps are the visitor's own doing
         self.last_s = time.monotonic()
         self.lock = threading.Lock()
+        self.given: set[Path] = set()  # uploads, where the server put them
         self.over = False
         self.forget()
 
     def leave(self) -> None:
         self.over = True
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.forget()
 
     def take(self, file: str | Path, name: str = "") -> Clip:
         """A clip that was uploaded or recorded; what was there before is forgotten."""
         file, name = Path(file), name or Path(file).name
-        self.forget()
+        self.forget(but=file)
+        if self.folder.parent.parent in file.parents:  # else an example
+            self.given.add(file)
         check_size(file, name, self.limits)
         suffix = AS_IT_IS.get(file.suffix.lower(), file.suffix.lower())
         own = self._new(f"clip{suffix}")
@@ -189,9 +192,12 @@ class Visit:
             heard = self._sound("as it was put in", samples, source.rate, source.subtype)
             return Clip(file, name, samples, source.rate, source.subtype, source.size, source.fps, spans, heard)
 
-    def forget(self) -> None:
-        """No clip, no file."""
+    def forget(self, but: Path | None = None) -> None:
+        """No clip, no file; nor what was uploaded, `but` what is to be looked at next."""
         self.clip, self.on_purpose = None, False
+        for file in self.given - {but}:
+            file.unlink(missing_ok=True)
+        self.given &= {but}
         shutil.rmtree(self.folder, ignore_errors=True)
         if not self.over:
             self.folder.mkdir(parents=True)

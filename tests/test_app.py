@@ -55,7 +55,7 @@ def visitor(tmp_path, monkeypatch):
     """A visit whose clips are opened in this process: starting another takes a second."""
     inline = lambda work, jobs, **limits: [visit.workers.Outcome(0, work(*jobs[0]))]
     monkeypatch.setattr(visit.workers, "run", inline)
-    return visit.Visit(tmp_path / "visits" / "one", Hum(), visit.Limits())
+    return visit.Visit(tmp_path / "gradio" / "visits" / "one", Hum(), visit.Limits())
 
 
 @pytest.fixture
@@ -231,6 +231,22 @@ def test_a_visit_leaves_nothing(tmp_path, monkeypatch):
     assert list((tmp_path / "visits").iterdir()) == []
 
 
+def test_uploads_go_with_the_visit(visitor, rush):
+    uploads = [visitor.folder.parent.parent / name / "clip.wav" for name in "ab"]
+    for file in uploads:
+        file.parent.mkdir()
+        file.write_bytes(rush.read_bytes())
+    visitor.take(uploads[0])
+    visitor.take(uploads[0])
+    assert uploads[0].exists()
+    visitor.take(EXAMPLES / "whole.mp4")
+    assert not uploads[0].exists() and (EXAMPLES / "whole.mp4").exists()
+    visitor.take(uploads[1])
+    assert [file.exists() for file in uploads] == [False, True]
+    visitor.leave()
+    assert not uploads[1].exists() and not visitor.folder.exists()
+
+
 def test_what_a_killed_server_left_is_removed_by_the_next(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "avsi-app-killed").mkdir()
@@ -357,7 +373,7 @@ def test_the_whole_way_with_a_network(chromium, trained, grid_dir, tmp_path):
             assert name in said and "Traceback" not in said and str(temp) not in said
         check_quiet(chromium, address)
         chromium.open("about:blank", 1280)
-        held = lambda: [p for p in temp.glob(f"{seclusion.PREFIX}*/gradio/visits/*")]
+        held = lambda: [p for p in temp.glob(f"{seclusion.PREFIX}*/gradio/**/*") if p.is_file()]
         until = time.monotonic() + 60
         while held() and time.monotonic() < until:
             chromium.ask("new Promise(ok => setTimeout(ok, 200))")
