@@ -68,8 +68,9 @@ class Filling:
             frames = np.arange(len(level))
             centre = frames * self._hop + step.first + (0 if self._spec.centred else self._spec.window * self._spec.decimation // 2)
             since = step.end - centre if self.plan.backwards else centre - step.start
-            both = (since > 0) & (since < windows.OVERLAP) & (frames + shift >= 0) & (frames + shift < len(level))
-            new = (since[both] / windows.OVERLAP)[:, None]
+            reach = self._spec.window * self._spec.decimation  # frames before the overlap see some of it
+            both = (since > -reach) & (since < windows.OVERLAP) & (frames + shift >= 0) & (frames + shift < len(level))
+            new = (since[both] / windows.OVERLAP).clip(0, 1)[:, None]
             level = level.copy()
             level[both] = new * level[both] + (1 - new) * self._level[frames[both] + shift]
         self._level = level

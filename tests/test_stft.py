@@ -108,6 +108,12 @@ def test_levels_out_of_range_give_no_negative_magnitude(preset):
     assert np.asarray(stft.to_db(np.float32([-100, 0]), preset)).min() == -80
 
 
+@pytest.mark.parametrize("factor", [2, 4])
+def test_the_decimating_filter_is_scipys(factor):
+    taps = signal.firwin(129, 0.94 / factor, window=("kaiser", signal.kaiser_beta(80.0)))
+    np.testing.assert_array_equal(stft.decimation_filter(factor), taps.astype(np.float32))
+
+
 def test_mel_bases_are_librosas():
     np.testing.assert_array_equal(stft.mel_basis(PAPER), librosa.filters.mel(sr=8_000, n_fft=510, n_mels=64))
     np.testing.assert_array_equal(stft.mel_basis(WIDE), librosa.filters.mel(sr=16_000, n_fft=512, n_mels=80))
