@@ -36,9 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     known = _parser().parse_args(argv)
     try:
         need_gradio()
+        limits = _limits(known)
         signal.signal(signal.SIGTERM, _stop)
         signal.signal(signal.SIGHUP, _stop)
-        with served(_painter(known.checkpoint), _limits(known), known.host, known.port) as address:
+        with served(_painter(known.checkpoint), limits, known.host, known.port) as address:
             seclusion.forbid_calls_outside(known.host)
             print(f"avsi-app: {address}  (Ctrl-C stops it and deletes what was put in)", flush=True)
             threading.Event().wait()
