@@ -7,6 +7,7 @@ code used librosa; tests hold every function here to librosa or scipy. Levels ar
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from avsi_jax.spec import RECORD_RATE, Spec
 FIR_BLOCK = 128  # samples that one matrix product makes
 FIR_HALF_TAPS = 64  # taps of the decimating filter on each side, in record samples: 4 ms
 DB_FLOOR = -80.0  # of the 'db' level, and of every log-mel error that is reported
+MEL_BASES = Path(__file__).parent / "mel_bases.npz"
 MIN_MAGNITUDE = 1e-5  # floor under the logarithm of the 'db' level (-100 dB, then clipped to DB_FLOOR)
 
 
@@ -153,21 +155,30 @@ def _overlap_add(frames: jax.Array, spec: Spec, total: int) -> jax.Array:
 
 @functools.cache
 def mel_basis(spec: Spec) -> np.ndarray:
-    """(K, n_fft // 2 + 1) float32: Slaney's mel filters from 0 to half the rate, or the identity on a linear scale.
+    """(K, n_fft // 2 + 1) float32: librosa's Slaney mel filters from 0 to half the rate, or the identity on a linear scale.
 
-    Triangles of area 1 whose edges lie evenly on a scale that is linear up to 1 kHz (15 mel) and logarithmic above; librosa's, bit
-    for bit, without the seconds of its import.
+    Those of the presets lie in mel_bases.npz, as librosa made them: its import takes a repair two seconds, more than all else in it.
     """
     if spec.scale == "linear":
         return np.eye(spec.bands, dtype=np.float32)
-    step = np.log(6.4) / 27.0
-    mel = np.linspace(0.0, 15.0 + np.log(spec.rate / 2 / 1000.0) / step, spec.bands + 2)
-    edges = np.where(mel < 15.0, mel * (200.0 / 3), 1000.0 * np.exp(step * (mel - 15.0)))
-    slopes = np.subtract.outer(edges, np.fft.rfftfreq(spec.n_fft, 1.0 / spec.rate))
-    width = np.diff(edges)[:, None]
-    basis = np.maximum(0.0, np.minimum(-slopes[:-2] / width[:-1], slopes[2:] / width[1:])).astype(np.float32)
-    basis *= 2.0 / (edges[2:] - edges[:-2])[:, None]
-    return basis
+    with np.load(MEL_BASES, allow_pickle=False) as kept:
+        if (name := _basis_name(spec)) in kept:
+            return kept[name]
+    import librosa
+
+    return librosa.filters.mel(sr=spec.rate, n_fft=spec.n_fft, n_mels=spec.bands, fmin=0.0, fmax=spec.rate / 2)
+
+
+def _basis_name(spec: Spec) -> str:
+    return f"{spec.rate}-{spec.n_fft}-{spec.bands}"
+
+
+def keep_mel_bases(specs) -> None:
+    """Has librosa make MEL_BASES anew: `python -c "from avsi_jax import spec, stft; stft.keep_mel_bases(spec.PRESETS.values())"`."""
+    import librosa
+
+    made = {_basis_name(s): librosa.filters.mel(sr=s.rate, n_fft=s.n_fft, n_mels=s.bands) for s in specs if s.scale != "linear"}
+    np.savez_compressed(MEL_BASES, **made)
 
 
 def band_magnitude(sound: jax.Array, spec: Spec) -> jax.Array:
