@@ -157,7 +157,7 @@ def _overlap_add(frames: jax.Array, spec: Spec, total: int) -> jax.Array:
 def mel_basis(spec: Spec) -> np.ndarray:
     """(K, n_fft // 2 + 1) float32: librosa's Slaney mel filters from 0 to half the rate, or the identity on a linear scale.
 
-    Those of the presets lie in mel_bases.npz, as librosa made them: its import takes a repair two seconds, more than all else in it.
+    Those of the presets lie in mel_bases.npz, as librosa made them: its import alone takes seconds.
     """
     if spec.scale == "linear":
         return np.eye(spec.bands, dtype=np.float32)
@@ -174,7 +174,7 @@ def _basis_name(spec: Spec) -> str:
 
 
 def keep_mel_bases(specs) -> None:
-    """Has librosa make MEL_BASES anew: `python -c "from avsi_jax import spec, stft; stft.keep_mel_bases(spec.PRESETS.values())"`."""
+    """librosa makes MEL_BASES anew: `python -c "from avsi_jax import spec, stft; stft.keep_mel_bases(spec.PRESETS.values())"`."""
     import librosa
 
     made = {_basis_name(s): librosa.filters.mel(sr=s.rate, n_fft=s.n_fft, n_mels=s.bands) for s in specs if s.scale != "linear"}
