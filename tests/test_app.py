@@ -373,7 +373,8 @@ def test_the_whole_way_with_a_network(chromium, trained, grid_dir, tmp_path):
             assert name in said and "Traceback" not in said and str(temp) not in said
         check_quiet(chromium, address)
         chromium.open("about:blank", 1280)
-        held = lambda: [p for p in temp.glob(f"{seclusion.PREFIX}*/gradio/**/*") if p.is_file()]
+        # Gradio itself leaves an empty file for every upload, until the server stops.
+        held = lambda: [p for p in temp.glob(f"{seclusion.PREFIX}*/gradio/**/*.*") if p.is_file()]
         until = time.monotonic() + 60
         while held() and time.monotonic() < until:
             chromium.ask("new Promise(ok => setTimeout(ok, 200))")
