@@ -1,7 +1,8 @@
 """Where the programs that jax compiles for repairs are kept from one process to the next: seconds of every first repair.
 
 JAX_COMPILATION_CACHE_DIR and jax's own setting of that name go before. A folder that cannot be written is no error: programs are
-compiled anew then. An entry that was cut off is compiled anew as well (jax reads it, says so and goes on).
+compiled anew then. jax writes an entry in place and never over one that is there, so one that was cut off, by a full disk or a
+process that was ended, is thrown away here.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import zlib
 from pathlib import Path
 
 LEAST_COMPILE_S = 0.1  # what takes less isn't kept
@@ -31,8 +33,23 @@ def keep() -> None:
         where = folder()
         where.mkdir(parents=True, exist_ok=True)
         if os.access(where, os.W_OK | os.X_OK):
+            drop_cut_off(where)
             jax.config.update("jax_compilation_cache_dir", str(where))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_COMPILE_S)
+
+
+def drop_cut_off(where: Path) -> None:
+    """Removes entries that end too early: of those written with zlib, which jax takes where it finds no zstandard."""
+    for entry in where.glob("*-cache"):
+        with contextlib.suppress(OSError):
+            data, stream = entry.read_bytes(), zlib.decompressobj()
+            whole = bool(data)
+            if data[:1] == b"\x78":
+                with contextlib.suppress(zlib.error):
+                    stream.decompress(data)
+                whole = stream.eof
+            if not whole:
+                entry.unlink()
 
 
 def _processor() -> str:

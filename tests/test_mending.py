@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from painting import MadeUpTracker, all_seen, audible, clip_of, lost, loudness, voice
 
-from avsi_jax import filling, inpaint, media, sync, windows
+from avsi_jax import compilation, filling, inpaint, media, sync, windows
 
 
 @pytest.fixture(scope="module")
@@ -340,3 +340,13 @@ def test_programs_are_kept_where_the_user_can_write(tmp_path):
     (tmp_path / "file").touch()
     assert run(XDG_CACHE_HOME=tmp_path / "file") == "None"
     assert run(XDG_CACHE_HOME=tmp_path, JAX_COMPILATION_CACHE_DIR=tmp_path / "own") == str(tmp_path / "own")
+
+
+def test_a_program_that_was_cut_off_is_thrown_away(tmp_path):
+    import zlib
+
+    program = zlib.compress(np.random.default_rng(0).bytes(10_000))
+    for name, data in (("whole", program), ("short", program[:5_000]), ("empty", b""), ("other", b"\x28\xb5\x2f\xfd")):
+        (tmp_path / f"{name}-cache").write_bytes(data)
+    compilation.drop_cut_off(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other-cache", "whole-cache"]
