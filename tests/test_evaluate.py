@@ -238,10 +238,10 @@ def moved_about(jobs, num_workers, tick):
     return found
 
 
-SLOW_SUITES = ("robustness", "multigap", "occlusion")
+SLOW_SUITES = ("streams", "robustness", "multigap", "occlusion")
 
 
-@pytest.mark.parametrize("suite", ["streams", *(pytest.param(s, marks=pytest.mark.slow) for s in SLOW_SUITES)])
+@pytest.mark.parametrize("suite", [pytest.param(s, marks=pytest.mark.slow) for s in SLOW_SUITES])
 def test_a_suite_has_a_row_for_every_case(runs, suite, monkeypatch):
     """Of one clip: what a case leaves untouched is not scored again."""
     from avsi_jax import suites

@@ -138,6 +138,7 @@ def test_a_zipped_zenodo_tree_with_swapped_folders(grid_dir, tmp_path):
     } and report["clips"]["skipped"] == 0  # fmt: skip
 
 
+@pytest.mark.slow
 def test_own_recordings_are_taken(synthetic_dir, tmp_path):
     """Layout `folder`: names and speakers are the user's, words come from a transcript."""
     for n, video in enumerate(sorted(synthetic_dir.glob("s1/*.mpg"))[:2]):
