@@ -162,7 +162,7 @@ class Inpainter:
         from avsi_jax.restore import Restorer
 
         held = weights.read(folder)
-        return cls(Restorer._of(held.run, folder, "waveform"), held.facts.get("measured"))
+        return cls(Restorer.of_run(held.run, folder, "waveform"), held.facts.get("measured"))
 
     @classmethod
     def from_pretrained(cls, name: str = "av_unified") -> Inpainter:

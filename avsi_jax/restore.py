@@ -66,15 +66,15 @@ class Restorer:
     @classmethod
     def load(cls, checkpoint: str | Path, which: str = "best", *, protocol: str = "waveform") -> Restorer:
         """Of any checkpoint that `read_run` takes; ValueError says what is missing, or that the system restores nothing."""
-        return cls._of(read_run(checkpoint, which), checkpoint, protocol)
+        return cls.of_run(read_run(checkpoint, which), checkpoint, protocol)
 
     @classmethod
     def from_workdir(cls, workdir: str | Path, which: str = "best", *, protocol: str = "waveform") -> Restorer:
         """Of a training alone; CheckpointError says what is missing, or that the system restores nothing."""
-        return cls._of(runs.read(workdir, which), workdir, protocol)
+        return cls.of_run(runs.read(workdir, which), workdir, protocol)
 
     @classmethod
-    def _of(cls, run: Run, where, protocol: str) -> Restorer:
+    def of_run(cls, run: Run, where, protocol: str) -> Restorer:
         cls.check(run, where)
         return cls(*run, protocol=protocol)
 
