@@ -17,8 +17,9 @@ from avsi_jax import sync, windows
 from avsi_jax.spec import GRID_FPS, NUM_LANDMARKS
 
 PIECE_BYTES = 384 * 2**20  # of pictures at once, but at least LEAST_S of them
+MOST_BYTES = 2 * PIECE_BYTES  # also where LEAST_S takes more
 LEAST_S = 1.0  # a face is found anew in every piece, so none is shorter
-KEPT_S = 60.0  # of a long file's points
+KEPT_S = 60.0  # of points before what is at work
 EVEN = (1.0, 61.0)  # pictures a second that are taken as they are; others, and uneven ones, are brought to GRID_FPS
 UNSEEN_S = 0.12  # between two pictures that are further apart nobody looked, but next to them
 ROOM = 16  # a window's pictures are filled up to a multiple of this: few shapes, each compiled once
@@ -39,11 +40,11 @@ NOTHING = Seen(np.zeros((0, NUM_LANDMARKS, 2), np.float32), np.zeros(0, bool), n
 class Watcher:
     """Looks at one source. `tracker`, `mouth_seen`: landmarks.FaceTracker, visibility.mouth_seen, or what stands for them; `lock`
     is held while the tracker works, which holds interpreters. must_see: NoFaceError where the first pictures show no face.
-    seconds: where time is added under 'decode' and 'landmarks'. forgets: keeps the points of the last minute alone.
+    seconds: where time is added under 'decode' and 'landmarks'.
     """
 
-    def __init__(self, source, tracker, mouth_seen, lock, seconds, *, face=None, must_see=False, forgets=False):
-        self.source, self.face, self.must_see, self.forgets = source, face, must_see, forgets
+    def __init__(self, source, tracker, mouth_seen, lock, seconds, *, face=None, must_see=False):
+        self.source, self.face, self.must_see = source, face, must_see
         self.lag_s = source.lag_s  # what is seen at t is heard at t + lag_s
         self._tracker, self._mouth_seen, self._lock, self._seconds = tracker, mouth_seen, lock, seconds
         self._pieces: list[tuple[float, float, Seen]] = []
@@ -57,13 +58,15 @@ class Watcher:
             for start, end in windows.without(interval, held):
                 later = min((a for a, _ in held if a >= end), default=np.inf)
                 self._look_at(start, min(max(end, start + LEAST_S), later))
-        if self.forgets and self._pieces:
-            latest = max(b for _, b, _ in self._pieces)
-            self._pieces = [piece for piece in self._pieces if piece[1] > latest - KEPT_S]
+
+    def forget(self, before_s: float) -> None:
+        """Gives up the points of pictures that no sound from before_s on needs."""
+        self._pieces = [piece for piece in self._pieces if piece[1] > before_s - self.lag_s - KEPT_S]
 
     def _look_at(self, start: float, end: float) -> None:
         width, height = self.source.size
-        most = max(LEAST_S, PIECE_BYTES / (3 * width * height * max(self.source.fps, 1.0)))
+        bytes_a_second = 3 * width * height * max(self.source.fps, 1.0)
+        most = max(min(LEAST_S, MOST_BYTES / bytes_a_second), PIECE_BYTES / bytes_a_second)
         count = max(1, int(np.ceil((end - start) / most)))
         cuts = np.linspace(start, end, count + 1).tolist()
         for a, b in zip(cuts, cuts[1:]):

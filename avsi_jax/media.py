@@ -2,8 +2,7 @@
 
 Video files (.mpg .mpeg .mp4 .avi .mov .mkv) are decoded by PyAV in one pass, sound files (.wav .flac) by libsndfile. A clip keeps
 its own frame count, sound length, rate and channels: nothing is padded, cut, mixed or resampled on the way in. Times are seconds
-from the presentation times of the file. Not done here: rotation flags and non-square pixels are ignored, pictures come as
-stored.
+from the presentation times of the file. Not done here: pictures come as stored, without rotation flags or pixels made square.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from avsi_jax import spec
 
 VIDEO_SUFFIXES = (".mpg", ".mpeg", ".mp4", ".avi", ".mov", ".mkv")
 SOUND_SUFFIXES = (".wav", ".flac")
+MOST_POINTS = 4096 * 2304  # of a picture; few bytes can hold a film of pictures that take gigabytes
 MAX_PICTURE_BYTES = 6 * 2**30  # decoded; 75 Grid pictures take 23 MB, one minute of 1080p 9 GB
 PCM_BITS = {"PCM_U8": 8, "PCM_S8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
 MAX_SAMPLES_A_BYTE = 65_535  # FLAC's longest block, of silence, takes more than a byte
@@ -57,8 +57,7 @@ class Clip:
 def read_clip(path, *, pictures: bool = True, sound: bool = True, max_bytes: int = MAX_PICTURE_BYTES) -> Clip:
     """Decodes a clip; what is not asked for, or not in the file, is None. max_bytes: of all pictures, decoded.
 
-    Raises FileNotFoundError, or MediaError where the suffix is unknown, the file cannot be decoded, holds nothing asked for or
-    more than max_bytes.
+    FileNotFoundError; MediaError where the suffix is unknown, or the file can't be decoded, holds nothing asked for or too much.
     """
     file = check_file(path)
     if file.suffix.lower() in SOUND_SUFFIXES:
@@ -79,7 +78,7 @@ def check_file(path) -> pathlib.Path:
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file; expected a clip ({known})")
     if not file.is_file():
-        raise MediaError(f"{file}: found a folder, expected a clip file")
+        raise MediaError(f"{file}: found a {'folder' if file.is_dir() else 'pipe or device'}, expected a clip file")
     return file
 
 
@@ -254,7 +253,8 @@ def streams_of(container, pictures: bool = True, sound: bool = True) -> tuple:
     from av.stream import Disposition
 
     films = (s for s in container.streams.video if not s.disposition & Disposition.attached_pic)  # no cover of a sound file
-    video = next(films, None) if pictures else None
+    if video := next(films, None) if pictures else None:
+        video.codec_context.options = {"max_pixels": str(MOST_POINTS)}  # also where the header told of smaller ones
     return video, next(iter(container.streams.audio), None) if sound else None
 
 
@@ -284,10 +284,10 @@ class PictureReader:
         self.file, self.max_bytes, self.rgb, self.seconds, self.num_bytes = file, max_bytes, [], [], 0
 
     def check_size(self, stream):
-        """Refuses a picture that alone is too large, before it is decoded."""
+        """Refuses pictures that are too large, before one is decoded."""
         width, height = stream.codec_context.width, stream.codec_context.height
-        if 3 * width * height > self.max_bytes:
-            raise MediaError(f"{self.file}: a picture of {width}x{height}, more than {self.max_bytes / 2**30:g} GiB decoded")
+        if width * height > MOST_POINTS:
+            raise MediaError(f"{self.file}: a picture of {width}x{height}, more points than 4096x2304; scale its pictures down")
 
     def note_loss(self):
         pass

@@ -23,6 +23,7 @@ from avsi_jax import media
 from avsi_jax.muxing import write_clip as write_clip
 
 IN_MEMORY = 32 * 2**20  # bytes of decoded sound; what is longer lies on the disk
+MOST_BYTES = 2**30  # of pictures asked for at once, decoded
 FIRST_PICTURES = 17  # decoders put pictures in order over at most 16: the earliest of these is the first
 LATE_S = 0.5  # decoding goes on this long after a stretch, for pictures that come out of order
 
@@ -74,7 +75,7 @@ class Source:
     def pictures(self, start_s: float, end_s: float) -> media.Pictures:
         """Those with start_s <= time < end_s, seconds from the file's first picture, as `times` are; start_s is the file's.
 
-        MediaError where there are none in the file, or those asked for take more than media.MAX_PICTURE_BYTES.
+        MediaError where there are none in the file, or those asked for take more than MOST_BYTES.
         """
         if self._film is None:
             raise media.MediaError(f"{self.path}: has no pictures; expected a video clip")
@@ -259,8 +260,11 @@ class _Stretch:
     def result(self) -> media.Pictures:
         film, seconds = self.film, np.array(self.reader.seconds)
         order = np.argsort(seconds, kind="stable")
-        rgb = [self.reader.rgb[i] for i in order] or np.zeros((0, *film.size[::-1], 3), np.uint8)
-        return media.Pictures(np.asarray(rgb), film.fps, film.start_s, seconds[order])
+        held, size = self.reader.rgb, film.size[::-1]
+        rgb = np.empty((len(order), *(held[0].shape[:2] if held else size), 3), np.uint8)
+        for place, i in enumerate(order):
+            rgb[place], held[i] = held[i], None  # never all of them twice in memory
+        return media.Pictures(rgb, film.fps, film.start_s, seconds[order])
 
 
 class _Key(NamedTuple):
@@ -281,7 +285,7 @@ class _Film:
     out of order are decoded once, to number them.
     """
 
-    max_bytes = media.MAX_PICTURE_BYTES
+    max_bytes = MOST_BYTES
 
     def __init__(self, file, stream):
         self.file, self.regular, self.times = file, True, None
