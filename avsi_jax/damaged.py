@@ -19,6 +19,7 @@ MARGIN = 800  # record samples beside a stretch that its resampling hears: 50 ms
 PIECE_S = 60  # what is brought to the clip's rate at once
 JOINT_S = 0.002  # within which a fill's edge comes from the sample beside it
 IN_MEMORY = 2**23  # record samples of a fill, 9 min
+LOUDEST = 1e6  # full scale is 1; beyond this a number is no sound, and squares of it overflow
 BESIDE_S = 1.0  # around a gap, for how loud the channels are
 
 
@@ -45,11 +46,11 @@ class Damaged:
         from_, to = np.searchsorted(self._ends, start, "right"), np.searchsorted(self._starts, stop)
         for a, b in self.spans[from_:to]:
             x[max(0, a - start) : max(0, b - start)] = 0.0
-        if not np.isfinite(x).all():
-            at = (start + int(np.argmin(np.isfinite(x).all(1)))) / self.rate
+        if not (sound := np.abs(x) <= LOUDEST).all():
+            at = (start + int(np.argmin(sound.all(1)))) / self.rate
             raise media.MediaError(
-                f"{self.source.path}: the sound holds NaN or infinite samples, the first at {at:.3f} s; expected finite sound: "
-                "name that stretch as a gap too, or write the clip anew"
+                f"{self.source.path}: the sound holds NaN or infinite samples, the first at {at:.3f} s; expected numbers up to "
+                f"{LOUDEST:g}: name that stretch as a gap too, or write the clip anew"
             )
         return x
 

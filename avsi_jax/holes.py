@@ -24,6 +24,7 @@ LONGEST_S = 30.0
 LONGEST_PACKET_S, NEAR_PACKETS_S = 0.085, 2.0
 MERGE_S = 0.012
 FLOOR_DB = -120.0
+LOUDEST = 1e6  # what is louder is cut off: squares of it overflow
 
 # Silence
 CONSTANT_S = 0.008  # so long the same value
@@ -81,7 +82,7 @@ class HoleFinder:
 
     def feed(self, block: np.ndarray) -> list[Hole]:
         """block (n, C), what follows the blocks before."""
-        block = np.array(block, np.float32)
+        block = np.clip(block, -LOUDEST, LOUDEST).astype(np.float32)
         self._pieces.append(block.reshape(len(block), -1))
         self._held += len(block)
         finished = []
