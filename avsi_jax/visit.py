@@ -244,7 +244,8 @@ class Visit:
             repair = self.painter.inpaint(clip.path, gaps, face=face, sync=sync)
             return self._result(clip, gaps, repair)
         except (ValueError, OSError) as error:
-            raise media.MediaError(str(error).replace(str(clip.path), clip.name)) from error
+            said = re.sub(rf"{re.escape(str(self.folder))}/\w+/", "", str(error).replace(str(clip.path), clip.name))
+            raise media.MediaError(said) from error
 
     def _need_clip(self) -> Clip:
         if self.clip is None:
@@ -261,11 +262,17 @@ class Visit:
         return Result(repair, gaps, files, target, (*repair.warnings, *warnings), strips)
 
     def _whole_clip(self, source, clip: Clip, repair: Repair) -> tuple[Path, tuple[str, ...]]:
-        """The clip with its new sound, in the kind of file that it came in; pictures as they are."""
+        """The clip with its new sound, in the kind of file that it came in, pictures as they are; .wav where that can't be."""
         suffix = clip.path.suffix
         suffix, warnings = (".mkv", ("written as .mkv: .avi can't hold it in step",)) if suffix == ".avi" else (suffix, ())
         target = self._new(f"{safe_stem(clip.name)}.restored{suffix}")
-        return target, warnings + streams.write_clip(source, target, [repair.samples])
+        try:
+            return target, warnings + streams.write_clip(source, target, [repair.samples])
+        except media.MediaError:
+            if suffix in media.SOUND_SUFFIXES:
+                raise
+        target, why = target.with_suffix(".wav"), "written as .wav, its sound alone: the pictures can't be copied"
+        return target, (*warnings, why, *streams.write_clip(source, target, [repair.samples]))
 
 
 def emptied(clip: Clip, gaps) -> np.ndarray:

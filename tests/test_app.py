@@ -141,6 +141,20 @@ def test_a_whole_sound_is_damaged_on_purpose(visitor, rush):
     assert "original" not in visitor.restore("0.4-0.7").sounds
 
 
+def test_a_film_without_pictures_comes_back_as_its_sound(visitor, rush, tmp_path):
+    import av
+
+    with av.open(str(rush)) as given, av.open(str(tmp_path / "talk.mp4"), "w") as out:
+        sound = out.add_stream("aac", rate=8000, layout="stereo")
+        for frame in given.decode(audio=0):
+            out.mux(sound.encode(frame))
+        out.mux(sound.encode(None))
+    visitor.take(tmp_path / "talk.mp4")
+    result = visitor.restore("0.4-0.7")
+    assert result.clip.name == "talk.restored.wav" and "written as .wav, its sound alone" in "".join(result.warnings)
+    assert np.abs(media.read_clip(result.clip).sound.samples[3300:5500]).max() > 0.2
+
+
 def test_a_long_clip_is_drawn_around_its_gaps():
     assert showing.window([(1.0, 2.0)], 5.0) == (0.0, 5.0)
     assert showing.window([(10.0, 10.5), (12.0, 12.5)], 60.0) == (8.5, 14.0)
