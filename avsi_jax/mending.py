@@ -65,7 +65,7 @@ class Mending:
     def _watch(self, eyes: Eyes, face) -> None:
         drops = self.restorer.system.drops
         if self.source.has_pictures:
-            self.watcher = lips.Watcher(self.source, *eyes, self.seconds, face=face, must_see=not drops, forgets=self._forgets)
+            self.watcher = lips.Watcher(self.source, *eyes, self.seconds, face=face, must_see=not drops)
         elif drops:
             self._notes.append("no pictures: repaired by the sound alone")
         else:
@@ -92,7 +92,7 @@ class Mending:
         """Corrects the step where it is asked for, and tells what is out of it."""
         late = "later" if found.offset_s > 0 else "earlier"
         apart = f"the sound is {abs(found.offset_s) * 1000:.0f} ms {late} than its pictures"
-        if abs(found.offset_s) <= sync.NEAR_S:
+        if abs(found.offset_s) <= sync.WORTH_S:
             return
         if self._step == "auto":
             self.watcher.lag_s += found.correction_s
@@ -154,6 +154,8 @@ class Mending:
             for f in now:
                 for each in f.plan.gaps:
                     self.gap(each)
+            if self._forgets and self.watcher:  # only now: gaps that are filled together may lie hours apart
+                self.watcher.forget(self.damaged.spans[now[-1].plan.gaps[-1]][1] / self.damaged.rate)
         return self.fillings[i]
 
     def finish(self) -> tuple[tuple[Filled, ...], tuple[str, ...], dict[str, float]]:

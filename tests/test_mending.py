@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from painting import MadeUpTracker, all_seen, audible, clip_of, lost, loudness, voice
 
-from avsi_jax import compilation, filling, inpaint, media, sync, windows
+from avsi_jax import compilation, filling, inpaint, lips, media, streams, sync, windows
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +168,18 @@ def test_a_file_gives_what_the_clip_in_memory_gives(by_both, tmp_path, grid_dir,
         by_both.repair_file(source, target, gaps)
 
 
+def test_gaps_far_apart_in_a_file_keep_their_lips(by_both, monkeypatch):
+    """What is given up of a long file is never what gaps that are filled together still need."""
+    monkeypatch.setattr(lips, "KEPT_S", 5.0)
+    film, gaps = clip_of(voice(40, 16_000), 16_000, num_pictures=1000), [(1.0 + 15 * k, 1.5 + 15 * k) for k in range(3)]
+    kept, forgot = (by_both._mending(streams.source_of(film), gaps, None, "off", forgets=x) for x in (False, True))
+    for mending in (kept, forgot):
+        mending.begin()
+    np.testing.assert_array_equal(*(np.concatenate(list(mending.blocks())) for mending in (kept, forgot)))
+    assert kept.finish()[0] == forgot.finish()[0] and {gap.by for gap in forgot.finish()[0]} == {"sound and lips"}
+    assert forgot.watcher.all().times[0] > 20 and kept.watcher.all().times[0] < 1
+
+
 def test_nothing_is_left_of_a_file_that_cannot_be_repaired(by_sound, tmp_path):
     samples = voice(9, 16_000)
     samples[100_000] = np.nan
@@ -237,7 +249,7 @@ def measured(monkeypatch):
         ("auto", (0.12, 0.99), 0.12, "120 ms later than its pictures: corrected"),
         ("auto", (-0.2, 0.99), -0.2, "200 ms earlier than its pictures: corrected"),
         ("auto", (0.12, 0.5), 0.0, None),
-        ("auto", (0.03, 0.99), 0.0, None),
+        ("auto", (0.05, 0.99), 0.0, None),  # too little to be worth it, so it isn't told as corrected
         (0.1, (0.0, 0.99), 0.1, None),
     ],
 )
