@@ -74,13 +74,12 @@ def told(result: visit.Result) -> str:
     table = f"<div class='wide'><table><tr><th>Gap</th><th>Filled in by</th><th>How sure it is</th></tr>{rows}</table></div>"
     warnings = "".join(f"<li>{html.escape(w)}</li>" for w in result.warnings)
     warnings = f"<ul>{warnings}</ul>" if warnings else ""
-    step = f"<p>The sound is {1000 * repair.sync_s:+.0f} ms after the picture; that was set right.</p>" if repair.sync_s else ""
     took = f"<p class='dim'>It took {repair.seconds.get('all', 0):.1f} s.</p>"
     means = (
         "<p class='dim'>How sure: the intelligibility (STOI) of gaps as long when the weights were measured; where they were not, "
         "by the length alone.</p>"
     )
-    return _page("<h2>Restored</h2>" + (said if sentences else "") + table + means + step + warnings + took)
+    return _page("<h2>Restored</h2>" + (said if sentences else "") + table + means + warnings + took)
 
 
 def faces(result: visit.Result) -> str:

@@ -8,6 +8,7 @@ ValueError or OSError of one line that names the clip as the visitor does, never
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import secrets
 import shutil
@@ -97,8 +98,9 @@ def parse_gaps(text: str) -> list[tuple[float, float]]:
 
 
 def written(gaps) -> str:
-    """What parse_gaps reads."""
-    return ", ".join(f"{start:.4g}-{end:.4g}" for start, end, *_ in gaps)
+    """What parse_gaps reads: to the millisecond, outwards, so that no sample of a hole is left outside."""
+    outwards = [(math.floor(start * 1000 + 1e-6) / 1000, math.ceil(end * 1000 - 1e-6) / 1000) for start, end, *_ in gaps]
+    return ", ".join(f"{start:.7g}-{end:.7g}" for start, end in outwards)
 
 
 def in_words(confidence: float) -> str:

@@ -89,6 +89,13 @@ def test_gaps_as_they_are_written(text, gaps):
     assert visit.parse_gaps(visit.written(gaps)) == gaps
 
 
+def test_a_hole_that_was_found_is_written_whole():
+    """A late hole's edges lie between two thousandths: sound of up to 5 ms was left silent where four digits were written."""
+    (start, end) = visit.parse_gaps(visit.written([(12.34567, 59.98761, "silence")]))[0]
+    assert 12.3447 <= start <= 12.34567 and 59.98761 <= end <= 59.9886
+    assert visit.written([(0.57, 1.73)]) == "0.57-1.73" and visit.written([(100.5, 123.457)]) == "100.5-123.457"
+
+
 @pytest.mark.parametrize("text", ["1", "1:2", "a-b", "2-1", "1-1", "-1-2", "nan-2", "1e9-2e9", "1-2-3", "<b>-2", "1-2," * 30])
 def test_gaps_that_are_none_take_one_line(text):
     with pytest.raises(ValueError) as error:
@@ -119,6 +126,7 @@ def test_a_damaged_film_is_looked_at_and_restored(visitor):
         np.testing.assert_array_equal(restored[kept], given.sound.samples[kept])
         assert np.abs(restored[~kept]).max() > 0.2
     shown = showing.told(result) + showing.faces(result) + "".join(showing.compared(clip, result, result.gaps).values())
+    assert "set right" not in shown, "sync_s is what was measured, also where nothing was corrected: the warnings say what was done"
     assert "rather sure" in shown and "bin &lt;blue&gt; at f two now" in shown and "a &lt;warning&gt;" in shown
     assert shown.count("data:image/png;base64,") == 2 + visit.STRIP
 
