@@ -8,6 +8,7 @@ from the presentation times of the file. Not done here: pictures come as stored,
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 
 import numpy as np
@@ -209,7 +210,7 @@ def _read_sound_file(file: pathlib.Path) -> Sound:
     import soundfile
 
     try:
-        with soundfile.SoundFile(file) as f:
+        with soundfile.SoundFile(os.fsencode(file)) as f:  # as bytes: names need not be UTF-8
             dtype, subtype, codec = sound_file_kind(f)
             sound = Sound(f.read(dtype=dtype, always_2d=True), f.samplerate, 0.0, subtype, codec)
     except (soundfile.SoundFileError, OSError) as e:
@@ -221,8 +222,9 @@ def _read_sound_file(file: pathlib.Path) -> Sound:
 
 def sound_file_kind(f) -> tuple[str, str, str]:
     """(numbers it is read as: float64 where a float32 holds too few bits; subtype it is written back as; codec)."""
-    if f.frames > MAX_SAMPLES_A_BYTE * pathlib.Path(f.name).stat().st_size:  # a lie, or a .flac that does not tell
-        raise MediaError(f"{f.name}: its header tells of {f.frames} samples, more than the file can hold; write it anew")
+    file = pathlib.Path(os.fsdecode(f.name))
+    if f.frames > MAX_SAMPLES_A_BYTE * file.stat().st_size:  # a lie, or a .flac that does not tell
+        raise MediaError(f"{file}: its header tells of {f.frames} samples, more than the file can hold; write it anew")
     subtype = f.subtype if f.subtype in (*PCM_BITS, "FLOAT", "DOUBLE") else "PCM_16"
     return "float64" if subtype in ("PCM_32", "DOUBLE") else "float32", subtype, f"{f.format} {f.subtype}".lower()
 
@@ -237,8 +239,8 @@ def _read_video_file(file: pathlib.Path, want_pictures: bool, want_sound: bool, 
             readers = {stream.index: reader for stream, reader in pair if stream is not None}
             if video is not None:
                 readers[video.index].check_size(video)
-            if readers:
-                _decode(container, [s for s in (video, audio) if s is not None], readers)
+            for packet in container.demux([s for s in (video, audio) if s is not None]) if readers else ():
+                decode_packet(packet, readers[packet.stream.index])
             return Clip(
                 str(file),
                 readers[video.index].result(video) if video is not None else None,
@@ -249,19 +251,14 @@ def _read_video_file(file: pathlib.Path, want_pictures: bool, want_sound: bool, 
 
 
 def streams_of(container, pictures: bool = True, sound: bool = True) -> tuple:
-    """The (video, audio) streams a clip's pictures and sound come from; None where there is none, or it is not wanted."""
+    """The (video, audio) streams a clip's pictures and sound come from; None without one of a known codec, or where not wanted."""
     from av.stream import Disposition
 
-    films = (s for s in container.streams.video if not s.disposition & Disposition.attached_pic)  # no cover of a sound file
-    if video := next(films, None) if pictures else None:
+    known = [s for s in container.streams if s.codec_context and not s.disposition & Disposition.attached_pic]  # no cover picture
+    films, sounds = ([s for s in known if s.type == kind] for kind in ("video", "audio"))
+    if video := films[0] if pictures and films else None:
         video.codec_context.options = {"max_pixels": str(MOST_POINTS)}  # also where the header told of smaller ones
-    return video, next(iter(container.streams.audio), None) if sound else None
-
-
-def _decode(container, streams, readers) -> None:
-    """One pass over the file."""
-    for packet in container.demux(streams):
-        decode_packet(packet, readers[packet.stream.index])
+    return video, sounds[0] if sound and sounds else None
 
 
 def decode_packet(packet, reader) -> None:
@@ -397,4 +394,4 @@ def _subtype(context) -> str:
 
 def one_line(error: Exception) -> str:
     """What an error says, without line breaks and, where a library puts them before it, number and path."""
-    return " ".join(str(getattr(error, "strerror", None) or error).split())
+    return " ".join(str(getattr(error, "strerror", None) or getattr(error, "error_string", None) or error).split())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import array
 import contextlib
 import itertools
+import os
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -161,7 +162,7 @@ def _open_sound(file: Path) -> Source:
     import soundfile
 
     try:
-        opened = soundfile.SoundFile(file)
+        opened = soundfile.SoundFile(os.fsencode(file))
     except (soundfile.SoundFileError, OSError) as e:
         kind = file.suffix[1:].lower()
         raise media.MediaError(f"{file}: cannot be decoded as {kind} ({media.one_line(e)}); check that it plays") from e
