@@ -309,6 +309,8 @@ def write(folder: str | Path, run: Run, facts: dict, *, overwrite: bool = False)
     from avsi_jax import model_card
 
     folder = Path(folder)
+    if (folder / workdir_files.CHECKPOINTS).is_dir():
+        raise WeightsError(f"{folder} is the workdir of a training, whose {CONFIG} is its own; take another folder")
     if not overwrite and (there := [name for name in (TENSORS, CONFIG, CARD) if (folder / name).exists()]):
         raise FileExistsError(f"{folder / there[0]} exists; take --overwrite to replace it, or another folder")
     with np.errstate(over="ignore"):

@@ -97,6 +97,15 @@ def test_weights_that_are_there_stay(run, copied):
     assert weights.read(copied).step == 8 and (copied / "own.txt").read_text() == "mine"
 
 
+def test_a_training_does_not_lose_its_config(run, copied):
+    """A workdir has a config.json too; an export goes through `write` as well."""
+    (copied / "checkpoints").mkdir()
+    before = (copied / "config.json").read_bytes()
+    with pytest.raises(weights.WeightsError, match=r"is the workdir of a training, whose config\.json is its own"):
+        weights.write(copied, run, {}, overwrite=True)
+    assert (copied / "config.json").read_bytes() == before
+
+
 # ------------------------------------------------------------------------------------------------------------- where they are
 
 
