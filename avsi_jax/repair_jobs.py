@@ -96,6 +96,8 @@ def clips_of(names: Sequence[str]) -> list[tuple[Path, Path]]:
     """
     found = {}
     for name in _expanded(names):
+        if not name or "\0" in name:
+            raise ValueError(f"found {name[:40]!r} among the names, expected files, folders, or a list with one name a line")
         for clip, place in _in_folder(Path(name)) if os.path.isdir(name) else [(Path(name), Path(Path(name).name))]:
             found.setdefault(os.path.abspath(clip), (clip, place))
     return list(found.values())

@@ -203,6 +203,8 @@ def test_a_table_of_gaps(made_up):
         (["empty"], "empty: found no clip in this folder, expected files with one of .mpg"),
         (["@blank"], "blank: found no name, expected one a line"),
         (["@none"], "No such file"),
+        ([""], "found '' among the names, expected files, folders, or a list with one name a line"),
+        (["@zeros"], "found 'a.wav\\x00b.wav\\x00' among the names"),
         (["a.wav", "--gap", "0.8"], "argument --gap: '0.8': expected START-END in seconds, such as 0.93-1.73"),
         (["a.wav", "--gap", "a-b"], "'a-b': expected START-END in seconds"),
         (["a.wav", "--gap", "nan-1"], "'nan-1': expected START-END in seconds"),
@@ -237,6 +239,7 @@ def test_a_table_of_gaps(made_up):
 def test_mistakes_take_one_line_and_nothing_is_done(made_up, capsys, arguments, says):
     touch("a.wav", "a.mpg", "b/a.wav", "notes.txt", "there.wav", "there.html")
     Path("blank").touch()
+    Path("zeros").write_text("a.wav\0b.wav\0")
     Path("empty").mkdir()
     Path("link.wav").symlink_to("a.wav")
     Path("odd.csv").write_text("path,start_s,end_s\na.wav,1,2\na.wav,2,x\n")
