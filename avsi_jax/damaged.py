@@ -21,6 +21,9 @@ JOINT_S = 0.002  # within which a fill's edge comes from the sample beside it
 IN_MEMORY = 2**23  # record samples of a fill, 9 min
 LOUDEST = 1e6  # full scale is 1; beyond this a number is no sound, and squares of it overflow
 BESIDE_S = 1.0  # around a gap, for how loud the channels are
+LOUD_DB = (-17.0, -5.0)  # of Grid's clips, by `voice_db`: networks know no other, and fill in as loud as that
+VOICE_DB = 20.0  # from the rests to the loudest; where it is less, as in Grid's rests themselves, no voice is taken to be heard
+AROUND_S, FRAME = 5.0, 320  # of the sound around gaps that tells how loud it is; record samples of a frame
 
 
 class Damaged:
@@ -60,6 +63,19 @@ class Damaged:
         stop = -(-(first + count + MARGIN) // self.record_unit)
         mono = media.mono(self.own(unit * self.own_unit, max(unit, stop) * self.own_unit))
         return window_of(media.resample(mono, self.rate, RECORD_RATE), first - unit * self.record_unit, count)
+
+    def gain(self, start: int, stop: int) -> float:
+        """What the sound around record samples [start, stop) is to be multiplied by, to be as loud as networks know it."""
+        reach = round(AROUND_S * RECORD_RATE)
+        sides = [(start - reach, stop + reach)] if stop - start <= reach else [(start - reach, start), (stop, stop + reach)]
+        known = []
+        for a, b in sides:
+            sound, lost = self.record(a, b - a), self.lost - a
+            for c, d in lost[(lost[:, 1] > 0) & (lost[:, 0] < b - a)]:
+                sound[max(0, c) : d] = 0.0
+            known.append(sound)
+        level = voice_db(np.concatenate(known))
+        return 1.0 if level is None else float(10 ** ((np.clip(level, *LOUD_DB) - level) / 20))
 
     def pieces(self, gap: int, fill: Fill):
         """(n, C) one after another, the own samples of a gap: the fill, as loud in each channel as that is around the gap."""
@@ -115,6 +131,16 @@ class Fill:
         a, b = (min(max(first, x), first + len(sound)) for x in (self.start, self.start + len(self.samples)))
         sound[a - first : b - first] = self.samples[a - self.start : b - self.start]
         return sound
+
+
+def voice_db(sound: np.ndarray) -> float | None:
+    """Where the loudest 2 % of a sound's frames begin, (N,) at RECORD_RATE, dB of full scale; None where no voice is heard."""
+    power = np.square(sound[: len(sound) // FRAME * FRAME].reshape(-1, FRAME), dtype=np.float64).mean(1)
+    power = power[power > 1e-9]  # others are lost
+    if not len(power):
+        return None
+    rest, loud = 10 * np.log10(np.percentile(power, (15, 98)))
+    return float(loud) if loud - rest > VOICE_DB else None
 
 
 def _room(count: int) -> np.ndarray:

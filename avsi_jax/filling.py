@@ -29,7 +29,7 @@ class Filling:
         self.fill = Fill(int(lost[0, 0]), int(lost[-1, 1]))
         self.said: list[str] = []
         self.heard = False
-        self._at, self._level = 0, None
+        self._at, self._level, self._gain = 0, None, 1.0
 
     @property
     def done(self) -> bool:
@@ -45,8 +45,10 @@ class Filling:
         return self.step.first / RECORD_RATE, (self.step.first + self._spec.record_samples) / RECORD_RATE
 
     def row(self) -> tuple[dict, np.ndarray]:
-        """The next window: its row of a raw batch, and what of it is lost, (G, 2)."""
+        """The next window: its row of a raw batch, as loud as networks know sound, and what of it is lost, (G, 2)."""
         first, size = self.step.first, self._spec.record_samples
+        if not self._at:
+            self._gain = self._damaged.gain(self.fill.start, self.fill.start + len(self.fill.samples))
         damaged, length = self._damaged, min(size, self._damaged.length - self.step.first)
         sound = damaged.record(first, size)
         sound = self.fill.laid_over(sound, first) if self._at else sound
@@ -58,7 +60,7 @@ class Filling:
         lost = lost[lost[:, 0] < lost[:, 1]]
         self.heard |= _is_heard(sound, lost)
         row = lips.window(self.watcher, *self.interval)
-        return row | {"audio": media.to_int16(sound), "audio_length": np.int32(length), "id_hash": np.uint32(0)}, lost
+        return row | {"audio": media.to_int16(sound * self._gain), "audio_length": np.int32(length), "id_hash": np.uint32(0)}, lost
 
     def blend(self, level: np.ndarray) -> np.ndarray:
         """The window's levels (F, K), in its overlap with the one before by and by instead of that one's."""
@@ -79,7 +81,7 @@ class Filling:
     def take(self, sound: np.ndarray, said: str) -> None:
         """The window's sound (record_samples,), filled in, and the sentence read in it."""
         first, start, end = self.step
-        self.fill.put(start, window_of(sound, start - first, end - start))
+        self.fill.put(start, window_of(sound, start - first, end - start) / np.float32(self._gain))
         self.said.append(said)
         self._at += 1
 

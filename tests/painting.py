@@ -38,6 +38,9 @@ def all_seen(rgb, points):
     return np.ones(len(rgb), bool)
 
 
+LOUD = 2.5  # times a `voice`: as loud as networks know sound, so that a repair leaves its loudness alone
+
+
 def voice(seconds, rate, *, channels=1, seed=0):
     """A made-up voice (N, C) that repeats every 2.9 s; the second channel is half as loud."""
     one = tiny_data.voice(seed, 46_400)[0]

@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from painting import MadeUpTracker, Watched, all_seen, audible, clip_of, lost, loudness, voice
+from painting import LOUD, MadeUpTracker, Watched, all_seen, audible, clip_of, lost, loudness, voice
 
 from avsi_jax import damaged, inpaint, lips, media, mending
 
@@ -156,7 +156,7 @@ def test_a_film_whose_pictures_end_before_the_gap(by_made_up_lips):
 
 def test_a_gap_is_filled_alike_wherever_it_lies(by_sound):
     """What is around it decides, not how long the clip is before: the voice repeats every 2.9 s, so do the windows."""
-    long = voice(8.7, 16_000)
+    long = LOUD * voice(8.7, 16_000)
     shift = 2 * 46_400  # samples
     a, b = (by_sound.inpaint(clip_of(long, 16_000), [(2.0 + s, 2.5 + s)]).samples[:, 0] for s in (1.45, 1.45 + 2.9))
     n = slice(round(3.45 * 16_000), round(3.95 * 16_000))

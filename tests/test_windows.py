@@ -246,3 +246,34 @@ def test_confidence_without_measurements_falls_with_length():
     assert confidence.confidence(1.0, False, 0.0, {}) == 0
     assert (confidence.longest_s(MEASURED, "sound"), confidence.longest_s({}, "sound")) == (1.5, None)
     assert confidence.at_longest(MEASURED, "sound") == 0.3
+
+
+# ------------------------------------------------------------------------------------------------------------------- loudness
+
+
+def spoken(level_db, seconds=3.0):
+    """Bursts of noise at level_db, 40 dB above the rests between them."""
+    noise = np.random.default_rng(0).normal(0, 1, round(seconds * 16_000))
+    burst = np.sin(2 * np.pi * 2 * np.arange(len(noise)) / 16_000) > 0
+    return (noise * np.where(burst, 1.0, 0.01) * 10 ** (level_db / 20)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("level_db", "gain_db"), [(-10, 0), (-17, 0), (-40, 23), (-48, 31), (3, -8)])
+def test_a_clip_is_heard_as_loud_as_networks_know_sound(level_db, gain_db):
+    clip = clip_of(spoken(level_db)[:, None], 16_000)
+    where = damaged.Damaged(streams.source_of(clip), [(16_000, 24_000)])
+    assert 20 * np.log10(where.gain(16_000, 24_000)) == pytest.approx(gain_db, abs=1)
+
+
+def test_what_is_lost_or_no_voice_tells_no_loudness():
+    """The same where the gaps hold thunder; 1 where only rests, or nothing, are known."""
+    sound, spans = spoken(-40), [(16_000, 24_000), (30_000, 31_000)]
+    quiet, thunder = sound.copy(), sound.copy()
+    for start, end in spans:
+        thunder[start:end] = 0.9
+    rests = 0.01 * sound / np.abs(sound).max() * (np.abs(sound) < 0.001)
+    gains = [
+        damaged.Damaged(streams.source_of(clip_of(x[:, None], 16_000)), spans).gain(16_000, 24_000)
+        for x in (quiet, thunder, rests, 0 * sound)
+    ]
+    assert gains[0] == gains[1] > 10 and gains[2:] == [1, 1]
