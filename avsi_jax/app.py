@@ -27,6 +27,7 @@ SETTINGS = {  # nothing asked of others, no second server, nothing kept in brows
     "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False", "GRADIO_SSR_MODE": "False", "GRADIO_MCP_SERVER": "False",
     "GRADIO_SHARE": "False", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
 }  # fmt: skip
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------------------
@@ -37,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         need_gradio()
         limits = _limits(known)
-        signal.signal(signal.SIGTERM, _stop)
-        signal.signal(signal.SIGHUP, _stop)
+        for number in ENDINGS:
+            signal.signal(number, _stop)
         with served(_painter(known.checkpoint), limits, known.host, known.port) as address:
             seclusion.forbid_calls_outside(known.host)
             print(f"avsi-app: {address}  (Ctrl-C stops it and deletes what was put in)", flush=True)
@@ -81,6 +82,8 @@ def _painter(checkpoint: str) -> Inpainter:
 
 
 def _stop(*_) -> None:
+    for number in ENDINGS:  # a second one would break off the deleting
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

@@ -89,6 +89,18 @@ def test_gaps_as_they_are_written(text, gaps):
     assert visit.parse_gaps(visit.written(gaps)) == gaps
 
 
+def test_a_second_signal_does_not_break_off_the_deleting():
+    before = {number: signal.getsignal(number) for number in app.ENDINGS}
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            app._stop(signal.SIGTERM, None)
+        for number in app.ENDINGS:
+            signal.raise_signal(number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_a_hole_that_was_found_is_written_whole():
     """A late hole's edges lie between two thousandths: sound of up to 5 ms was left silent where four digits were written."""
     (start, end) = visit.parse_gaps(visit.written([(12.34567, 59.98761, "silence")]))[0]
