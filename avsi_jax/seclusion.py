@@ -9,10 +9,12 @@ import contextlib
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 PREFIX = "avsi-app-"  # of temporary folders
+BEGINNING_S = 60  # a server's folder has its lock within this
 HERE = {"localhost", "127.0.0.1", "::1", "0.0.0.0", "::", "", None}
 
 
@@ -56,6 +58,10 @@ def remove_left_behind() -> None:
         with contextlib.suppress(OSError), lock.open("r") as held:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock.parent, ignore_errors=True)
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):  # the deleting was broken off when the lock was gone already
+        with contextlib.suppress(OSError):
+            if not (folder / "lock").exists() and time.time() - folder.stat().st_mtime > BEGINNING_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def forbid_calls_outside(host: str) -> None:

@@ -101,6 +101,18 @@ def test_a_second_signal_does_not_break_off_the_deleting():
             signal.signal(number, handler)
 
 
+def test_a_folder_whose_deleting_was_broken_off_goes_next_time(tmp_path, monkeypatch):
+    """Its lock went first; one that has just begun, and has no lock yet, stays."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    old, new = (tmp_path / f"{seclusion.PREFIX}{name}" for name in ("old", "new"))
+    for folder in (old, new):
+        (folder / "gradio").mkdir(parents=True)
+        (folder / "gradio" / "upload.wav").touch()
+    os.utime(old, (1, 1))
+    seclusion.remove_left_behind()
+    assert not old.exists() and (new / "gradio" / "upload.wav").exists()
+
+
 def test_a_hole_that_was_found_is_written_whole():
     """A late hole's edges lie between two thousandths: sound of up to 5 ms was left silent where four digits were written."""
     (start, end) = visit.parse_gaps(visit.written([(12.34567, 59.98761, "silence")]))[0]
