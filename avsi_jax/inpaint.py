@@ -48,7 +48,8 @@ class Gap:
 
 @dataclasses.dataclass(frozen=True)
 class Repair:
-    """A clip's sound, whole: samples (N, C) float32 at `rate`, `subtype` as soundfile names it.
+    """A clip's sound, whole: samples (N, C) at `rate`, float32 (float64 of 32-bit and double files), `subtype` as soundfile
+    names it.
 
     before, after (F, 64): log-mel in dB (preset paper) of the damaged and the restored sound, every `frame_s`; None for long clips.
     landmarks (T, 68, 2) px of the pictures that were looked at, which of them show the mouth (T,), and their times (T,) s from the

@@ -70,6 +70,8 @@ def read_table(path: str) -> dict[str, list[tuple[float, float]]]:
     A path is looked for from the current folder, then from the table's.
     """
     found = collections.defaultdict(list)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a table of gaps with the columns {','.join(COLUMNS)}")
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         rows = csv.DictReader(file)
         if not set(COLUMNS) <= set(rows.fieldnames or ()):
@@ -111,6 +113,8 @@ def _expanded(names: Sequence[str]) -> Iterator[str]:
             continue
         if name == "-":
             text = sys.stdin.read()
+        elif not Path(name[1:]).is_file():
+            raise FileNotFoundError(f"{name}: no such file {name[1:]}; expected a list of clips, one a line")
         else:
             text = Path(name[1:]).read_text(encoding="utf-8", errors="surrogateescape")
         lines = [line.strip("\r") for line in text.split("\n") if line.strip()]
