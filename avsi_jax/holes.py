@@ -295,7 +295,9 @@ def clipped_runs(view, a, b, frame) -> list[tuple[int, int]]:
 
 
 def repeats(view, a, b, rate) -> list[tuple[int, int]]:
-    """Stretches [start, end) that are what was one lag before, times a constant."""
+    """Stretches [start, end) that are what was one lag before, times a constant; none at a rate too low for speech."""
+    if rate < 1000:
+        return []
     x = view @ (1 / (1 + 0.37 * np.arange(view.shape[1], dtype=np.float32)))
     starts, lags = coarse_candidates(x, a, b, rate)
     if len(starts) == 0:

@@ -95,7 +95,7 @@ def open_container(file, formats: str = VIDEO_FORMATS):
 
     options = {"format_whitelist": formats, "protocol_whitelist": "file"}
     try:
-        return av.open(str(pathlib.Path(file).absolute()), options=options)
+        return av.open(str(pathlib.Path(file).absolute()), options=options, metadata_errors="replace")
     except av.ArgumentError as e:
         raise MediaError(f"{file}: found a play list or another unknown kind of file inside, expected a clip; convert it") from e
 
