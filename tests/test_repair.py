@@ -417,7 +417,8 @@ sys.exit(repair.main(["a.wav", "-o", "out"]))
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_leave_nothing_half_written(tmp_path, number, code):
     (tmp_path / "a.wav").touch()
-    command = [sys.executable, "-c", STOPPED]
+    # Python heeds no SIGINT that it was started to ignore, as it is where the tests run in the background.
+    command = ["env", "--default-signal=INT", sys.executable, "-c", STOPPED]
     with subprocess.Popen(
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=-1, stderr=-1, text=True
     ) as ran:
