@@ -314,7 +314,8 @@ def test_many_are_as_one_by_one_in_order():
         alone = metrics.score(*item)
         assert row["reason"] == alone["reason"] == ""
         for metric in metrics.SCORES:
-            assert row[metric] == pytest.approx(alone[metric], rel=1e-6, abs=2e-6), metric  # BLAS threads differ, see metrics._stoi
+            wanted = alone[metric] and pytest.approx(alone[metric], rel=1e-6, abs=2e-6)  # BLAS threads differ, see metrics._stoi
+            assert row[metric] == wanted, metric
     assert metrics.score_many([]) == []
     assert metrics.score_many([metrics.Item(*items[0])._asdict()], workers=0) == [metrics.score(*items[0])]
 

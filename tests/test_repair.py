@@ -202,7 +202,7 @@ def test_a_table_of_gaps(made_up):
         (["notes.txt"], "notes.txt: found suffix '.txt', expected one of .mpg"),
         (["empty"], "empty: found no clip in this folder, expected files with one of .mpg"),
         (["@blank"], "blank: found no name, expected one a line"),
-        (["@none"], "No such file"),
+        (["@none"], "no such file"),
         ([""], "found '' among the names, expected files, folders, or a list with one name a line"),
         (["@zeros"], "found 'a.wav\\x00b.wav\\x00' among the names"),
         (["a.wav", "--gap", "0.8"], "argument --gap: '0.8': expected START-END in seconds, such as 0.93-1.73"),
