@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from avsi_jax import decode, experiment, gaps, media, models, runs, stft, text, vocoder, weights
+from avsi_jax import cores, decode, experiment, gaps, media, models, runs, stft, text, vocoder, weights
 from avsi_jax.features import Features, Normalisation, hear, record_sound, standardise, to_level
 from avsi_jax.runs import Run
 from avsi_jax.spec import RECORD_RATE, Spec, get
@@ -171,6 +171,7 @@ def _record_view(audio, length, gap, spec):
     return sound, gaps.lost_samples(gap, spec.record_samples) & inside
 
 
+@cores.shared_out
 @functools.partial(jax.jit, static_argnames="spec")
 def fill_at_preset(level, audio, length, gap, seeds, spec):
     """Levels (B, F, K), audio (B, N) int16 or of its values, lengths, gaps (B, G, 2), seeds (B,) -> sound at the preset's rate."""

@@ -15,14 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avsi_jax import stft
+from avsi_jax import cores, stft
 from avsi_jax.spec import Spec
 
 ITERATIONS = 30  # in a gap, whose context holds the phases: more bring no better sound (docs/vocoder.md)
 WHOLE_ITERATIONS = 60  # of a clip where nothing is known
 MOMENTUM = 0.99
 INVERSION_STEPS = 15  # leave less than 0.01 dB of a mel's error; more cost time and bring nothing that is heard
-AT_ONCE = 4  # clips of a larger batch, where they divide it
 EDGE_FLOOR = 0.25  # of the summed squared windows, which lie between 0.5 and 2 inside a clip: see stft.istft
 SPANS = (0.125, 0.33, 0.55, 1.0)  # of a clip's frames: what a gap reaches is rounded up to one of these
 PAPER_ITERATIONS = 300
@@ -89,8 +88,15 @@ def _window(spec: Spec) -> np.ndarray:
 def _spectrum(hops: jax.Array, spec: Spec) -> jax.Array:
     """Sound in hops (B, frames + pieces - 1, hop) -> complex (B, frames, bins)."""
     pieces, frames = _pieces(spec), hops.shape[1] - _pieces(spec) + 1
-    cut = jnp.concatenate([hops[:, p : p + frames] for p in range(pieces)], -1)[..., : spec.window]
-    return jnp.fft.rfft(cut * stft.along_last(_window(spec), 3), n=spec.n_fft, axis=-1)
+    size = max(spec.n_fft, pieces * spec.hop)
+    window = np.pad(_window(spec), (0, pieces * spec.hop - spec.window)).reshape(pieces, spec.hop)
+
+    # Sums of padded pieces become one loop; joining them side by side takes XLA twice the time on a CPU.
+    def placed(p: int) -> jax.Array:
+        room = [(0, 0), (0, 0), (p * spec.hop, size - (p + 1) * spec.hop)]
+        return jnp.pad(hops[:, p : p + frames] * stft.along_last(window[p], 3), room)
+
+    return jnp.fft.rfft(sum(map(placed, range(pieces)))[..., : spec.n_fft], axis=-1)
 
 
 def _sound(spectrum: jax.Array, spec: Spec) -> jax.Array:
@@ -138,31 +144,24 @@ def _first_phases(shape: tuple, seeds: jax.Array) -> jax.Array:
 
 
 def _iterate(wanted, phases, held, free, spec: Spec, iterations: int, momentum: float) -> jax.Array:
-    """Magnitudes and first phases (B, frames, bins), hops of sound with which of its samples are free -> those hops, filled.
+    """Magnitudes and first phases (B, frames, bins), hops of sound with which of its samples are free -> those hops, filled."""
+    share = momentum / (1 + momentum)
 
-    A few clips at a time go through all iterations: what they need then stays in a processor's cache.
-    """
+    def to_sound(phases):
+        return jnp.where(free, _sound(wanted * phases, spec), held)
 
-    def of_some(arguments):
-        wanted, phases, held, free = arguments
+    def iterate(_, carry):
+        sound, before = carry
+        rebuilt = _spectrum(sound, spec)
+        if not share:  # nothing to carry over
+            return to_sound(_unit(rebuilt)), before
+        return to_sound(_unit(rebuilt - share * before)), rebuilt
 
-        def to_sound(phases):
-            return jnp.where(free, _sound(wanted * phases, spec), held)
-
-        def iterate(_, carry):
-            sound, before = carry
-            rebuilt = _spectrum(sound, spec)
-            return to_sound(_unit(rebuilt - momentum / (1 + momentum) * before)), rebuilt
-
-        return jax.lax.fori_loop(0, iterations, iterate, (to_sound(phases), jnp.zeros_like(phases)))[0]
-
-    arguments = (wanted, phases, held, free)
-    if len(wanted) <= AT_ONCE or len(wanted) % AT_ONCE:
-        return of_some(arguments)
-    cut = jax.tree.map(lambda x: x.reshape(-1, AT_ONCE, *x.shape[1:]), arguments)
-    return jax.lax.map(of_some, cut).reshape(held.shape)
+    before = jnp.zeros_like(phases) if share else ()
+    return jax.lax.fori_loop(0, iterations, iterate, (to_sound(phases), before))[0]
 
 
+@cores.shared_out
 @functools.partial(jax.jit, static_argnames=("spec", "length", "iterations", "momentum"))
 def griffin_lim(
     magnitude: jax.Array,
@@ -185,6 +184,7 @@ def griffin_lim(
     return _from_hops(hops, spec, length)
 
 
+@cores.shared_out
 @functools.partial(jax.jit, static_argnames=("spec", "length", "iterations", "momentum"))
 def whole_clip(
     level: jax.Array, spec: Spec, *, length: int, seeds: jax.Array, iterations: int = WHOLE_ITERATIONS, momentum: float = MOMENTUM
@@ -213,6 +213,7 @@ def paper_magnitude(level: jax.Array, spec: Spec) -> jax.Array:
     return jnp.maximum(bins, PAPER_FLOOR) ** PAPER_POWER
 
 
+@cores.shared_out
 @functools.partial(jax.jit, static_argnames=("spec", "length", "iterations"))
 def paper_inversion(
     level: jax.Array, spec: Spec, *, length: int, seeds: jax.Array, iterations: int = PAPER_ITERATIONS
@@ -228,6 +229,7 @@ def paper_inversion(
 # ---- inside a gap --------------------------------------------------------------------------------------------------------------
 
 
+@cores.shared_out
 @functools.partial(jax.jit, static_argnames=("spec", "iterations", "momentum"))
 def fill_gap(
     level: jax.Array,

@@ -20,7 +20,7 @@ ROOMS = {
         "spec workers media mpeg muxing streams face_files landmarks sync visibility occlusion text stft gaps holes features "
         "augment records input_pipeline train_statistics "
         "lstm models losses decode cluster parallel experiment steps storage phases stopping watchdog manifest checkpoints "
-        "workdir board console looks loop replay train vocoder runs model_card weights restore recognise intervals metrics "
+        "workdir board console looks loop replay train cores vocoder runs model_card weights restore recognise intervals metrics "
         "suites protocols restorations references tables mistakes table_files figures comparison report evaluate "
         "compilation windows damaged lips confidence filling mending inpaint "
         "drawings repair_outcomes repair_jobs repair_page repair visit showing seclusion page app export"
