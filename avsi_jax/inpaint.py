@@ -54,7 +54,8 @@ class Repair:
     before, after (F, 64): log-mel in dB (preset paper) of the damaged and the restored sound, every `frame_s`; None for long clips.
     landmarks (T, 68, 2) px of the pictures that were looked at, which of them show the mouth (T,), and their times (T,) s from the
     first picture; None without pictures. sync_s: by how much sound comes after its picture, None where it wasn't measured.
-    seconds: what the repair took: decode, landmarks, model, vocoder, all.
+    seconds: what the repair took: decode, landmarks, model, vocoder, all. lag_s: the lips seen at t were taken for what is heard
+    at t + lag_s, None without pictures; it holds sync_s only where the step was corrected.
     """
 
     samples: np.ndarray
@@ -70,6 +71,7 @@ class Repair:
     picture_times: np.ndarray | None
     sync_s: float | None
     seconds: dict[str, float]
+    lag_s: float | None = None
 
     @property
     def said(self) -> tuple[str, ...]:
@@ -303,7 +305,7 @@ def _repair_of(mending: Mending) -> Repair:
     seconds["all"] = time.perf_counter() - mending.began
     return Repair(
         samples, source.rate, source.subtype, _gaps_of(filled, source.rate), warnings, before, after, _frame_s(), *seen,
-        mending.sync_s, seconds,
+        mending.sync_s, seconds, watcher.lag_s if watcher else None,
     )  # fmt: skip
 
 

@@ -295,8 +295,8 @@ def seen(repair: Repair) -> bool:
 
 
 def strip(source, repair: Repair, gap) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, list[float]]:
-    """STRIP pictures of a gap, evenly apart: (pictures, points (P, 68, 2), seen (P,), times of the sound)."""
-    lag = source.lag_s + (repair.sync_s or 0.0)
+    """STRIP pictures of a gap, evenly apart: (pictures, points (P, 68, 2), seen (P,), times of the sound), in the repair's step."""
+    lag = source.lag_s if repair.lag_s is None else repair.lag_s
     wanted = np.linspace(*gap, STRIP + 2)[1:-1] - lag
     nearest = sorted({int(np.argmin(np.abs(repair.picture_times - t))) for t in wanted})
     times = np.asarray(repair.picture_times)[nearest]
