@@ -2,14 +2,15 @@
 
 import numpy as np
 import pytest
-from painting import MadeUpTracker, all_seen, audible, clip_of, voice
+from painting import MadeUpTracker, all_seen, clip_of, voice
+from stand_ins import humming
 
-from avsi_jax import inpaint, streams, sync, visit
+from avsi_jax import streams, sync, visit
 
 
-@pytest.fixture(scope="module")
-def by_both(tiny_config):
-    painter = inpaint.Inpainter(audible(tiny_config(system="av_unified", mask_input=True)))
+@pytest.fixture
+def by_both(monkeypatch):
+    painter = humming(monkeypatch)
     painter._tracker, painter._mouth_seen = MadeUpTracker(lambda t: 1.0 * t), all_seen
     return painter
 
