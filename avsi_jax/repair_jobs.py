@@ -156,12 +156,12 @@ def plan(
         targets = [_file_target(clips[0][0], Path(output), form)]
     else:
         folder = _output_folder(output, len(clips))
-        targets = [folder / place.with_name(f"{place.stem}{MARK}{_suffix_of(place, form)}") for _, place in clips]
+        targets = [folder / target for target in _targets(clips, form)]
     jobs = [
         Job(clip, target, _gaps_of(clip, gaps, table or {}), _problem_of(clip, target))
         for (clip, _), target in zip(clips, targets, strict=True)
     ]
-    _refuse_clashes(jobs)
+    _refuse_targets(jobs)
     return _with_those_there(jobs, overwrite, resume)
 
 
@@ -180,6 +180,28 @@ def _output_folder(output: str | None, count: int) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {output}: found a file, expected a folder or a name with one of {' '.join(WRITTEN)}")
     return folder
+
+
+def _targets(clips: Sequence[tuple[Path, Path]], form: str) -> list[Path]:
+    """What each clip is written as below the output folder, no two as one file.
+
+    Clips that would be are named in full, if need be with the folders they lie in: all of them, so that it doesn't matter which
+    is named first, and none is taken for another's where a run is resumed.
+    """
+    levels = [0] * len(clips)
+    while True:
+        targets = [_target(*clip, level, form) for clip, level in zip(clips, levels)]
+        counts = collections.Counter(targets)
+        if len(counts) == len(targets):
+            return targets
+        levels = [level + (counts[target] > 1) for level, target in zip(levels, targets)]
+
+
+def _target(clip: Path, place: Path, level: int, form: str) -> Path:
+    """level: 0 a.restored.mkv, 1 a.avi.restored.mkv, 2 FOLDER/a.avi.restored.mkv, ..."""
+    if level > 1:
+        place = Path(*Path(os.path.abspath(clip)).parts[1:][-level:])
+    return place.with_name(f"{place.name if level else place.stem}{MARK}{_suffix_of(place, form)}")
 
 
 def _file_target(clip: Path, target: Path, form: str) -> Path:
@@ -215,14 +237,10 @@ def _problem_of(clip: Path, target: Path) -> str:
     return ""
 
 
-def _refuse_clashes(jobs: Sequence[Job]) -> None:
-    """ValueError where a target would be written twice, or is a clip that is to be repaired."""
+def _refuse_targets(jobs: Sequence[Job]) -> None:
+    """ValueError where a target is a clip that is to be repaired, or a folder, or can't be written."""
     sources = {os.path.realpath(job.source) for job in jobs}
-    first = {}
     for job in jobs:
-        other = first.setdefault(os.path.abspath(job.target), job.source)
-        if other is not job.source:
-            raise ValueError(f"{job.target} would be written for {other} and for {job.source}; repair them into two folders")
         if os.path.realpath(job.target) in sources:
             raise ValueError(f"{job.target} is a clip to be repaired; expected another --output: no clip is written over itself")
         if job.target.is_dir():

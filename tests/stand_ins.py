@@ -1,4 +1,4 @@
-"""Stands in for a network and its vocoder where a test asks about what is around them: it fills with a hum as loud as what it hears."""
+"""Stands in for a network and its vocoder, where a test asks about what is around them: a hum as loud as what is heard."""
 
 import dataclasses
 from typing import NamedTuple

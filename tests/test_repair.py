@@ -225,8 +225,6 @@ def test_a_table_of_gaps(made_up):
         (["a.wav", "-o", "blank/out"], "blank is a file, expected a folder"),
         (["a.wav", "-o", "a.wav", "--overwrite"], "a.wav is a clip to be repaired"),
         (["a.wav", "-o", "link.wav", "--overwrite"], "link.wav is a clip to be repaired"),
-        (["a.wav", "b/a.wav"], "a.restored.wav would be written for a.wav and for b/a.wav; repair them into two folders"),
-        (["a.mpg", "a.wav", "--format=wav"], "a.restored.wav would be written for a.mpg and for a.wav"),
         (["a.wav", "-o", "there.wav"], "there.wav exists; take --overwrite to replace, --resume to leave out"),
         (["a.wav", "-o", "there.wav", "--overwrite", "--resume"], "take one of them"),
         (["a.wav", "--report=there.html"], "there.html exists; take --overwrite"),
