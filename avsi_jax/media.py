@@ -148,8 +148,8 @@ def sound_lag_s(clip: Clip) -> float:
     """Seconds by which sound lags the pictures: what is seen t after the first frame is heard t + lag after the first sample.
 
     Presentation times do not show the delay of Grid's MP2 encoder (spec.MPEG_SOUND_LAG_S); it is added where the sound is as
-    Grid made it: MP2 at 44.1 kHz that starts with the pictures, also where it was copied into an .mp4
-    (whose MPEG sound ffmpeg reads as MP3; Grid's own length tells it from a true one). 0 where the clip has only one of the two.
+    Grid made it: MP2 at 44.1 kHz that starts with the pictures, also where it was copied into an .mp4 (whose MPEG sound ffmpeg
+    reads as MP3) or written anew without loss: Grid's own length tells those. 0 where the clip has only one of the two.
     """
     if clip.pictures is None or clip.sound is None:
         return 0.0
@@ -159,7 +159,7 @@ def sound_lag_s(clip: Clip) -> float:
 def lag_between(picture_start_s: float, sound: Sound, num_samples: int) -> float:
     """sound_lag_s of a clip that has both; the samples themselves are not looked at."""
     lag = picture_start_s - sound.start_s
-    copied = sound.codec.startswith("mp3") and num_samples == spec.GRID_MPEG_SAMPLES
+    copied = sound.codec.startswith(("mp3", "flac", "alac", "pcm_")) and num_samples == spec.GRID_MPEG_SAMPLES
     of_grid = (sound.codec == "mp2" or copied) and sound.rate == 44_100 and abs(lag) < SAME_START_S
     return lag + spec.MPEG_SOUND_LAG_S if of_grid else lag
 

@@ -1,7 +1,8 @@
 """A clip with another sound: .wav or .flac, or a video file whose pictures are the source's own packets, copied as they are.
 
 The sound comes in blocks and is written as it comes, in memory that does not grow with the clip. Sound and pictures keep the step
-they had, by the presentation times. Not done here: pictures are never encoded; what else the source holds (other streams,
+they had: what is written has the lag of the source (Source.lag_s), within a millisecond, and tells it by presentation times, also
+where the source, Grid's own MPEGs, does not. Not done here: pictures are never encoded; what else the source holds (other streams,
 chapters, titles) is left out.
 """
 
@@ -31,6 +32,7 @@ PCM_CODECS = {
     "DOUBLE": ("pcm_f64le", "dbl"),
 }
 SAME_TIME_S = 1e-3
+TICK_S = Fraction(1, 1000)  # times are written as finely as this, at least
 MP2_RATES = (16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
 MP2_DELAY, MP2_FRAME = 481, 1152  # samples by which ffmpeg's encoder delays the sound, and of a packet
 REORDERED = 16  # pictures that a codec keeps waiting, at most
@@ -169,10 +171,17 @@ def _write_video(source, part, target, pieces) -> tuple[str, ...]:
             sound.codec_context.format = coding.format
             if coding.codec == "mp2":
                 sound.bit_rate = (192_000 if coding.rate >= 32_000 else 80_000) * source.channels  # the most that a channel takes
-            start_s = min(source.picture_start_s, source.sound_start_s)
+            untold_s = 0.0 if coding.delay else _untold_s(source)
+            start_s = min(source.picture_start_s + untold_s, source.sound_start_s)
             frames = _frames(source, coding, sound.layout.name, pieces, source.sound_start_s - start_s)
-            _interleave(out, _pictures_from(given, video, _depth(times), start_s, source.fps), film, sound, frames)
+            _interleave(out, _pictures_from(given, video, _depth(times), start_s - untold_s, source.fps), film, sound, frames)
     return coding.warnings + tuple(_warnings(part, target, times, hidden))
+
+
+def _untold_s(source) -> float:
+    """What of a source's lag its presentation times don't tell: the delay in Grid's own sound."""
+    untold_s = source.lag_s - (source.picture_start_s - source.sound_start_s)
+    return untold_s if abs(untold_s) > media.SAME_START_S else 0.0
 
 
 def _warnings(part, target, times, hidden: int) -> Iterator[str]:
@@ -191,14 +200,17 @@ def _layout(audio, channels: int) -> str:
 
 
 def _pictures_from(given, video, depth: int, start_s: float, fps: float) -> Iterator:
-    """The video's packets as they are, their times counted from start_s.
+    """The video's packets as they are, their times counted from start_s, in ticks that are fine enough for that.
 
     The times they are decoded at are made anew, as many containers don't tell them: that of the picture shown `depth` before.
     """
-    ticks, one = round(start_s / video.time_base), max(1, round(1 / Fraction(fps).limit_denominator(1001) / video.time_base))
+    finer = -(-video.time_base // TICK_S)
+    tick = video.time_base / finer
+    start, one = round(start_s / tick), max(1, round(1 / Fraction(fps).limit_denominator(1001) / tick))
     shown, before = [], None
     for packet in _with_data(given, video):
-        packet.pts, packet.duration = packet.pts - ticks, packet.duration or one
+        packet.time_base, packet.duration = tick, finer * (packet.duration or 0) or one
+        packet.pts = finer * packet.pts - start
         if before is None:
             shown = [packet.pts - k * one for k in range(depth, 0, -1)]
         heapq.heappush(shown, packet.pts)
@@ -235,8 +247,7 @@ def _frames(source, coding: _Coding, layout: str, pieces, start_s: float) -> Ite
     """
     import av
 
-    of_grid = coding.delay and abs(source.lag_s - (source.picture_start_s - source.sound_start_s)) > media.SAME_START_S
-    place, skip = round(start_s * coding.rate), coding.delay if of_grid else 0
+    place, skip = round(start_s * coding.rate), coding.delay if _untold_s(source) else 0
     for x in _resampled(pieces, source, coding, skip):
         left_out, skip = x[:skip], max(0, skip - len(x))
         x, place = x[len(left_out) :], place + len(left_out)
