@@ -1,7 +1,9 @@
 """A clip's sound with its gaps emptied, and back: stretches of it as networks hear them, and what was filled in at the clip's rate.
 
-The gaps are emptied at the clip's own rate before anything else sees the sound. Both ways a stretch is resampled with what lies
-beside it, on a raster that both rates share, so that it is the same sound however the clip is cut.
+The gaps are emptied at the clip's own rate before anything else sees the sound. Networks hear one sound, mostly the mean of the
+channels (channels.py); what is known within AROUND_S of a gap settles which, so that all its windows hear the same. Both ways a
+stretch is resampled with what lies beside it, on a raster that both rates share, so that it is the same sound however the clip is
+cut.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import tempfile
 
 import numpy as np
 
-from avsi_jax import media
+from avsi_jax import channels, media
 from avsi_jax.spec import RECORD_RATE
 
 GUARD = 32  # record samples beside a gap that resampling mixed with it: treated as lost, never written
@@ -20,7 +22,7 @@ PIECE_S = 60  # what is brought to the clip's rate at once
 JOINT_S = 0.002  # within which a fill's edge comes from the sample beside it
 IN_MEMORY = 2**23  # record samples of a fill, 9 min
 LOUDEST = 1e6  # full scale is 1; beyond this a number is no sound, and squares of it overflow
-BESIDE_S = 1.0  # around a gap, for how loud the channels are
+BESIDE_S = (1.0, 5.0)  # around a gap, for how loud the channels are; the second where nothing is heard in the first
 LOUD_DB = (-17.0, -5.0)  # of Grid's clips, by `voice_db`: networks know no other, and fill in as loud as that
 VOICE_DB = 20.0  # from the rests to the loudest; where it is less, as in Grid's rests themselves, no voice is taken to be heard
 AROUND_S, FRAME = 5.0, 320  # of the sound around gaps that tells how loud it is; record samples of a frame
@@ -57,20 +59,24 @@ class Damaged:
             )
         return x
 
-    def record(self, first: int, count: int) -> np.ndarray:
-        """(count,) float32, mono at RECORD_RATE from record sample `first` on; 0 beyond the clip."""
+    def record(self, first: int, count: int, weights: np.ndarray | None = None) -> np.ndarray:
+        """(count,) float32 at RECORD_RATE from record sample `first` on, 0 beyond the clip: the channels' mean, or by `weights`."""
         unit = max(0, first - MARGIN) // self.record_unit
         stop = -(-(first + count + MARGIN) // self.record_unit)
-        mono = media.mono(self.own(unit * self.own_unit, max(unit, stop) * self.own_unit))
+        own = self.own(unit * self.own_unit, max(unit, stop) * self.own_unit)
+        mono = media.mono(own) if weights is None else channels.one(own, weights)
         return window_of(media.resample(mono, self.rate, RECORD_RATE), first - unit * self.record_unit, count)
 
-    def gain(self, start: int, stop: int) -> float:
+    def known(self, start: int, stop: int) -> np.ndarray:
+        """(n, C) of the clip's own samples around record samples [start, stop), however many these are; the lost are silent."""
+        scale = self.rate / RECORD_RATE
+        return np.concatenate([self.own(round(a * scale), round(b * scale)) for a, b in _around(start, stop)])
+
+    def gain(self, start: int, stop: int, weights: np.ndarray | None = None) -> float:
         """What the sound around record samples [start, stop) is to be multiplied by, to be as loud as networks know it."""
-        reach = round(AROUND_S * RECORD_RATE)
-        sides = [(start - reach, stop + reach)] if stop - start <= reach else [(start - reach, start), (stop, stop + reach)]
         known = []
-        for a, b in sides:
-            sound, lost = self.record(a, b - a), self.lost - a
+        for a, b in _around(start, stop):
+            sound, lost = self.record(a, b - a, weights), self.lost - a
             for c, d in lost[(lost[:, 1] > 0) & (lost[:, 0] < b - a)]:
                 sound[max(0, c) : d] = 0.0
             known.append(sound)
@@ -80,7 +86,7 @@ class Damaged:
     def pieces(self, gap: int, fill: Fill):
         """(n, C) one after another, the own samples of a gap: the fill, as loud in each channel as that is around the gap."""
         start, end = self.spans[gap]
-        gains, size = self._gains(start, end), PIECE_S * self.rate
+        gains, size = self._gains(start, end, fill.weights), PIECE_S * self.rate
         for at in range(start, end, size):
             stop = min(at + size, end)
             made = self._to_own(at - 1, stop + 1, fill) * gains
@@ -94,33 +100,31 @@ class Damaged:
     def _to_own(self, start: int, stop: int, fill: Fill) -> np.ndarray:
         """(stop - start, 1) of the clip's own rate: the sound at RECORD_RATE with a fill in its place."""
         if self.rate == RECORD_RATE:
-            return fill.laid_over(self.record(start, stop - start), start)[:, None]
+            return fill.laid_over(self.record(start, stop - start, fill.weights), start)[:, None]
         margin = -(-MARGIN // self.record_unit)
         unit = max(0, start // self.own_unit - margin)
         last = -(-stop // self.own_unit) + margin
         first, count = unit * self.record_unit, (last - unit) * self.record_unit
-        sound = fill.laid_over(self.record(first, count), first)
+        sound = fill.laid_over(self.record(first, count, fill.weights), first)
         own = media.resample(sound, RECORD_RATE, self.rate)
         return window_of(own, start - unit * self.own_unit, stop - start)[:, None]
 
-    def _gains(self, start: int, end: int) -> np.ndarray:
-        """(C,) by how much each channel is louder than their mean around the gap: what is filled in is one voice for all."""
+    def _gains(self, start: int, end: int, weights: np.ndarray | None) -> np.ndarray:
+        """(C,) what is filled in is one voice for all: by what each channel holds it around the gap."""
         alike = np.ones(self.source.channels, np.float32)
-        if len(alike) == 1:
-            return alike
-        reach = round(BESIDE_S * self.rate)
-        beside = np.concatenate([self.own(start - reach, start), self.own(end, end + reach)])
-        if not beside.any():
-            return alike
-        power = lambda x: np.sqrt(np.mean(np.square(x, dtype=np.float64), 0))
-        return (power(beside) / max(power(beside.mean(1, keepdims=True))[0], 1e-9)).clip(0, 4).astype(np.float32)
+        for reach in (round(s * self.rate) for s in BESIDE_S):
+            beside = np.concatenate([self.own(start - reach, start), self.own(end, end + reach)])
+            if len(alike) > 1 and beside.any():
+                return channels.gains(beside, alike / len(alike) if weights is None else weights)
+        return alike
 
 
 class Fill:
-    """What was made up for [start, end) in record samples; silence at first."""
+    """What was made up for [start, end) in record samples; silence at first. weights (C,): of the sound that it goes on from, as
+    channels.weights_of; None is their mean."""
 
     def __init__(self, start: int, end: int):
-        self.start, self.samples = start, _room(end - start)
+        self.start, self.samples, self.weights = start, _room(end - start), None
 
     def put(self, start: int, sound: np.ndarray) -> None:
         self.samples[start - self.start : start - self.start + len(sound)] = sound
@@ -141,6 +145,12 @@ def voice_db(sound: np.ndarray) -> float | None:
         return None
     rest, loud = 10 * np.log10(np.percentile(power, (15, 98)))
     return float(loud) if loud - rest > VOICE_DB else None
+
+
+def _around(start: int, stop: int) -> list[tuple[int, int]]:
+    """What is listened to around record samples [start, stop): with what lies between, where that is not long."""
+    reach = round(AROUND_S * RECORD_RATE)
+    return [(start - reach, stop + reach)] if stop - start <= reach else [(start - reach, start), (stop, stop + reach)]
 
 
 def _room(count: int) -> np.ndarray:

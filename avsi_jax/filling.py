@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from avsi_jax import lips, media, windows
+from avsi_jax import channels, lips, media, windows
 from avsi_jax.damaged import Damaged, Fill, window_of
 from avsi_jax.spec import RECORD_RATE, Spec
 
@@ -20,7 +20,7 @@ GAP_ROWS = 8  # a window's gaps are filled up to this, twice this, ...
 
 class Filling:
     """One plan at work. `fill`: what was made up so far; `said`: the sentences read, one a window; `heard`: whether there was sound
-    beside the gaps; `done`: nothing is left to do."""
+    beside the gaps; `cancelled`: whether its channels cancel each other in their mean; `done`: nothing is left to do."""
 
     def __init__(self, plan: windows.Plan, damaged: Damaged, watcher: lips.Watcher | None, spec: Spec):
         self.plan, self.watcher, self._damaged, self._spec = plan, watcher, damaged, spec
@@ -28,7 +28,7 @@ class Filling:
         lost = damaged.lost[plan.gaps.start : plan.gaps.stop]
         self.fill = Fill(int(lost[0, 0]), int(lost[-1, 1]))
         self.said: list[str] = []
-        self.heard = False
+        self.heard = self.cancelled = False
         self._at, self._level, self._gain = 0, None, 1.0
 
     @property
@@ -48,9 +48,9 @@ class Filling:
         """The next window: its row of a raw batch, as loud as networks know sound, and what of it is lost, (G, 2)."""
         first, size = self.step.first, self._spec.record_samples
         if not self._at:
-            self._gain = self._damaged.gain(self.fill.start, self.fill.start + len(self.fill.samples))
+            self._listen()
         damaged, length = self._damaged, min(size, self._damaged.length - self.step.first)
-        sound = damaged.record(first, size)
+        sound = damaged.record(first, size, self.fill.weights)
         sound = self.fill.laid_over(sound, first) if self._at else sound
         lost = damaged.lost.copy()
         if self._at:
@@ -61,6 +61,13 @@ class Filling:
         self.heard |= _is_heard(sound, lost)
         row = lips.window(self.watcher, *self.interval)
         return row | {"audio": media.to_int16(sound * self._gain), "audio_length": np.int32(length), "id_hash": np.uint32(0)}, lost
+
+    def _listen(self) -> None:
+        """Settles by what is known around the gaps how the channels are heard, and how loud."""
+        span = self.fill.start, self.fill.start + len(self.fill.samples)
+        known = self._damaged.known(*span)
+        self.fill.weights, self.cancelled = channels.weights_of(known), channels.cancel(known)
+        self._gain = self._damaged.gain(*span, self.fill.weights)
 
     def blend(self, level: np.ndarray) -> np.ndarray:
         """The window's levels (F, K), in its overlap with the one before by and by instead of that one's."""

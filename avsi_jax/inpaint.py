@@ -294,12 +294,16 @@ def _gaps_of(filled, rate: int) -> tuple[Gap, ...]:
 def _repair_of(mending: Mending) -> Repair:
     import numpy as np
 
+    from avsi_jax import channels
+
     source, damaged = mending.source, mending.damaged
     samples = np.concatenate(list(mending.blocks()))
     filled, warnings, seconds = mending.finish()
     before, after = (None, None)
     if source.duration_s <= LONGEST_MEL_S:
-        before, after = _mels(np.stack([_mono(damaged.own(0, source.num_samples), source.rate), _mono(samples, source.rate)]))
+        known = damaged.own(0, source.num_samples)
+        weights = channels.weights_of(known)
+        before, after = _mels(np.stack([_mono(x, source.rate, weights) for x in (known, samples)]))
     watcher = mending.watcher
     seen = watcher.all() if watcher else (None, None, None)
     seconds["all"] = time.perf_counter() - mending.began
@@ -315,12 +319,12 @@ def _frame_s() -> float:
     return get("paper").hop / get("paper").rate
 
 
-def _mono(samples, rate: int):
+def _mono(samples, rate: int, weights):
     """(N, C) -> (N',) at RECORD_RATE."""
-    from avsi_jax import media
+    from avsi_jax import channels, media
     from avsi_jax.spec import RECORD_RATE
 
-    return media.resample(media.mono(samples), rate, RECORD_RATE)
+    return media.resample(channels.one(samples, weights), rate, RECORD_RATE)
 
 
 def _mels(sounds) -> np.ndarray:

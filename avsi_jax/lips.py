@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from avsi_jax import sync, windows
+from avsi_jax import channels, sync, windows
 from avsi_jax.spec import GRID_FPS, NUM_LANDMARKS
 
 PIECE_BYTES = 384 * 2**20  # of pictures at once, but at least LEAST_S of them
@@ -168,6 +168,8 @@ def measured_sync(watcher: Watcher, damaged) -> sync.Sync:
     start = max(0, round((found.times[0] + watcher.lag_s - reach) * damaged.rate))
     stop = max(start, round((found.times[-1] + watcher.lag_s + reach) * damaged.rate))
     samples, start_s = damaged.own(start, stop), start / damaged.rate
+    if channels.cancel(samples):
+        samples = channels.one(samples)[:, None]
     lost = [(a / damaged.rate - start_s, b / damaged.rate - start_s) for a, b in damaged.spans if a < stop and b > start]
     return sync.measure(found.points, found.valid, found.times, samples, damaged.rate, lost, watcher.lag_s - start_s)
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 BLOCK_S = 10.0  # of untouched sound at once
 MEASURED_S = 1.5  # the longest gap that systems are evaluated at, where the weights do not tell
+CANCELLED = "channels of opposite phase cancel each other in their mean: the loudest was gone by, others are filled as they hold it"
 MOST_SHIFT_S = 5.0  # that a caller may tell sound and picture to be out of step
 
 
@@ -54,7 +55,7 @@ class Mending:
         self.source, self.restorer, self.measured = source, restorer, measured
         self.damaged = Damaged(source, spans)
         self.watcher, self.sync_s, self._step = None, None, _checked_step(step)
-        self._forgets, self._filled, self._notes = forgets, {}, []
+        self._forgets, self._filled, self._notes, self._cancelled = forgets, {}, [], False
         if eyes is not None:
             self._watch(eyes, face)
         spec = restorer.spec
@@ -116,6 +117,9 @@ class Mending:
         said = ", ".join(dict.fromkeys(filter(None, of.said)))
         self._filled[number] = found = Filled(start, end, sure, said, confidence.by(heard, seen))
         self._warn(found, bool(heard or seen))
+        if of.cancelled and not self._cancelled:
+            self._cancelled = True
+            self._notes.append(f"around {start / rate:.2f} s {CANCELLED}")
         return found
 
     def _warn(self, gap: Filled, known: bool) -> None:

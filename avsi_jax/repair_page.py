@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from avsi_jax import drawings, figures, media, streams
+from avsi_jax import channels, drawings, figures, media, streams
 from avsi_jax.repair_outcomes import Outcome, shown
 
 SHORT_S = 12.0  # a clip up to here is shown whole
@@ -122,13 +122,14 @@ def _piece(source: streams.Source, start_s: float, end_s: float) -> tuple[np.nda
     first, last = (min(round(t * source.rate), source.num_samples) for t in (start_s, end_s))
     samples, rate = source.sound(first, last), min(source.rate, MOST_RATE)
     samples = np.nan_to_num(samples, posinf=0.0, neginf=0.0)
-    samples = samples if source.channels <= MOST_CHANNELS else media.mono(samples)[:, None]
+    samples = samples if source.channels <= MOST_CHANNELS else channels.one(samples)[:, None]
     return media.resample(samples, source.rate, rate), rate
 
 
 def _cards(pieces: Sequence[tuple[np.ndarray, int]], start_s: float, end_s: float, gaps: Sequence) -> list[dict]:
     near = [(max(a, start_s), min(b, end_s)) for a, b in gaps if a < end_s and b > start_s]
-    mixed = [(media.mono(samples), rate) for samples, rate in pieces]
+    weights = channels.weights_of(pieces[0][0])
+    mixed = [(channels.one(samples, weights), rate) for samples, rate in pieces]
     top_db = drawings.loudest_db(*mixed[1])
     return [
         {

@@ -9,7 +9,7 @@ import html
 
 import numpy as np
 
-from avsi_jax import drawings, media, visit
+from avsi_jax import channels, drawings, visit
 
 AROUND_S, WHOLE_S = 1.5, 6.0  # of a clip longer than this only the gaps and so much around them is drawn
 KINDS = {"silence": "silence", "packets": "lost packets", "repeat": "repeated", "clipped": "cut off"}
@@ -33,8 +33,10 @@ def line(error: Exception) -> str:
 
 def clip(found: visit.Clip, gaps) -> str:
     """The clip as it is, its gaps silent."""
-    sound = media.mono(visit.emptied(found, [gap[:2] for gap in gaps]))
-    top = drawings.loudest_db(media.mono(visit.emptied(found, ())), found.rate)
+    whole = visit.emptied(found, ())
+    weights = channels.weights_of(whole)
+    sound = channels.one(visit.emptied(found, [gap[:2] for gap in gaps]), weights)
+    top = drawings.loudest_db(channels.one(whole, weights), found.rate)
     picture = drawings.sound(sound, found.rate, [gap[:2] for gap in gaps], top, waveform=True)
     holes = ", ".join(f"{a:.2f}-{b:.2f} s ({KINDS.get(kind, kind)})" for a, b, kind in found.holes)
     said = f"Holes found: {holes}." if holes else "No hole found: write what is lost, or damage it on purpose."
@@ -47,7 +49,8 @@ def compared(found: visit.Clip, result: visit.Result, gaps) -> dict[str, str]:
     sounds = {"damaged": visit.emptied(found, gaps), "restored": result.repair.samples, "original": found.samples}
     first, last = window(gaps, found.duration_s)
     piece = slice(round(first * found.rate), round(last * found.rate))
-    sounds = {name: media.mono(x[piece]) for name, x in sounds.items() if name in result.sounds}
+    weights = channels.weights_of(sounds["damaged"])
+    sounds = {name: channels.one(x[piece], weights) for name, x in sounds.items() if name in result.sounds}
     top = max(drawings.loudest_db(x, found.rate) for x in sounds.values())
     return {
         name: _page(_figure(drawings.sound(x, found.rate, gaps, top, first_s=first), f"Spectrogram, {name}, {_listed(gaps)}"))
