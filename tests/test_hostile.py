@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import hostile
+import hostile_weights
 import numpy as np
 import pytest
 import tiny_weights
@@ -50,7 +51,7 @@ class Stage:
         self.canary = hostile.canary(root / "outside")
         self.clips = hostile.clips(root / "in", self.canary, few)
         weights.write(root / "good", tiny_weights.run(), {})
-        self.weights = hostile.weights_of(root / "weights", root / "good", few)
+        self.weights = hostile_weights.weights_of(root / "weights", root / "good", few)
         self.inputs = self.clips + self.weights
         named = [(os.fsencode(i.path).hex(), i.kind) for i in self.inputs]
         (root / "inputs.json").write_text(json.dumps(named))
