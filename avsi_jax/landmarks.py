@@ -18,6 +18,7 @@ import sys
 import cv2
 import numpy as np
 
+from avsi_jax import quiet
 from avsi_jax.face_files import (
     FULL_RANGE,
     MESH,
@@ -40,6 +41,7 @@ MESH_TO_IBUG68 = np.array([
     78, 82, 13, 312, 308, 317, 14, 87])                                                 # 60-67 inner lip
 # fmt: on
 NUM_MESH_POINTS = 468
+SAID = "INFO: Created TensorFlow Lite XNNPACK delegate"  # by LiteRT, of which nothing follows
 MESH_EYE_CORNERS = (33, 263)  # outer corners, image left and right
 EYES, LIPS = (slice(36, 42), slice(42, 48)), slice(48, 68)  # of iBUG-68
 
@@ -232,7 +234,7 @@ class _Model:
         from ai_edge_litert.interpreter import Interpreter
 
         self._interpreter = Interpreter(model_content=data, num_threads=1)
-        self._interpreter.allocate_tensors()
+        quiet.made(self._interpreter.allocate_tensors, SAID)
         self._input = self._interpreter.get_input_details()[0]
         self._outputs = self._interpreter.get_output_details()
         self.size = int(self._input["shape"][1])
