@@ -2,8 +2,10 @@
 
 Positions are samples of the clip's own rate, levels dB of full scale (half of peak to peak of 2 ms, the loudest channel's). What
 is sought is lost in all channels that sound at all; one that is always silent is passed over. A silence is a hole where it cuts
-speech off, or where the recording's own noise is heard elsewhere and not in it: a clip whose pauses are all digital silence is
-gated, not damaged. Not done here: noise, clicks, dropped samples, and holes longer than LONGEST_S, which nothing could fill.
+speech off: it begins right after a level that no gate closes at, or ends right before one that none opens at. A gate fills pauses
+with such silence, so between two sides at rest nothing is known to be lost; one as long as a word is told there only if noise like
+that beside it is heard elsewhere for longer than gates hold. Copies are found by repeats.py. Not done here: noise, clicks, dropped
+samples, and holes longer than LONGEST_S, which nothing could fill.
 
 The sound is looked at in chunks of a fixed grid with a margin either side, so what is found is the same however it is fed.
 Thresholds were chosen on one half of the Grid clips, measured on the other: benchmarks/holes.py, docs/holes.md.
@@ -14,7 +16,8 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from scipy import fft, ndimage, signal
+
+from avsi_jax.repeats import HOP_S, REPEAT_S, repeats
 
 FRAME_S = 0.002
 CHUNK_FRAMES = 2000
@@ -30,19 +33,12 @@ LOUDEST = 1e6  # what is louder is cut off: squares of it overflow
 CONSTANT_S = 0.008  # so long the same value
 QUIET_DB, QUIET_S = -66.0, 0.012  # what is left of a hole after coding
 DROP_DB = 15.0  # a hole's inside below its edges
-CUT_DB, CUT_S = 12.0, 0.008  # an edge within so much of speech is cut off
+CUT_DB = 20.0  # of drawn gates' silences 96 of 100 close and open further below speech; what is within it was cut off
+CUT_S, OPEN_S = 0.016, 0.008  # looked at before and after: a gate holds on after a word, and may open only on its first sound
 END_CUT_DB, END_S = 8.0, 0.03  # at the ends of a clip, where digital silence is common
-PAUSE_S, NOISE_DB = 0.15, 8.0  # so long at the edges' level, or so much above, shows that the recording has noise
+NOISE_S, NOISE_DB = 0.4, 8.0  # so long at the edges' level, or up to so much above: longer than a gate holds, so it is none
+WORD_S = 0.15  # what lies in noise on either side may hide so much, the shortest word
 SMEAR_S, SMEAR_DB = 0.03, 20.0  # edges move outwards so far at most, while so much below what follows
-
-# Repeats
-SHORTEST_LAG_S, LONGEST_LAG_S = 0.01, 0.06
-WINDOW_S, HOP_S = 0.01, 0.005
-COARSE_RATE = 8000
-COARSE, EXACT, ALIKE = 0.9, 1e-3, 0.03  # correlation; share of energy that is not the copy's: at 0.1 vowels count
-ALIKE_S = 0.025
-REPEAT_S = 0.012
-TONE_SHARE = 10.0  # a shorter period that fits nearly as well: it is a tone, not a copy
 
 # Clipped
 CLIP_FRAMES = 4
@@ -216,14 +212,14 @@ def silence_is_lost(levels: np.ndarray, start: float, end: float, at_ends: tuple
     sounding = levels[levels > inside + DROP_DB]
     if not beside or len(sounding) == 0:
         return None
-    near = round(CUT_S / FRAME_S)
+    near, opening = round(CUT_S / FRAME_S), round(OPEN_S / FRAME_S)
     adjacent = max(side[:near].max() for side in beside)
     speech = np.percentile(sounding, 95)
     if any(at_ends):
         lost = last - first >= END_S / FRAME_S and beside[0][:2].max() > speech - END_CUT_DB
     else:
-        cut = sides[0][edge[0] :][:near].max(initial=FLOOR_DB) > speech - CUT_DB or beside[-1][:2].max() > speech - END_CUT_DB
-        lost = cut or _has_noise(levels, inside + DROP_DB, adjacent + NOISE_DB)
+        cut = beside[0][:near].max() > speech - CUT_DB or beside[-1][:opening].max() > speech - CUT_DB
+        lost = cut or _is_missed_in_noise(levels, last - first, inside + DROP_DB, adjacent + NOISE_DB)
     quantum = levels[levels > FLOOR_DB].min()
     return tuple(edge) if lost and adjacent > max(inside + DROP_DB, quantum + 12) else None
 
@@ -238,21 +234,18 @@ def _smeared(side: np.ndarray) -> int:
     return int(above[0]) if len(above) else 0
 
 
-def _has_noise(levels: np.ndarray, lowest: float, highest: float) -> bool:
-    """Whether a stretch of PAUSE_S lies between the two levels throughout."""
-    size = round(PAUSE_S / FRAME_S)
-    if len(levels) < size:
-        return False
-    fits = (levels > lowest) & (levels < highest)
-    return bool(ndimage.minimum_filter1d(fits.astype(np.uint8), size, mode="constant").any())
+def _is_missed_in_noise(levels: np.ndarray, num: int, lowest: float, highest: float) -> bool:
+    """Whether num frames of silence between noise may hide a word, and the noise is heard elsewhere for longer than them."""
+    longest = max((j - i for i, j in runs((levels > lowest) & (levels < highest))), default=0)
+    return num >= WORD_S / FRAME_S and longest >= max(num, NOISE_S / FRAME_S)
 
 
 def look(view: np.ndarray, rate: int, frame: int, a: int, b: int) -> tuple[np.ndarray, dict[str, list[tuple[int, int]]]]:
     """view (n, C), samples [a, b) of it -> levels dB of its frames; spans of what may be a hole, in samples of the view."""
-    num = -(-(b - a) // frame)
-    levels = frame_levels(view[a:b], frame, num)
+    planes = np.ascontiguousarray(view[a:b].T)  # four times faster to look through
+    levels = frame_levels(planes, frame)
     quiet = [(a + i * frame, min(a + j * frame, b)) for i, j in runs(levels < QUIET_DB)]
-    spans = {"quiet": quiet, "constant": constant_runs(view, a, b, rate), "clipped": clipped_runs(view, a, b, frame)}
+    spans = {"quiet": quiet, "constant": constant_runs(view, a, b, rate), "clipped": clipped_runs(planes, a, b, frame)}
     return levels, spans | {"repeat": repeats(view, a, b, rate)}
 
 
@@ -262,13 +255,10 @@ def runs(flags: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
-def frame_levels(x: np.ndarray, frame: int, num: int) -> np.ndarray:
-    """(n, C) -> (num,) dB: half of peak to peak, the loudest channel's; the last frame may be part of one."""
-    full = len(x) // frame
-    parts = x[: full * frame].reshape(full, frame, x.shape[1])
-    range_ = (parts.max(1) - parts.min(1)).max(1)
-    if num > full:
-        range_ = np.append(range_, (x[full * frame :].max(0) - x[full * frame :].min(0)).max())
+def frame_levels(planes: np.ndarray, frame: int) -> np.ndarray:
+    """(C, n) -> (F,) dB: half of peak to peak, the loudest channel's; the last frame may be part of one."""
+    parts = np.pad(planes, ((0, 0), (0, -planes.shape[1] % frame)), mode="edge").reshape(len(planes), -1, frame)
+    range_ = (parts.max(2) - parts.min(2)).max(0)
     return (20 * np.log10(np.maximum(range_ / 2, 10 ** (FLOOR_DB / 20)))).astype(np.float32)
 
 
@@ -280,121 +270,16 @@ def constant_runs(view, a, b, rate) -> list[tuple[int, int]]:
     return [(i, j) for i, j in found if j - i >= CONSTANT_S * rate or i <= a or j >= b]
 
 
-def clipped_runs(view, a, b, frame) -> list[tuple[int, int]]:
+def clipped_runs(planes, a, b, frame) -> list[tuple[int, int]]:
     """Stretches in which any channel is near its own highest for much of the time: frames of CLIP_FRAMES."""
     size, spans = CLIP_FRAMES * frame, []
-    for channel in np.abs(view[a:b].T):
+    for channel in np.abs(planes):
         parts = np.pad(channel, (0, -len(channel) % size)).reshape(-1, size)
-        peak = parts.max(1)
-        near = ndimage.maximum_filter1d(peak, 3, mode="nearest")
-        dense = (parts >= CLIP_NEAR * near[:, None]).mean(1)
-        found = runs((near > CLIP_LEVEL) & (dense > CLIP_DENSITY))
-        found = [(i, j) for i, j in found if j - i > 2 or dense[i:j].max() > SHORT_DENSITY]
+        peak = np.pad(parts.max(1), 1, mode="edge")
+        near = np.maximum(np.maximum(peak[:-2], peak[2:]), peak[1:-1])
+        loud = np.flatnonzero(near > CLIP_LEVEL)
+        dense = np.zeros(len(near))
+        dense[loud] = (parts[loud] >= CLIP_NEAR * near[loud, None]).mean(1)
+        found = [(i, j) for i, j in runs(dense > CLIP_DENSITY) if j - i > 2 or dense[i:j].max() > SHORT_DENSITY]
         spans += [(a + i * size, min(a + j * size, b)) for i, j in found]
     return spans
-
-
-def repeats(view, a, b, rate) -> list[tuple[int, int]]:
-    """Stretches [start, end) that are what was one lag before, times a constant; none at a rate too low for speech."""
-    if rate < 1000:
-        return []
-    x = view @ (1 / (1 + 0.37 * np.arange(view.shape[1], dtype=np.float32)))
-    starts, lags = coarse_candidates(x, a, b, rate)
-    if len(starts) == 0:
-        return []
-    starts, lags, left, gain = refine(x, starts, lags, rate)
-    one = np.lexsort((left, starts))
-    one = one[np.r_[True, np.diff(starts[one]) > 0]]  # each window's best lag: a tone has dozens
-    one, spans, seen = one[left[one] < EXACT], [], 0
-    for c in zip(starts[one], lags[one], gain[one], strict=True):
-        if c[0] + round(WINDOW_S * rate) > seen:
-            first, seen, tone = _extended(x, *c, rate)
-            spans += [] if tone else [(first, seen)]
-    return spans + alike_runs(x, starts, lags, left, rate)
-
-
-def coarse_candidates(x, a, b, rate) -> tuple[np.ndarray, np.ndarray]:
-    """Windows of [a, b) that are like what was some lag before, looked for at about COARSE_RATE: starts and lags in samples."""
-    step = max(1, rate // COARSE_RATE)
-    taps = signal.firwin(8 * step + 1, 0.5 / step).astype(np.float32) if rate > 5000 else np.ones(1, np.float32)
-    low = signal.upfirdn(taps, x, 1, step)[len(taps) // 2 // step :].astype(np.float32)
-    fine = rate / step
-    window, hop, shortest, longest = (round(s * fine) for s in (WINDOW_S, HOP_S, SHORTEST_LAG_S * 0.98, LONGEST_LAG_S * 1.02))
-    starts = np.arange(max(longest, -(-a // step)), min(-(-b // step), len(low) - window), hop)
-    if len(starts) == 0:
-        return starts, starts
-    back = np.lib.stride_tricks.sliding_window_view(low, longest + window)[starts - longest]
-    loud = np.ptp(back[:, longest:], axis=1) > 2e-3
-    back, starts = back[loud], starts[loud]
-    size = fft.next_fast_len(longest + window, real=True)
-    spectrum, own = fft.rfft(back, size), fft.rfft(back[:, longest:], size)
-    products = fft.irfft(spectrum * own.conj(), size)[:, : longest - shortest + 1]  # by lag, from the longest down
-    power = np.cumsum(np.pad(back.astype(np.float64) ** 2, ((0, 0), (1, 0))), 1)
-    energy = (power[:, window:] - power[:, :-window]).astype(np.float32)
-    like = products / np.sqrt(np.maximum(energy[:, : longest - shortest + 1] * energy[:, -1:], 1e-12))
-    peaks = (like > COARSE) & (like >= ndimage.maximum_filter1d(like, 5, axis=1))
-    rows, columns = np.nonzero(peaks)
-    return starts[rows] * step, (longest - columns) * step
-
-
-def refine(x, starts, lags, rate):
-    """-> starts, lags to the sample, share of each window's energy (of its differences) that is not the copy's, gain."""
-    step, window = max(1, rate // COARSE_RATE), round(WINDOW_S * rate)
-    d = np.diff(x, prepend=x[:1])
-    kept = starts + window <= len(x)
-    starts, lags = starts[kept], lags[kept]
-    now = d[starts[:, None] + np.arange(window)]
-    own, best = (now**2).sum(1), np.full(len(starts), -np.inf)
-    exact, gain = lags.copy(), np.zeros(len(starts))
-    for off in range(-step, step + 1):
-        position = np.maximum(starts - lags - off, 0)
-        then = d[position[:, None] + np.arange(window)]
-        both, theirs = (now * then).sum(1), (then**2).sum(1) + 1e-12
-        like = np.where(both > 0, both**2 / theirs, 0)
-        better = (like > best) & (starts - lags - off >= 0)
-        best, exact, gain = np.where(better, like, best), np.where(better, lags + off, exact), np.where(better, both / theirs, gain)
-    return starts, exact, np.maximum(0, 1 - best / (own + 1e-12)), gain
-
-
-def _extended(x, start, lag, gain, rate):
-    """Where, around a window, x[n] is gain * x[n - lag], as nearly as 16 bits tell: (start, end, is it a tone)."""
-    window, reach = round(WINDOW_S * rate), round(2 * LONGEST_LAG_S * rate)
-    low, high = max(lag, start - reach), min(len(x), start + window + reach)
-    now, then = x[low:high], x[low - lag : high - lag]
-    wrong = np.abs(now - gain * then) > 4e-5 + 0.004 * np.abs(gain * then)
-    bad_before, bad_after = np.flatnonzero(wrong[: start - low + window // 2]), np.flatnonzero(wrong[start - low + window // 2 :])
-    first = low + (bad_before[-1] + 1 if len(bad_before) else 0)
-    last = start + window // 2 + bad_after[0] if len(bad_after) else high
-    return int(first), int(last), is_tone(x[max(0, first - lag) : last], rate, TONE_SHARE * EXACT)
-
-
-def is_tone(x: np.ndarray, rate: int, differs: float) -> bool:
-    """Whether a period shorter than any packet fits nearly as well."""
-    d = np.diff(x)
-    longest, shortest = round(0.9 * SHORTEST_LAG_S * rate), max(2, round(0.001 * rate))
-    if len(d) < 2 * longest:
-        return False
-    lags = np.arange(shortest, longest)
-    now = d[longest:]
-    like = np.array([_likeness(now, d[longest - lag : len(d) - lag]) for lag in lags])
-    return bool(like.max() > 1 - differs)
-
-
-def _likeness(now, then) -> float:
-    return float(now @ then / np.sqrt((now @ now) * (then @ then) + 1e-20))
-
-
-def alike_runs(x, starts, lags, left, rate) -> list[tuple[int, int]]:
-    """Where coding left copies only alike: windows in a row at one lag."""
-    window, hop, spans = round(WINDOW_S * rate), HOP_S * rate * 3, []
-    good = left < ALIKE
-    begun: dict[int, list[int]] = {}
-    for start, lag in sorted(zip(starts[good].tolist(), lags[good].tolist(), strict=True)):
-        key = next((k for k in (lag, lag - 1, lag + 1) if k in begun and start - begun[k][1] <= hop), None)
-        if key is None:
-            begun[lag] = [start, start]
-            spans.append(begun[lag])
-        else:
-            begun[key][1] = start
-    long = [(a, b + window) for a, b in spans if b - a + window >= ALIKE_S * rate]
-    return [(a, b) for a, b in long if not is_tone(x[max(0, a - window) : b], rate, ALIKE)]
