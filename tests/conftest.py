@@ -6,6 +6,7 @@ A value that is already set wins (JAX_PLATFORMS=cuda runs the tests on a GPU).
 
 import atexit
 import fcntl
+import gc
 import importlib.util
 import os
 import shutil
@@ -35,6 +36,17 @@ if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py, which sets it up; drop the pytest plugin that imports it")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgetful():
+    """What a file's tests compiled is let go of after them: a worker that kept all of it came to 5 GB."""
+    yield
+    if "jax" in sys.modules:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +105,17 @@ def tiny_dir(once) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_config(tiny_dir):
+def shared_steps():
+    """Trainings in this process share what they trace (tests/compiled_once.py)."""
+    import compiled_once
+
+    with pytest.MonkeyPatch.context() as patch:
+        compiled_once.share(patch)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_dir, shared_steps):
     """tiny_config(**fields) -> config `tiny`, smaller still, on the tiny dataset; fields override, loss__gap=1 is loss.gap."""
     import configs
 
