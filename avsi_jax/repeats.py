@@ -15,8 +15,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 SHORTEST_LAG_S, LONGEST_LAG_S = 0.01, 0.06
 WINDOW_S, HOP_S = 0.01, 0.005
 COARSE_RATE = 8000
-COARSE, EXACT, ALIKE = 0.9, 1e-3, 0.03  # correlation; share of energy that is not the copy's: at 0.1 vowels count
-ALIKE_S = 0.025
+COARSE, EXACT = 0.9, 1e-3  # correlation; share of energy that is not the copy's
+ALIKE, ALIKE_S = 0.1, 0.03  # such a share, for so long; vowels count then: the bands are asked as well
+BANDS_HZ, BAND_LIKE = (100, 1000, 2500, 4000), 0.8  # a voice's pitch wanders and its breath is new: its upper bands are less alike
 REPEAT_S = 0.012
 TONE_SHARE = 10.0  # a shorter period that fits nearly as well: it is a tone, not a copy
 
@@ -152,9 +153,22 @@ def alike_runs(x, starts, lags, left, rate) -> list[tuple[int, int]]:
     for start, lag in sorted(zip(starts[good].tolist(), lags[good].tolist(), strict=True)):
         key = next((k for k in (lag, lag - 1, lag + 1) if k in begun and start - begun[k][1] <= hop), None)
         if key is None:
-            begun[lag] = [start, start]
+            begun[lag] = [start, start, lag]
             spans.append(begun[lag])
         else:
             begun[key][1] = start
-    long = [(a, b + window) for a, b in spans if b - a + window >= ALIKE_S * rate]
-    return [(a, b) for a, b in long if not is_tone(x[max(0, a - window) : b], rate, ALIKE)]
+    long = [(a, b + window, lag) for a, b, lag in spans if b - a + window >= ALIKE_S * rate]
+    copies = [(a, b) for a, b, lag in long if alike_in_bands(x, a, b, lag, rate) > BAND_LIKE]
+    return [(a, b) for a, b in copies if not is_tone(x[max(0, a - window) : b], rate, ALIKE)]
+
+
+def alike_in_bands(x, start, end, lag, rate) -> float:
+    """Correlation of x[start:end] with what was a lag before, in the band where it is least."""
+    pad = round(WINDOW_S * rate)
+    first = max(0, start - lag - pad)
+    heard, at = x[first : end + pad], start - first
+    size = fast_length(len(heard))
+    spectrum, hz = np.fft.rfft(heard, size), np.fft.rfftfreq(size, 1 / rate)
+    bands = [(low, high) for low, high in zip(BANDS_HZ, BANDS_HZ[1:], strict=False) if 2 * high <= rate]
+    parts = [np.fft.irfft(spectrum * ((hz >= low) & (hz < high)), size) for low, high in bands]
+    return min((_likeness(y[at : at + end - start], y[at - lag : at - lag + end - start]) for y in parts), default=0.0)

@@ -171,7 +171,7 @@ def undamaged(samples: np.ndarray, rate: int, rng) -> dict[tuple[str, str], coll
         rows["nothing", coding] = score([], spans_of(y, found), len(y), found)
     padded = np.pad(samples, ((round(rng.uniform(0.1, 0.6) * rate), round(rng.uniform(0.1, 0.6) * rate)), (0, 0)))
     rows["nothing", "silent ends"] = score([], spans_of(padded, rate), len(padded), rate)
-    other = np.random.default_rng(len(samples))
+    (other,) = rng.spawn(1)  # leaves what rng draws next as it is
     drawn = other.uniform(-45, -25), *np.exp(other.uniform(np.log((0.01, 0.001)), np.log((0.2, 0.02))))
     for name, how in (("gated", (-35, 0.06, 0.005)), ("gated anyhow", drawn)):
         closed = gated(samples, rate, *how)
