@@ -199,7 +199,12 @@ class Inpainter:
     def inpaint_batch(
         self, clips: Sequence[str | Path | Clip | Source], gaps: Sequence[Gaps], *, face: int | None = None, sync: Step = "off"
     ) -> list[Repair]:
-        """`inpaint` of several clips, each with its own gaps; their windows go through the network together."""
+        """`inpaint` of several clips, each with its own gaps; their windows go through the network together.
+
+        What the other clips are changes nothing, to the bit. How many there are does, by rounding alone: 1, 2, 4 or 8 windows are
+        a program each, which adds in another order; levels move by 0.001 dB, and of that the vocoder, which goes round in 30
+        steps, makes up to 0.002 of full scale inside the gaps. Outside them nothing moves.
+        """
         from avsi_jax import filling
 
         with contextlib.ExitStack() as stack:

@@ -206,6 +206,22 @@ def test_a_hidden_mouth_is_not_read(by_lips, by_made_up_lips):
     assert not batch["landmarks_valid"].any() and np.isfinite(batch["landmarks"]).all()
 
 
+def test_what_else_is_in_a_batch_changes_nothing(by_sound):
+    """Not a bit, where equally many windows go together: neither the other clip, its loudness, length and gaps, nor the order."""
+    clip, gaps = clip_of(voice(2.9, 16_000), 16_000), [(0.9, 1.7)]
+    quiet, short = clip_of(voice(2.9, 16_000, seed=1) / 100, 16_000), clip_of(voice(1.9, 8_000, seed=2), 8_000)
+    others = [(quiet, [(0.1, 0.3)]), (short, [(0, 1.5)])]
+    repairs = [by_sound.inpaint_batch([clip, other], [gaps, of])[0] for other, of in others]
+    repairs.append(by_sound.inpaint_batch([others[0][0], clip], [others[0][1], gaps])[1])
+    for repair in repairs[1:]:
+        np.testing.assert_array_equal(repair.samples, repairs[0].samples)
+        np.testing.assert_array_equal(repair.after, repairs[0].after)
+    alone = by_sound.inpaint(clip, gaps).samples
+    hole = lost(gaps, len(alone), 16_000)
+    np.testing.assert_array_equal(repairs[0].samples[~hole], alone[~hole])
+    np.testing.assert_allclose(repairs[0].samples, alone, atol=2e-3)
+
+
 # ---------------------------------------------------------------------------------------------------------------- refusals
 
 
