@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from avsi_jax.inpaint import Inpainter
 
 PACKAGE = Path(__file__).parent
-EXAMPLES = (("A whole clip", "whole.mp4"), ("A clip with a hole", "with_a_hole.mp4"))  # drawn and spoken by tfds_grid.synthetic
+EXAMPLES = (  # one of Grid's, and two that tfds_grid.synthetic drew and spoke: examples/README.md
+    ("A person", "person.mpg"), ("A drawn mouth", "whole.mp4"), ("A drawn mouth, with a hole", "with_a_hole.mp4"),
+)  # fmt: skip
 SWEEP = (600, 3600)  # seconds: how often, and from which age on, uploads that no visit holds are deleted
 PLAYER = {"interactive": False, "buttons": ["download"], "type": "filepath"}
 CAMERA = gr.WebcamOptions(mirror=False, constraints={"video": {"width": 640, "height": 480}})
@@ -70,6 +72,7 @@ def _clip_part() -> dict:
     with gr.Row():
         for name, file in EXAMPLES:
             parts[file] = gr.Button(name, size="sm", min_width=120, elem_id=f"example-{file.partition('.')[0]}")
+    gr.HTML(showing.EXAMPLES)
     return parts
 
 

@@ -35,6 +35,7 @@ NO_ROOM = 2**20  # bytes left on a disk that count as none: libsndfile doesn't s
 
 EPILOG = """\
 examples:
+  avsi-inpaint --example                                 a first try, with a clip that came with the installation
   avsi-inpaint clip.mpg                                  find the holes and fill them: clip.restored.mkv
   avsi-inpaint talk.wav --gap 0.93-1.73 -o whole.wav     fill this one
   avsi-inpaint film.mp4 --gap 59:30.5-59:31 --gap 61:02-61:02.4
@@ -108,6 +109,8 @@ def parser() -> Parser:
     )
     add("--sync", type=_type(parse_sync), default="off", metavar="off|auto|SECONDS",
         help="sound and pictures out of step: measured, or how much the sound comes late; default: %(default)s")  # fmt: skip
+    add("--example", action="store_true", help="instead of IN: a clip that came with the installation, of which "
+        "{:g} to {:g} s are lost unless --gap says otherwise".format(*repair_jobs.EXAMPLE_GAP))  # fmt: skip
     add("--overwrite", action="store_true", help="replace files that are there")
     add("--resume", action="store_true", help="leave out clips whose target is there: it was written whole")
     add("--json", action="store_true", help="outcomes on stdout as JSON, an object a line")
@@ -131,6 +134,8 @@ def plan(known: argparse.Namespace) -> tuple[list[Job], Path | None]:
     known.report = None if known.report is None else max(pages, key=len, default="")
     if known.overwrite and known.resume:
         raise ValueError("--overwrite replaces what is there, --resume leaves it; take one of them")
+    if known.example:
+        _take_example(known)
     given = known.gap or []
     if AUTO in given and len(given) > 1:
         raise ValueError("--gap auto finds the gaps, --gap START-END gives them; take one of them")
@@ -142,6 +147,12 @@ def plan(known: argparse.Namespace) -> tuple[list[Job], Path | None]:
         known.clips, output=known.output, form=known.format, gaps=gaps, table=table, overwrite=known.overwrite, resume=known.resume
     )
     return jobs, None if known.report is None else page_path(known, jobs)
+
+
+def _take_example(known: argparse.Namespace) -> None:
+    if known.clips or known.gaps:
+        raise ValueError("--example is a clip of its own; take it without IN and without --gaps")
+    known.clips, known.gap = [str(repair_jobs.EXAMPLE)], known.gap or [repair_jobs.EXAMPLE_GAP]
 
 
 def page_path(known: argparse.Namespace, jobs: Sequence[Job]) -> Path:

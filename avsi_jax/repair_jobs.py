@@ -24,6 +24,8 @@ NOT_WRITTEN = (".avi", ".mp3", ".m4a", ".aac", ".ogg", ".opus", ".webm", ".wmv",
 FORMATS = ("same", "wav", "flac", "mkv", "mp4", "mov", "mpg")
 COLUMNS = ("path", "start_s", "end_s")  # of a table of gaps
 JUNK = ("__MACOSX",)  # folders, beside those that are hidden
+EXAMPLE = Path(__file__).parent / "examples" / "person.mpg"  # comes with the installation, whole
+EXAMPLE_GAP = (0.9, 1.5)
 EXPECTED_GAP = "expected START-END in seconds, such as 0.93-1.73"
 
 Spans = Sequence[tuple[float, float]]

@@ -15,6 +15,12 @@ AROUND_S, WHOLE_S = 1.5, 6.0  # of a clip longer than this only the gaps and so 
 KINDS = {"silence": "silence", "packets": "lost packets", "repeat": "repeated", "clipped": "cut off"}
 NOTHING_YET = '<div class="avsi"><div class="place">Its sound is drawn here, with the holes that are found.</div></div>'
 
+EXAMPLES = (
+    '<div class="avsi"><p class="dim">The examples: a person, speaker 33 of the <a href="https://doi.org/10.5281/zenodo.3625687" '
+    'rel="noreferrer">Grid corpus</a> (<a href="https://creativecommons.org/licenses/by/4.0/" rel="noreferrer">CC BY 4.0</a>), '
+    "whom the network never met; and drawn mouths, which are not trusted: those are repaired by their sound alone.</p></div>"
+)
+
 
 def head(limits: visit.Limits) -> str:
     return _page(
