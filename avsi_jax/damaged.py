@@ -23,8 +23,9 @@ JOINT_S = 0.002  # within which a fill's edge comes from the sample beside it
 IN_MEMORY = 2**23  # record samples of a fill, 9 min
 LOUDEST = 1e6  # full scale is 1; beyond this a number is no sound, and squares of it overflow
 BESIDE_S = (1.0, 5.0)  # around a gap, for how loud the channels are; the second where nothing is heard in the first
-LOUD_DB = (-17.0, -5.0)  # of Grid's clips, by `voice_db`: networks know no other, and fill in as loud as that
+LOUD_DB = (-17.0, -5.0)  # of Grid's clips, by `voice`: networks know no other, and fill in as loud as that
 VOICE_DB = 20.0  # from the rests to the loudest; where it is less, as in Grid's rests themselves, no voice is taken to be heard
+LITTLE_S, LITTLE_DB = 0.4, 12.0  # of less voice than this the loudest was likely lost: none of it heard, it is louder by so much
 AROUND_S, FRAME = 5.0, 320  # of the sound around gaps that tells how loud it is; record samples of a frame
 
 
@@ -80,8 +81,11 @@ class Damaged:
             for c, d in lost[(lost[:, 1] > 0) & (lost[:, 0] < b - a)]:
                 sound[max(0, c) : d] = 0.0
             known.append(sound)
-        level = voice_db(np.concatenate(known))
-        return 1.0 if level is None else float(10 ** ((np.clip(level, *LOUD_DB) - level) / 20))
+        if (heard := voice(np.concatenate(known))) is None:
+            return 1.0
+        level, seconds = heard
+        quietest = LOUD_DB[0] - LITTLE_DB * max(0.0, 1 - seconds / LITTLE_S)
+        return float(10 ** ((np.clip(level, quietest, LOUD_DB[1]) - level) / 20))
 
     def pieces(self, gap: int, fill: Fill):
         """(n, C) one after another, the own samples of a gap: the fill, as loud in each channel as that is around the gap."""
@@ -137,14 +141,17 @@ class Fill:
         return sound
 
 
-def voice_db(sound: np.ndarray) -> float | None:
-    """Where the loudest 2 % of a sound's frames begin, (N,) at RECORD_RATE, dB of full scale; None where no voice is heard."""
+def voice(sound: np.ndarray) -> tuple[float, float] | None:
+    """Of a sound (N,) at RECORD_RATE: where the loudest 2 % of its frames begin, dB of full scale, and how many seconds of it lie
+    VOICE_DB above its rests; None where no voice is heard."""
     power = np.square(sound[: len(sound) // FRAME * FRAME].reshape(-1, FRAME), dtype=np.float64).mean(1)
     power = power[power > 1e-9]  # others are lost
     if not len(power):
         return None
-    rest, loud = 10 * np.log10(np.percentile(power, (15, 98)))
-    return float(loud) if loud - rest > VOICE_DB else None
+    level = 10 * np.log10(power)
+    rest, loud = np.percentile(level, (15, 98))
+    seconds = (level > rest + VOICE_DB).sum() * FRAME / RECORD_RATE
+    return (float(loud), float(seconds)) if loud - rest > VOICE_DB else None
 
 
 def _around(start: int, stop: int) -> list[tuple[int, int]]:

@@ -265,6 +265,15 @@ def test_a_clip_is_heard_as_loud_as_networks_know_sound(level_db, gain_db):
     assert 20 * np.log10(where.gain(16_000, 24_000)) == pytest.approx(gain_db, abs=1)
 
 
+@pytest.mark.parametrize(("known_s", "gain_db"), [(1.0, 8), (0.4, 8), (0.2, 2), (0.06, 0)])
+def test_of_little_voice_the_loudest_was_lost(known_s, gain_db):
+    """A voice that is known to -25 dB: with less than LITTLE_S of it, it is not taken for all that quiet. By hand."""
+    rests = np.random.default_rng(0).normal(0, 10 ** (-70 / 20), 48_000)
+    rests[: round(known_s * 16_000)] *= 10 ** (45 / 20)
+    where = damaged.Damaged(streams.source_of(clip_of(rests[:, None].astype(np.float32), 16_000)), [(24_000, 25_000)])
+    assert 20 * np.log10(where.gain(24_000, 25_000)) == pytest.approx(gain_db, abs=0.6)
+
+
 def test_what_is_lost_or_no_voice_tells_no_loudness():
     """The same where the gaps hold thunder; 1 where only rests, or nothing, are known."""
     sound, spans = spoken(-40), [(16_000, 24_000), (30_000, 31_000)]
