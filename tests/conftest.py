@@ -37,6 +37,23 @@ if "jax" in sys.modules:
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Files that take longest, longest first: begun last, one would leave a core idle. The second one trains nothing, so that it need
+# not wait for the training that the first one makes for all.
+LONG = """evaluate dataset pod prepare resume train parallel restore vocoder replay standardised steps metrics cluster inpaint
+experiment models lstm faults mending features clips gaps watchdog protocols hostile""".split()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    """xdist hands out the files as they come; its own order goes by the number of tests, and the long ones have few."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}.py": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
 
 @pytest.fixture(autouse=True, scope="module")
 def forgetful():
@@ -47,6 +64,17 @@ def forgetful():
 
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module")
+def quickly_compiled():
+    """For a file whose programs run a few times each: to make them fast takes half of its time. The environment's word stands."""
+    import jax
+
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "true") == "true")
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ import pytest
 
 from avsi_jax import augment, features, gaps, spec
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 RATE = 16_000
 NOTHING = dict.fromkeys(("speed", "gain_db", "mirror", "stretch", "noise_px", "jitter_ms", "lose_video", "trim"), 0.0)
 EVERYTHING = {
@@ -113,7 +115,7 @@ def test_one_change_draws_nothing_of_another():
 def test_sound_keeps_to_16_bits():
     batch = clips()
     batch["audio"][:] = np.where(np.arange(4_000) % 50 < 25, -32_768, 32_767)
-    found = changed(batch, **EVERYTHING | {"gain_db": 20.0})["audio"]
+    found = changed(batch, **EVERYTHING)["audio"]
     assert np.isfinite(found).all() and found.min() == -32_768 and found.max() == 32_767
 
 

@@ -189,7 +189,7 @@ def test_a_second_run_gives_the_same_numbers(runs, rows, folder):
         evaluate.evaluate(eval_config(), runs / "system")
     assert "\n" not in str(error.value) and (folder / "clips.csv").read_bytes() == before
     copy = Path(shutil.copytree(runs / "system", runs / "again"))
-    evaluate.evaluate(eval_config(examples=0), copy, baseline=runs / "baseline", overwrite=True)
+    evaluate.evaluate(eval_config(examples=0, workers=1), copy, baseline=runs / "baseline", overwrite=True)
     assert (copy / "eval" / folder.name / "clips.csv").read_bytes() == before
 
 
@@ -199,7 +199,7 @@ def test_kept_references_give_the_same_bytes(runs, rows, folder, cache):
     assert len(kept) == 1 and {r["kind"] for r in read_file(kept[0])} == {"damaged", "interpolation", "ceiling"}
     copy = Path(shutil.copytree(runs / "system", runs / "kept"))
     shutil.rmtree(copy / "eval", ignore_errors=True)
-    again = evaluate.evaluate(eval_config(examples=0), copy, baseline=runs / "baseline")
+    again = evaluate.evaluate(eval_config(examples=0, workers=1), copy, baseline=runs / "baseline")
     summary = json.loads((again / "summary.json").read_text())
     assert summary["references"] == "kept" and (again / "clips.csv").read_bytes() == (folder / "clips.csv").read_bytes()
     assert summary["sounds_scored"] == 3 * len(GAP_MS) * 2  # the system, and with another clip's lips
@@ -222,7 +222,7 @@ def test_a_baseline_of_other_gaps_is_refused(runs):
     copy = Path(shutil.copytree(runs / "system", runs / "other_gaps"))
     shutil.rmtree(copy / "eval", ignore_errors=True)
     with pytest.raises(ValueError, match="has other clips or gaps"):
-        evaluate.evaluate(eval_config(gap_ms="300,", examples=0), copy, baseline=runs / "baseline")
+        evaluate.evaluate(eval_config(gap_ms="300,", examples=0, workers=1), copy, baseline=runs / "baseline")
 
 
 def moved_about(jobs, num_workers, tick):
@@ -268,7 +268,7 @@ def test_the_other_protocols_run_and_say_whose_they_are(runs, protocol):
     copy = runs / f"protocol_{protocol}"
     shutil.copytree(runs / "system", copy)
     gap_ms = "()" if protocol == "paper" else "320,"
-    folder = evaluate.evaluate(eval_config(protocol=protocol, gap_ms=gap_ms, max_clips=2, examples=1, batch_size=2), copy)
+    folder = evaluate.evaluate(eval_config(protocol=protocol, gap_ms=gap_ms, max_clips=2, examples=1, workers=1), copy)
     summary, rows = json.loads((folder / "summary.json").read_text()), read(folder)
     assert summary["protocol"] == protocol and protocol in summary["title"] and folder.name == f"{protocol}-test-lengths"
     assert summary["metric_rate"] == {"peer": 16_000, "paper": 8_000}[protocol]

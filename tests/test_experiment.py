@@ -11,6 +11,8 @@ import tiny_data
 import configs
 from avsi_jax import experiment, features, gaps, input_pipeline, spec, text
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 KEY = jax.random.key(7)
 TRAINING_ALONE = {
     "dropout": 0.5, "gaps.curriculum_steps": 100, "augment.speed": 0.1, "augment.gain_db": 6.0, "augment.mirror": 0.5,

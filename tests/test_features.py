@@ -12,6 +12,8 @@ from scipy import signal
 
 from avsi_jax import features, gaps, spec, stft
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 PAPER, WIDE, MORRONE = PRESETS = [spec.get(name) for name in ("paper", "wide", "morrone")]
 by_name = pytest.mark.parametrize("preset", PRESETS, ids=lambda s: s.name)
 

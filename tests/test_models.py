@@ -10,6 +10,8 @@ import pytest
 
 from avsi_jax import features, models
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 B, F, K, V, T, LABELS = 3, 13, 8, 6, 7, 9
 FRAMES, PICTURES = np.int32([13, 8, 3]), np.int32([7, 5, 2])
 POSITIONS = np.float32(np.linspace(0, 1, F)[None] * (PICTURES - 1)[:, None])

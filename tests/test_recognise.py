@@ -12,6 +12,8 @@ import configs
 from avsi_jax import decode, text
 from avsi_jax.checkpoints import CheckpointError
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 ROOT = Path(__file__).resolve().parent.parent
 TRUE = ("bin", "blue", "at", "f", "two", "now")
 
