@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from avsi_jax import inpaint, media, page, repair, repair_jobs, showing
+from avsi_jax import inpaint, media, repair, repair_jobs, showing
 
 
 class Writer:
@@ -65,6 +65,7 @@ def test_it_is_a_clip_of_grid_that_may_be_here(grid_dir):
 
 
 def test_the_page_begins_with_it_and_says_what_the_others_are():
+    page = pytest.importorskip("avsi_jax.page", reason="needs the extra app", exc_type=ImportError)
     names = [file for _, file in page.EXAMPLES]
     assert names[0] == repair_jobs.EXAMPLE.name and all((page.PACKAGE / "examples" / name).is_file() for name in names)
     assert "CC BY 4.0" in showing.EXAMPLES and "repaired by their sound alone" in showing.EXAMPLES
