@@ -139,12 +139,14 @@ def test_epochs_bind_where_they_shape_the_rate(run, tiny_config):
 
 # ------------------------------------------------------------------------------------------------------------- no room to save
 
+# What is said goes through a pipe: a file of it would be limited too, and the line that is looked for come out cut off.
 LIMITED = """
-import resource, sys
-from avsi_jax import train
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)  # a write beyond it fails as one to a full disk does
-sys.argv[1:] = sys.argv[2:]
-train.command()
+import resource, subprocess, sys
+limited = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)  # a write beyond it fails as to a full disk
+command = [sys.executable, "-m", "avsi_jax.train", *sys.argv[2:]]
+done = subprocess.run(command, stderr=subprocess.PIPE, preexec_fn=limited)
+sys.stderr.buffer.write(done.stderr)
+sys.exit(done.returncode)
 """
 
 
