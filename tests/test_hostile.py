@@ -319,9 +319,13 @@ class Caller:
 def test_a_few_over_http(few, monkeypatch, capfd):
     """Where each is opened in a child process first; and files that were not put in are not given out."""
     pytest.importorskip("gradio")
+    from absl import logging as absl_logging
+
     from avsi_jax import app, visit
     from avsi_jax.inpaint import Inpainter
 
+    # The server closes every handler of a log that there is; absl's would close the file that pytest keeps stderr in.
+    monkeypatch.setattr(absl_logging.get_absl_handler().python_handler, "stream", sys.stderr)
     monkeypatch.setattr(tempfile, "tempdir", str(few.root / "tmp"))
     regular = [i for i in few.clips if i.path.is_file()]
     with app.served(Inpainter.load(few.root / "good"), visit.Limits()) as address:
