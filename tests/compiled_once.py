@@ -18,12 +18,12 @@ def key_of(config) -> str:
 
 
 def by_config(make):
-    """make(config, *more) once for all equal configs; of `more` only what is given without is kept apart (normalisations)."""
+    """make(config, optimiser, normalisation) once for all equal configs and normalisations: an optimiser is the config's."""
     kept = {}
 
     @functools.wraps(make)
     def once(config, *more):
-        key = key_of(config), *(repr(m) for m in more if not callable(getattr(m, "init", None)))
+        key = key_of(config), repr(more[-1])
         if key not in kept:
             kept[key] = make(config, *more)
         return kept[key]
@@ -31,17 +31,45 @@ def by_config(make):
     return once
 
 
+def by_step(make):
+    """make(step, ...) once for each step and way to map it."""
+    kept = {}
+
+    @functools.wraps(make)
+    def once(step, *args, **options):
+        key = step, repr(args), repr(options)
+        if key not in kept:
+            kept[key] = make(step, *args, **options)
+        return kept[key]
+
+    return once
+
+
 def share(patch) -> None:
     """In this process from now on; `patch`: a MonkeyPatch that takes it back."""
-    import jax
-    import numpy as np
-
     from avsi_jax import loop, parallel, steps
 
     patch.setattr(loop, "make_train_step", by_config(loop.make_train_step))
     patch.setattr(loop, "make_validation_step", by_config(loop.make_validation_step))
-    patch.setattr(parallel, "map_train_step", functools.cache(parallel.map_train_step))
-    patch.setattr(parallel, "map_evaluation_step", functools.cache(parallel.map_evaluation_step))
-    first = by_config(lambda config, make=steps.init_params: jax.tree.map(np.array, make(config)))
-    copied = lambda x: jax.numpy.array(x, copy=True)  # a step is given the memory of its state
-    patch.setattr(steps, "init_params", lambda config: jax.tree.map(copied, first(config)))
+    patch.setattr(parallel, "map_train_step", by_step(parallel.map_train_step))
+    patch.setattr(parallel, "map_evaluation_step", by_step(parallel.map_evaluation_step))
+    patch.setattr(steps, "init_params", kept_parameters(steps.init_params))
+
+
+def kept_parameters(make):
+    """init_params that makes those of a config once, and gives copies: a step is given the memory of its state."""
+    import jax
+    import numpy as np
+
+    kept = {}
+
+    def parameters(config):
+        key = key_of(config)
+        if key not in kept:
+            made = make(config)
+            if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(made)):
+                return made  # only their shapes were asked for
+            kept[key] = jax.tree.map(np.array, made)
+        return jax.tree.map(lambda x: jax.numpy.array(x, copy=True), kept[key])
+
+    return parameters

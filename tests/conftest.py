@@ -71,10 +71,12 @@ def quickly_compiled():
     """For a file whose programs run a few times each: to make them fast takes half of its time. The environment's word stands."""
     import jax
 
-    before = jax.config.jax_disable_most_optimizations
-    jax.config.update("jax_disable_most_optimizations", os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "true") == "true")
+    named = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS")
+    if named is None:
+        jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    if named is None:
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ import pytest
 from avsi_jax import experiment, features, input_pipeline, spec, train, train_statistics, workdir
 from avsi_jax.train_statistics import StatisticsError
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 PAPER, WIDE, MORRONE = (spec.get(name) for name in ("paper", "wide", "morrone"))
 
 # ---- a dataset -----------------------------------------------------------------------------------------------------------------
