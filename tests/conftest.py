@@ -35,6 +35,8 @@ for _name, _value in {
 if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py, which sets it up; drop the pytest plugin that imports it")
 
+gc.set_threshold(100_000, 20, 50)  # tracing makes objects by the million that live: looking at them all takes a sixth of the time
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Files that take longest, longest first: begun last, one would leave a core idle. The second one trains nothing, so that it need

@@ -11,6 +11,8 @@ import pytest
 
 from avsi_jax import gaps, media, spec, stft, vocoder
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 PAPER, WIDE = PRESETS = [spec.get(name) for name in ("paper", "wide")]
 SEEDS = np.uint32([1, 2, 3, 4])
 

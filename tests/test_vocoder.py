@@ -9,6 +9,8 @@ from scipy import optimize, signal
 
 from avsi_jax import spec, stft, vocoder
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 PAPER, WIDE, MORRONE = PRESETS = [spec.get(name) for name in ("paper", "wide", "morrone")]
 
 log_mel = jax.jit(stft.log_mel, static_argnums=1)
