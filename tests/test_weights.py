@@ -22,19 +22,14 @@ def run():
 
 
 @pytest.fixture(scope="module")
-def folder(run, tmp_path_factory):
-    """Weights as they are written. Not to be changed by a test."""
-    return weights.write(tmp_path_factory.mktemp("weights") / "small", run, {"note": "made up", "measured": {}})
+def folder(tmp_path_factory):
+    """Not to be changed by a test."""
+    return tiny_weights.written(tmp_path_factory.mktemp("weights") / "small")
 
 
 @pytest.fixture
 def copied(folder, tmp_path):
-    """A copy of the folder, to be spoilt."""
-    target = tmp_path / "copy"
-    target.mkdir()
-    for path in folder.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
-    return target
+    return tiny_weights.copied(folder, tmp_path / "copy")
 
 
 # ------------------------------------------------------------------------------------------------------------------ there and back

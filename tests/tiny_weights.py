@@ -1,5 +1,8 @@
 """A network small enough to write, read and spoil many times: what the tests of weights and of their export share."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 
 import configs
@@ -19,3 +22,15 @@ def run(**fields) -> Run:
     shapes = jax.eval_shape(lambda: experiment.init_params(config))
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
     return Run(config, params, 7, Normalisation(Scale((-7.0,), (2.25,)), Scale((0.0,) * 272, (0.1,) * 272)))
+
+
+def written(folder: Path) -> Path:
+    """The weights of `run` as they are written, in `folder`."""
+    from avsi_jax import weights
+
+    return weights.write(folder, run(), {"note": "made up", "measured": {}})
+
+
+def copied(folder: Path, target: Path) -> Path:
+    """A copy of such a folder, to be spoilt."""
+    return Path(shutil.copytree(folder, target))
