@@ -70,7 +70,7 @@ def evaluate(
         tell = lambda done, of: tick(done, of, began, "painted clips tracked")
         clips.hide(Path(raw), cases, protocol, config.workers or os.cpu_count() or 1, tell)
     judge = find_judge(config)
-    systems = lineup(restorer, config.suite)
+    systems = lineup(restorer, other_video=config.other_video and config.suite in OTHER_VIDEO_IN)
 
     # 2. What no system has a part in: kept from an earlier evaluation, or made on the way and kept.
     kept_at = references.path_of(
@@ -176,11 +176,11 @@ def folder_of(config, workdir) -> Path:
     return Path(workdir) / "eval" / f"{config.protocol}-{config.split}-{config.suite}"
 
 
-def lineup(restorer, suite: str) -> list[dict]:
+def lineup(restorer, *, other_video: bool) -> list[dict]:
     """Names and kinds of every row of a clip, in the order of the tables."""
     names = [{"name": "damaged", "kind": "damaged"}, {"name": "interpolation", "kind": "interpolation"}]
     names.append({"name": restorer.name, "kind": "system"})
-    if restorer.system.uses_video and suite in OTHER_VIDEO_IN:
+    if restorer.system.uses_video and other_video:
         names.append({"name": f"{restorer.name}, another clip's video", "kind": "other_video"})
     return [*names, {"name": "true mel (ceiling)", "kind": "ceiling"}]
 

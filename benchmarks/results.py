@@ -57,6 +57,7 @@ SEEDS = {name: [name, f"{name}_1", f"{name}_2"] for name in ("av_mtl_s2s", "av_u
 AT_PAPER = ("a_si", "a_mtl_si", "av_si", "av_mtl_si", "av_s2s", "av_mtl_s2s", "av_unified_paper")  # at preset `paper`
 TWINS = {"av_si": "a_si", "av_mtl_si": "a_mtl_si", "av_s2s": "a_si", "av_mtl_s2s": "a_mtl_si", "av_unified_paper": "a_mtl_si"}
 BEST = "av_unified_paper"
+OTHER_VIDEO = ("waveform",)  # protocols whose tables tell what another clip's lips do
 PROTOCOLS = {"waveform": PAPER_MS, "peer": "", "paper": ""}  # -> config.gap_ms
 SPLITS = {"test_seen": "Speakers heard in training (test_seen)", "test": "Unseen speakers s30 s32 s33 s34 (test)"}
 
@@ -102,6 +103,8 @@ def commands(name: str, data_dir: str, workdir: Path, judge: str):
             if (workdir / "eval" / f"{protocol}-{split}-lengths" / "summary.json").is_file():
                 continue
             told = {"protocol": protocol, "split": split, "gap_ms": gap_ms, "judge": judge, "examples": 2}
+            if protocol not in OTHER_VIDEO:
+                told["other_video"] = "false"
             yield ["avsi_jax.evaluate", *where, *(f"--config.{k}={v}" for k, v in told.items() if v)]
 
 
@@ -118,7 +121,7 @@ def add(name: str, workdir: Path) -> None:
         place = {k: summary[k] for k in ("protocol", "split")}
         with (folder / "clips.csv").open(newline="") as file:
             found = [{**{k: shortened(r.get(k, "")) for k in COLUMNS}, **place} for r in csv.DictReader(file)]
-        rows += [r for r in found if r["kind"] == "system" or (r["kind"] == "other_video" and r["protocol"] == "waveform")]
+        rows += [r for r in found if r["kind"] == "system" or (r["kind"] == "other_video" and r["protocol"] in OTHER_VIDEO)]
         references += [r for r in found if r["kind"] in REFERENCES]
         evaluations["-".join(place.values())] = {k: summary.get(k, "") for k in KEPT} | {"command": nowhere(summary["command"])}
     facts = training_facts(workdir) | {"evaluations": evaluations}

@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.judge = ""  # workdir of a recogniser (avsi-train --config=asr), which hears the words in the gaps; empty: nobody does
     config.batch_size = 16
     config.max_clips = 0  # 0: all of the split
+    config.other_video = True  # also restores each clip by another clip's lips, where a suite has a row for it; half of the work
     config.examples = 5  # clips to hear and see in the report, and as many as four best and worst ones
     config.workers = 0  # processes that score; 0: one a core
     config.references = ""  # folder that keeps the rows no system has a part in; empty: in the user's cache

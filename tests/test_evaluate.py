@@ -268,8 +268,10 @@ def test_the_other_protocols_run_and_say_whose_they_are(runs, protocol):
     copy = runs / f"protocol_{protocol}"
     shutil.copytree(runs / "system", copy)
     gap_ms = "()" if protocol == "paper" else "320,"
-    folder = evaluate.evaluate(eval_config(protocol=protocol, gap_ms=gap_ms, max_clips=2, examples=1, workers=1), copy)
+    chosen = eval_config(protocol=protocol, gap_ms=gap_ms, max_clips=2, examples=1, workers=1, other_video=False)
+    folder = evaluate.evaluate(chosen, copy)
     summary, rows = json.loads((folder / "summary.json").read_text()), read(folder)
+    assert {r["kind"] for r in rows} == {"damaged", "interpolation", "system", "ceiling"}, "as told, no other clip's lips"
     assert summary["protocol"] == protocol and protocol in summary["title"] and folder.name == f"{protocol}-test-lengths"
     assert summary["metric_rate"] == {"peer": 16_000, "paper": 8_000}[protocol]
     assert all((r["pesq_wb"] != "") == (protocol == "peer") and r["pesq_nb"] for r in rows)
