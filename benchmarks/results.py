@@ -107,7 +107,7 @@ def commands(name: str, data_dir: str, workdir: Path, judge: str):
                 continue
             told = {"protocol": protocol, "split": split, "gap_ms": gap_ms, "judge": judge, "examples": 2}
             if protocol not in OTHER_VIDEO:
-                told["other_video"] = "false"
+                told["other_video"] = "False"
             yield ["avsi_jax.evaluate", *where, *(f"--config.{k}={v}" for k, v in told.items() if v)]
 
 
