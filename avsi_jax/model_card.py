@@ -11,6 +11,8 @@ import json
 import re
 from pathlib import Path
 
+from avsi_jax import models
+
 HEARD, UNSEEN = "test_seen", "test"  # splits: other clips of speakers of the training, speakers it never met
 SPLITS = {HEARD: "heard speakers", UNSEEN: "unseen speakers"}
 METRICS = {
@@ -42,7 +44,7 @@ def facts_of(workdir: str | Path, run) -> dict:
         "data": told.get("dataset", {}) | {"speakers": _speakers(run.config, told.get("dataset", {}))},
         "training": _training(workdir, run, told),
         "evaluations": evaluations,
-        "measured": measured(evaluations),
+        "measured": measured(evaluations, streams_of(run.config)),
     }
 
 
@@ -94,7 +96,12 @@ def evaluation(path: Path, step: int) -> dict | None:
     }
 
 
-def measured(evaluations: list[dict]) -> dict:
+def streams_of(config) -> dict[str, str]:
+    """Cases of an evaluation -> what the system goes by in them: one that sees no lips, by the sound alone."""
+    return STREAMS if models.get(config.system).uses_video else {"": "sound"}
+
+
+def measured(evaluations: list[dict], streams: dict[str, str]) -> dict:
     """{'sound and lips' | 'sound' | 'lips': {gap in ms: {metric: mean}}} of unseen speakers: the long range of suite `lengths`
     where there is one, what each stream is worth by suite `streams`.
     """
@@ -102,8 +109,8 @@ def measured(evaluations: list[dict]) -> dict:
     of_unseen = [e for e in evaluations if e["split"] == UNSEEN and e["suite"] in ("streams", "lengths", "unseen")]
     for e in sorted(of_unseen, key=lambda e: e["suite"] != "streams"):
         for row in e["table"]:
-            if row["kind"] == "system" and row["case"] in STREAMS:
-                by_length = found.setdefault(STREAMS[row["case"]], {})
+            if row["kind"] == "system" and row["case"] in streams:
+                by_length = found.setdefault(streams[row["case"]], {})
                 by_length.setdefault(str(row["gap_ms"]), {})[row["metric"]] = row["mean"]
     return {k: dict(sorted(v.items(), key=lambda item: int(item[0]))) for k, v in found.items()}
 
@@ -138,30 +145,31 @@ def _rows(path: Path) -> list[dict]:
 
 def text(name: str, config, facts: dict) -> str:
     """README.md: a YAML head as model hubs read it, then what, how, of what, how good, where it ends."""
-    known = [part(facts) for part in (_data, _numbers, _limits, _training_said)]
-    parts = [_head(name, facts), _what(name, config, facts), USE, *known]
+    known = [_data(facts), _numbers(facts, streams_of(config)), _limits(facts), _training_said(facts)]
+    parts = [_head(name, config, facts), _what(name, config, facts), USE, *known]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
-def _head(name: str, facts: dict) -> str:
+def _head(name: str, config, facts: dict) -> str:
+    seeing = "audio-visual, lip-reading, " if models.get(config.system).uses_video else ""
     lines = [
         "---", f"license: {facts.get('license', LICENSE).lower()}", "library_name: avsi_jax", "language: en",
-        "pipeline_tag: audio-to-audio", "tags: [speech-inpainting, audio-visual, lip-reading, jax, flax]", "datasets: [grid]",
-        "metrics: [stoi, pesq]", *_model_index(name, facts), "---",
+        "pipeline_tag: audio-to-audio", f"tags: [speech-inpainting, {seeing}jax, flax]", "datasets: [grid]",
+        "metrics: [stoi, pesq]", *_model_index(name, config, facts), "---",
     ]  # fmt: skip
     return "\n".join(lines)
 
 
-def _model_index(name: str, facts: dict) -> list[str]:
+def _model_index(name: str, config, facts: dict) -> list[str]:
     """Of unseen speakers, every length; as the hubs ask for it."""
-    lines = []
+    lines, task = [], "audio-visual speech in-painting" if models.get(config.system).uses_video else "speech in-painting"
     for e in facts.get("evaluations", []):
         if (e["split"], e["suite"]) not in ((UNSEEN, "lengths"), (UNSEEN, "unseen")):
             continue
         for ms in sorted({row["gap_ms"] for row in e["table"]}):
             rows = [r for r in e["table"] if (r["gap_ms"], r["kind"], r["case"]) == (ms, "system", "")]
             lines += [
-                "  - task: {type: audio-to-audio, name: audio-visual speech in-painting}",
+                f"  - task: {{type: audio-to-audio, name: {task}}}",
                 f"    dataset: {{type: grid, name: \"Grid, unseen speakers, {ms} ms lost, n={e['num_clips']}\", split: {UNSEEN}}}",
                 "    metrics:",
                 *(f"    - {{type: {r['metric']}, name: \"{METRICS[r['metric']]}\", value: {r['mean']}}}" for r in rows),
@@ -172,12 +180,16 @@ def _model_index(name: str, facts: dict) -> list[str]:
 def _what(name: str, config, facts: dict) -> str:
     size = facts.get("training", {}).get("parameters")
     counted = f", {size / 1e6:.1f} million parameters" if size else ""
-    return f"""# {name}: speech with a hole and a video of the talking face, made whole
+    system = models.get(config.system)
+    what, by = "speech with a hole", "the sound around\nalone (it sees no lips)"
+    if system.uses_video:
+        what, by = f"{what} and a video of the talking face", "the sound around and by the\nlips"
+    read = ", and which words were read" if system.reads else ""
+    return f"""# {name}: {what}, made whole
 
 Weights of `{config.system}` of avsi_jax (preset `{config.preset}`{counted}; float16,
-computed with as float32). Given a clip whose sound has gaps, it says what the spectrogram was there, by the sound around and by the
-lips, and which words were read; a vocoder that holds the known samples makes sound of it. Samples outside the gaps stay as they
-are."""
+computed with as float32). Given a clip whose sound has gaps, it says what the spectrogram was there, by {by}{read}; a vocoder
+that holds the known samples makes sound of it. Samples outside the gaps stay as they are."""
 
 
 USE = """
@@ -213,8 +225,8 @@ def _data(facts: dict) -> str:
     return "\n".join([*lines, "", licence])
 
 
-def _numbers(facts: dict) -> str:
-    found = [_table(e) for e in sorted(facts.get("evaluations", []), key=lambda e: (e["split"] != UNSEEN, e["suite"]))]
+def _numbers(facts: dict, streams: dict[str, str]) -> str:
+    found = [_table(e, streams) for e in sorted(facts.get("evaluations", []), key=lambda e: (e["split"] != UNSEEN, e["suite"]))]
     if not any(found):
         return "## How good\n\nNot measured yet."
     said = (
@@ -225,7 +237,7 @@ def _numbers(facts: dict) -> str:
     return "\n\n".join(["## How good", said, *filter(None, found)])
 
 
-def _table(e: dict) -> str:
+def _table(e: dict, streams: dict[str, str]) -> str:
     """One evaluation by gap length, or by what was there."""
     if e["suite"] not in ("lengths", "unseen", "streams"):
         return ""
@@ -237,7 +249,7 @@ def _table(e: dict) -> str:
         f"| gap, ms | there | {' | '.join(METRICS[m] for m in metrics)} |", "|---|---|" + "---|" * len(metrics),
     ]  # fmt: skip
     for case, ms in dict.fromkeys((case, ms) for case, ms, *_ in cell):
-        for kind, there in (("system", STREAMS.get(case, case)), ("damaged", "damaged")):
+        for kind, there in (("system", streams.get(case, case)), ("damaged", "damaged")):
             cells = [_cell(cell.get((case, ms, kind, m))) for m in metrics]
             if any(cells) and (kind == "system" or not case):
                 lines.append(f"| {ms} | {there} | {' | '.join(cells)} |")

@@ -217,6 +217,17 @@ def test_the_card_tells_what_was_measured(run, facts):
     assert "`avsi-evaluate --workdir=run --config.split=test`" in body
 
 
+def test_the_card_of_a_system_that_sees_no_lips_tells_of_none(run, evaluated):
+    config = run.config.copy_and_resolve_references()
+    config.system = "a_si"
+    facts = model_card.facts_of(evaluated, run._replace(config=config))
+    assert set(facts["measured"]) == {"sound"}, "what a repair by sound takes its confidence from"
+    assert facts["measured"]["sound"]["900"]["stoi"] == pytest.approx(0.62)
+    card = model_card.text("a_si", config, facts)
+    assert "| 300 | sound | 11.3 [" in card and "(it sees no lips)" in card
+    assert not any(said in card for said in ("sound and lips", "lip-reading", "audio-visual speech", "were read"))
+
+
 def test_a_card_without_any_measurement_says_so(run):
     card = model_card.text("x", run.config, model_card.facts_of("no such folder", run))
     assert "Not measured yet." in card and "model-index" not in card
