@@ -1,12 +1,14 @@
 """Whether a network makes better sound of a log-mel and the sound around a gap than Griffin-Lim does: docs/vocoder.md.
 
     python benchmarks/neural_vocoder.py train --data_dir=DATA --out=FILE.npz [--steps=4000]    goes on with what FILE holds
+    python benchmarks/neural_vocoder.py tune --data_dir=DATA --out=FILE2.npz --weights=FILE.npz --run=RUN    so does this
     python benchmarks/neural_vocoder.py measure --data_dir=DATA --weights=FILE.npz --run=RUN
 
 ConvNeXt blocks at the frames' rate with an inverse-STFT head (Siuzdak 2023), preset `wide`. It sees the log-mel, the mask, and the
 STFT of the known samples; it says how far every bin is from the mel's inversion, and its phase. Learned by the multi-resolution
-STFT loss (Yamamoto et al. 2020) of the joined sound at true levels of the train split. Measured three ways: its sound as it is, its
-magnitudes in Griffin-Lim, and both its magnitudes and its phases as Griffin-Lim's beginning.
+STFT loss (Yamamoto et al. 2020) of the joined sound at true levels of the train split; then tuned against critics of its spectra
+(hinge loss and feature matching), every other example at levels that a system predicted. Measured three ways: its sound as it is,
+its magnitudes in Griffin-Lim, and both its magnitudes and its phases as Griffin-Lim's beginning.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import numpy as np
 import optax
 import vocoder as ceilings
 
-from avsi_jax import input_pipeline, restore, stft, vocoder
+from avsi_jax import input_pipeline, intervals, restore, stft, vocoder
 from avsi_jax.spec import RECORD_RATE, get
 
 SPEC = get("wide")
@@ -32,6 +34,11 @@ SEGMENT = 128 * SPEC.hop  # samples that a step learns from
 GAP_MS = (200, 900)
 RESOLUTIONS = ((256, 64), (512, 128), (1024, 256))
 SAVE_EVERY = 250  # steps
+CRITICS = ((256, 128), (512, 256), (1024, 512))  # (n_fft, hop) that each of them sees
+BAND = 32  # bins that a critic judges at once
+PLACES = 3  # gaps of each clip that a system predicts levels for
+MARGIN = 1600  # samples heard on either side of a gap
+ADVERSARIAL, MATCHING = 0.1, 0.5  # weights beside the multi-resolution loss
 
 
 class Block(nn.Module):
@@ -82,23 +89,71 @@ def joined(magnitude, unit, known, lost):
     return jnp.where(lost, stft.istft(magnitude * unit, SPEC, known.shape[1], floor=0.25), known)
 
 
+def cut(x, n_fft: int, hop: int):
+    """(B, N) -> frames (B, F, n_fft), those that lie inside; n_fft is a multiple of hop."""
+    hops = x[:, : x.shape[1] // hop * hop].reshape(len(x), -1, hop)
+    pieces = n_fft // hop
+    frames = hops.shape[1] - pieces + 1
+    return jnp.concatenate([hops[:, p : p + frames] for p in range(pieces)], -1)
+
+
 def spectrum_of(x, n_fft: int, hop: int):
-    frames = 1 + (x.shape[1] - n_fft) // hop
-    cut = jnp.stack([x[:, k * hop : k * hop + n_fft] for k in range(frames)], 1)
-    power = jnp.abs(jnp.fft.rfft(cut * jnp.hanning(n_fft)[None, None], axis=-1) + 1e-7)
-    return jnp.maximum(power, 1e-4), frames
+    power = jnp.abs(jnp.fft.rfft(cut(x, n_fft, hop) * jnp.hanning(n_fft)[None, None], axis=-1) + 1e-7)
+    return jnp.maximum(power, 1e-4)
+
+
+def frames_with(lost, n_fft: int, hop: int):
+    """(B, N) -> (B, F, 1): the frames of `cut` that hold lost samples."""
+    return cut(lost, n_fft, hop).any(-1, keepdims=True)
 
 
 def distance(made, true, lost):
     """Multi-resolution STFT loss of (B, N), over the frames that hold lost samples."""
     total = 0.0
     for n_fft, hop in RESOLUTIONS:
-        (a, frames), (b, _) = spectrum_of(made, n_fft, hop), spectrum_of(true, n_fft, hop)
-        held = jnp.stack([lost[:, k * hop : k * hop + n_fft].any(-1) for k in range(frames)], 1)[..., None]
+        a, b, held = spectrum_of(made, n_fft, hop), spectrum_of(true, n_fft, hop), frames_with(lost, n_fft, hop)
         log = (jnp.abs(jnp.log(a) - jnp.log(b)) * held).sum() / (held.sum() * a.shape[-1])
         convergence = jnp.sqrt((((a - b) * held) ** 2).sum() / ((b * held) ** 2).sum())
         total += (log + convergence) / len(RESOLUTIONS)
     return total
+
+
+class Critic(nn.Module):
+    """Spectrum (B, F, bins) -> what it made of it (a list of (B, F, bands, size)) and scores (B, F, bands), high for recordings.
+
+    Bands of 32 bins, each seen on its own over time by the same blocks: cheap, and local as Jang et al. (2021) want it.
+    """
+
+    size: int = 64
+    blocks: int = 3
+
+    @nn.compact
+    def __call__(self, spectrum):
+        batch, frames, bands = *spectrum.shape[:2], spectrum.shape[2] // BAND
+        x = jnp.log(spectrum[..., 1 : 1 + bands * BAND]).reshape(batch, frames, bands, BAND)
+        x = nn.Dense(self.size)((x + 4.0) / 3.0) + self.param("band", nn.initializers.normal(0.02), (bands, self.size))
+        x, seen = jnp.moveaxis(x, 2, 1).reshape(-1, frames, self.size), []
+        for _ in range(self.blocks):
+            x = Block()(x)
+            seen.append(jnp.moveaxis(x.reshape(batch, bands, frames, self.size), 1, 2))
+        scores = nn.Dense(1)(nn.LayerNorm()(x))[..., 0]
+        return seen, jnp.moveaxis(scores.reshape(batch, bands, frames), 1, 2)
+
+
+def judged(critics, sound, lost):
+    """(what each critic saw, its scores, (B, F, 1) which frames hold lost samples) of (B, N)."""
+    for params, (n_fft, hop) in zip(critics, CRITICS, strict=True):
+        yield *Critic().apply(params, spectrum_of(sound, n_fft, hop)), frames_with(lost, n_fft, hop)
+
+
+def initial_critics(key):
+    keys = jax.random.split(key, len(CRITICS))
+    return [Critic().init(k, jnp.ones((1, 8, n_fft // 2 + 1))) for k, (n_fft, _) in zip(keys, CRITICS, strict=True)]
+
+
+def mean_over(x, held):
+    """Mean of (B, F, bands) over the frames held (B, F, 1)."""
+    return (x * held).sum() / (held.sum() * x.shape[-1])
 
 
 def sounds_of(data_dir: str, split: str) -> list[np.ndarray]:
@@ -126,41 +181,135 @@ def drawn(sounds, rng, count: int):
     return cuts, lost
 
 
+def predicted_places(data_dir: str, run: Path):
+    """[(sound (N,) float32, level (F, K) float16, gap (2,))]: PLACES gaps of every clip of train, with the levels of `run`."""
+    restorer = restore.Restorer.from_workdir(run)
+    if restorer.spec != SPEC:
+        raise SystemExit(f"--run={run}: found preset {restorer.spec.name}, expected {SPEC.name}")
+    batch, rng, found = ceilings.read_clips(data_dir, "train", 0), np.random.default_rng(0), []
+    arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
+    for _ in range(PLACES):
+        gap = np.stack([somewhere(rng, n, speech) for n, speech in zip(batch["audio_length"], batch["speech"], strict=True)])
+        for at in range(0, len(gap), 32):
+            take = np.arange(at, at + 32) % len(gap)  # one shape, one program
+            part = {k: v[take] for k, v in arrays.items()}
+            level = np.asarray(restorer.restore(part, gap[take][:, None]).level, np.float16)
+            sound = restore.recording(part, SPEC)
+            found += [(sound[i], level[i], gap[at + i]) for i in range(min(32, len(gap) - at))]
+    return found
+
+
+def somewhere(rng, length: int, speech) -> np.ndarray:
+    """[start, end) of a gap that begins in the words, with MARGIN on both sides."""
+    size = int(rng.uniform(*GAP_MS) * SPEC.rate / 1000)
+    latest = min(length, SPEC.num_samples) - size - MARGIN
+    first, last = (np.clip(int(t * SPEC.rate), MARGIN, latest) for t in (speech[0], speech[1] - size / SPEC.rate))
+    start = rng.integers(first, max(first, last) + 1)
+    return np.array([start, start + size])
+
+
+def drawn_predicted(places, rng, count: int):
+    """(sound, lost, level) (count, SEGMENT or frames): what a system made of a gap, cut out with MARGIN or more on both sides."""
+    cuts, lost, levels = np.zeros((count, SEGMENT), np.float32), np.zeros((count, SEGMENT), bool), []
+    for b, i in enumerate(rng.integers(len(places), size=count)):
+        sound, level, (start, end) = places[i]
+        low, high = max(0, end + MARGIN - SEGMENT), min(start - MARGIN, SPEC.num_samples - SEGMENT)
+        at = rng.integers(-(-low // SPEC.hop), high // SPEC.hop + 1)  # frames
+        first = at * SPEC.hop
+        cuts[b], lost[b, start - first : end - first] = sound[first : first + SEGMENT], True
+        levels.append(level[at : at + SPEC.frames_of(SEGMENT)])
+    return cuts, lost, np.stack(levels).astype(np.float32)
+
+
+def reconstruction(magnitude, made, sound, lost):
+    """Multi-resolution STFT loss, and half the distance of the log magnitudes."""
+    true, held = jnp.abs(stft.stft(sound, SPEC)), stft.frames_holding(lost, SPEC)[..., None]
+    off = mean_over(jnp.abs(jnp.log(magnitude + 1e-4) - jnp.log(true + 1e-4)), held)
+    return distance(made, sound, lost) + 0.5 * off
+
+
+def optimiser_of(rate: float, steps: int):
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, 200, steps, rate / 100)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b1=0.8, b2=0.99, weight_decay=0.01))
+
+
 def train(data_dir: str, out: Path, steps: int, batch_size: int) -> None:
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, 200, steps, 1e-5)
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b1=0.8, b2=0.99, weight_decay=0.01))
+    optimiser = optimiser_of(1e-3, steps)
     params = jax.jit(initial)(jax.random.key(0))
-    state, done = optimiser.init(params), 0
     print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters")
-    if out.is_file():
-        with np.load(out) as file:
-            done, leaves = int(file["step"]), [file[f"a{i}"] for i in range(len(file.files) - 1)]
-        params, state = jax.tree.unflatten(jax.tree.structure((params, state)), leaves)
 
     def loss(params, sound, lost):
         magnitude, unit = apply(params, stft.log_mel(sound, SPEC), sound, lost)
-        made = distance(joined(magnitude, unit, sound, lost), sound, lost)
-        true, held = jnp.abs(stft.stft(sound, SPEC)), stft.frames_holding(lost, SPEC)[..., None]
-        off = jnp.abs(jnp.log(magnitude + 1e-4) - jnp.log(true + 1e-4)) * held
-        return made + 0.5 * off.sum() / (held.sum() * BINS)
+        return reconstruction(magnitude, joined(magnitude, unit, sound, lost), sound, lost)
 
     @jax.jit
-    def step(params, state, sound, lost):
+    def step(carry, sound, lost):
+        params, state = carry
         value, slope = jax.value_and_grad(loss)(params, sound, lost)
         update, state = optimiser.update(slope, state, params)
-        return optax.apply_updates(params, update), state, value
+        return (optax.apply_updates(params, update), state), {"loss": value}
 
-    sounds, began, values = sounds_of(data_dir, "train"), time.monotonic(), []
+    sounds = sounds_of(data_dir, "train")
+    go_on(out, steps, (params, optimiser.init(params)), step, lambda rng: drawn(sounds, rng, batch_size))
+
+
+def tune(data_dir: str, out: Path, weights: Path, run: Path, steps: int, batch_size: int) -> None:
+    params, critics = load(weights)[0], jax.jit(initial_critics)(jax.random.key(1))
+    mine, theirs = optimiser_of(3e-4, steps), optimiser_of(3e-4, steps)
+    print(f"critics: {sum(x.size for x in jax.tree.leaves(critics)):,} parameters")
+
+    def loss(params, critics, sound, lost, level):
+        magnitude, unit = apply(params, level, sound, lost)
+        made = joined(magnitude, unit, sound, lost)
+        like = reconstruction(magnitude, made, sound, lost)
+        fooled = matched = 0.0
+        for (seen, score, held), (wanted, _, _) in zip(judged(critics, made, lost), judged(critics, sound, lost), strict=True):
+            fooled -= mean_over(score, held) / len(CRITICS)
+            off = [mean_over(jnp.abs(a - b).mean(-1), held) / jnp.abs(b).mean() for a, b in zip(seen, wanted, strict=True)]
+            matched += sum(off) / len(off) / len(CRITICS)
+        return like + ADVERSARIAL * fooled + MATCHING * matched, {"loss": like, "fooled": fooled, "matched": matched, "made": made}
+
+    def critics_loss(critics, made, sound, lost):
+        both = zip(judged(critics, made, lost), judged(critics, sound, lost), strict=True)
+        return sum(mean_over(nn.relu(1 + a) + nn.relu(1 - b), held) for (_, a, held), (_, b, _) in both) / len(CRITICS)
+
+    @jax.jit
+    def step(carry, sound, lost, level):
+        params, critics, my_state, their_state = carry
+        slope, told = jax.grad(loss, has_aux=True)(params, critics, sound, lost, level)
+        told["critics"], theirs_slope = jax.value_and_grad(critics_loss)(critics, told.pop("made"), sound, lost)
+        update, my_state = mine.update(slope, my_state, params)
+        their_update, their_state = theirs.update(theirs_slope, their_state, critics)
+        return (optax.apply_updates(params, update), optax.apply_updates(critics, their_update), my_state, their_state), told
+
+    sounds, places = sounds_of(data_dir, "train"), predicted_places(data_dir, run)
+    true_level = jax.jit(lambda sound: stft.log_mel(sound, SPEC))
+
+    def draw(rng):
+        sound, lost = drawn(sounds, rng, batch_size // 2)
+        halves = (sound, lost, np.asarray(true_level(sound))), drawn_predicted(places, rng, batch_size - batch_size // 2)
+        return [np.concatenate(both) for both in zip(*halves, strict=True)]
+
+    go_on(out, steps, (params, critics, mine.init(params), theirs.init(critics)), step, draw)
+
+
+def go_on(out: Path, steps: int, carry, step, draw) -> None:
+    """Steps from what `out` holds, if it is there, with what `draw` gives for each step's own generator; saved now and then."""
+    done, began, told = 0, time.monotonic(), []
+    if out.is_file():
+        with np.load(out) as file:
+            done, leaves = int(file["step"]), [file[f"a{i}"] for i in range(len(file.files) - 1)]
+        carry = jax.tree.unflatten(jax.tree.structure(carry), leaves)
     for n in range(done, steps):
-        params, state, value = step(params, state, *drawn(sounds, np.random.default_rng(n), batch_size))
-        values.append(float(value))
+        carry, values = step(carry, *draw(np.random.default_rng(n)))
+        told.append(jax.device_get(values))
         if (n + 1) % SAVE_EVERY == 0 or n + 1 == steps:
-            arrays = {f"a{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves((params, state)))}
+            arrays = {f"a{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(carry))}
             partial = out.with_suffix(".part.npz")
             np.savez(partial, step=n + 1, **arrays)
             partial.replace(out)
-            speed = (n + 1 - done) / (time.monotonic() - began)
-            print(f"step {n + 1}/{steps}  loss {np.mean(values[-SAVE_EVERY:]):.4f}  {speed:.2f} steps/s", flush=True)
+            means = "  ".join(f"{k} {np.mean([t[k] for t in told[-SAVE_EVERY:]]):.4f}" for k in told[-1])
+            print(f"step {n + 1}/{steps}  {means}  {(n + 1 - done) / (time.monotonic() - began):.2f} steps/s", flush=True)
 
 
 def load(weights: Path):
@@ -209,14 +358,21 @@ def measure(data_dir: str, weights: Path, run: Path, split: str, clips: int, gap
                 "both, 30": of(iterations=vocoder.ITERATIONS, own_phases=True),
             }
             for name, sound in made.items():
-                found = ceilings.scored(true_sound, sound, batch, SPEC, gap)
-                cells = [f"{v[0]:.3f} [{v[1]:.3f}, {v[2]:.3f}]" for v in (found[m] for m in ceilings.SCORES)]
-                print(f"| {gap_ms} ms | {kind} | {name} | {' | '.join(cells)} |", flush=True)
+                scores = ceilings.scores_of(true_sound, sound, batch, SPEC, gap)
+                found = {name: [intervals.bootstrap_mean(scores[m]) for m in ceilings.SCORES]}
+                if name == "Griffin-Lim":
+                    usual = scores
+                else:
+                    gains = [intervals.paired_difference(scores[m], usual[m]) for m in ceilings.SCORES]
+                    found[f"{name}, minus Griffin-Lim"] = gains
+                for what, values in found.items():
+                    cells = [f"{v[0]:.3f} [{v[1]:.3f}, {v[2]:.3f}]" for v in values]
+                    print(f"| {gap_ms} ms | {kind} | {what} | {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("train", "measure"))
+    parser.add_argument("what", choices=("train", "tune", "measure"))
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--steps", type=int, default=4000)
@@ -227,11 +383,13 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=40)
     parser.add_argument("--gap_ms", default="300,900,1500")
     args = parser.parse_args()
-    needed = ("out",) if args.what == "train" else ("weights", "run")
+    needed = {"train": ("out",), "tune": ("out", "weights", "run"), "measure": ("weights", "run")}[args.what]
     if lacks := [name for name in needed if not getattr(args, name)]:
         parser.error(f"{args.what}: no --{lacks[0]} given")
     if args.what == "train":
         train(args.data_dir, args.out, args.steps, args.batch_size)
+    elif args.what == "tune":
+        tune(args.data_dir, args.out, args.weights, args.run, args.steps, args.batch_size)
     else:
         measure(args.data_dir, args.weights, args.run, args.split, args.clips, [int(ms) for ms in args.gap_ms.split(",")])
 

@@ -185,13 +185,18 @@ def whole_rows(true, true_sound, batch: dict, spec: Spec) -> list[dict]:
 
 def scored(true, made, batch: dict, spec: Spec, gap: np.ndarray) -> dict:
     """Means over the clips, each with its 95 % interval."""
+    values = scores_of(true, made, batch, spec, gap)
+    return {m: [round(v, 4) for v in intervals.bootstrap_mean(x)] for m, x in values.items() if not np.isnan(x).all()}
+
+
+def scores_of(true, made, batch: dict, spec: Spec, gap: np.ndarray) -> dict[str, np.ndarray]:
+    """SCORES, (B,) each."""
     ends = np.minimum(batch["audio_length"], spec.record_samples) // spec.decimation
     made = np.asarray(made, np.float32)
     gap_s = (gap / RECORD_RATE).tolist()
     items = [(true[b, : ends[b]], made[b, : ends[b]], spec.rate, tuple(map(tuple, gap_s[b]))) for b in range(len(true))]
     rows = metrics.score_many(items)
-    values = {m: np.array([r.get(m) for r in rows], float) for m in SCORES}
-    return {m: [round(v, 4) for v in intervals.bootstrap_mean(x)] for m, x in values.items() if not np.isnan(x).all()}
+    return {m: np.array([r.get(m) for r in rows], float) for m in SCORES}
 
 
 # ---- seams ---------------------------------------------------------------------------------------------------------------------
