@@ -245,7 +245,8 @@ def fill_gap(
 
     `known` (B, N) float32 with anything at lost samples, `lost` (B, N) bool, `seeds` (B,) uint32 of the first phases. Each
     iteration takes the magnitudes of the level with the phases of the current sound and puts the known samples back, so the
-    context anchors the phase. The iterations run on the pre-emphasised sound, which is what the level describes; the
+    context anchors the phase. Frames at the edges are first made as loud as what is known of them asks (`_as_loud_as_known`), for
+    presets without pre-emphasis. The iterations run on the pre-emphasised sound, which is what the level describes; the
     result is de-emphasised from the last known sample on, and the small step that leaves at the far edge is spread over the gap.
     """
     original = known
@@ -267,7 +268,7 @@ def _fill_span(level, sharp, unknown, spec: Spec, seeds, iterations: int, moment
     first = jnp.where(touched.any(-1), touched.argmax(-1), 0)
     last = jnp.where(touched.any(-1), num_frames - 1 - touched[:, ::-1].argmax(-1), 0)
     sizes = sorted({min(num_frames, round(np.ceil(share * num_frames))) for share in SPANS})
-    held, free = _to_hops(sharp, spec), _to_hops(unknown, spec)
+    held, free, there = (_to_hops(x, spec) for x in (sharp, unknown, jnp.ones_like(unknown)))
     phases = _first_phases((*level.shape[:2], spec.n_fft // 2 + 1), seeds)
 
     def fill(frames: int):
@@ -275,7 +276,10 @@ def _fill_span(level, sharp, unknown, spec: Spec, seeds, iterations: int, moment
         hops = frames + _pieces(spec) - 1
         take = lambda x, n: jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, n))(x, start)
         wanted = mel_to_magnitude(stft.magnitude_from_level(take(level, frames), spec), spec)
-        made = _iterate(wanted, take(phases, frames), take(held, hops), take(free, hops), spec, iterations, momentum)
+        known, empty = take(held, hops), take(free, hops)
+        if not spec.pre_emphasis:  # where there is, this costs more than it mends (docs/vocoder.md)
+            wanted = _as_loud_as_known(wanted, known, empty, take(there, hops), spec)
+        made = _iterate(wanted, take(phases, frames), known, empty, spec, iterations, momentum)
         put = jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice_in_dim(row, part, at, 0))
         return put(held, made, start)
 
@@ -283,6 +287,29 @@ def _fill_span(level, sharp, unknown, spec: Spec, seeds, iterations: int, moment
     which = sum((needed > size).astype(jnp.int32) for size in sizes[:-1]) if len(sizes) > 1 else 0
     hops = jax.lax.switch(which, [functools.partial(fill, size) for size in sizes])
     return _from_hops(hops, spec, sharp.shape[1])
+
+
+def _as_loud_as_known(wanted, held, free, there, spec: Spec) -> jax.Array:
+    """Magnitudes (B, frames, bins) with those of every frame that holds both known and free samples scaled to its likely energy.
+
+    That is the energy of its known samples and, of the energy that was wanted, the free samples' share of the window: known and
+    made sound don't know of each other, so their energies add. A level that is too quiet, as predicted ones are, would have the
+    free samples of such a frame cancel the known ones, and a step stay in the sound. `there` (hops): which samples are the clip's.
+    """
+    unheard, all_there = _window_energy(free, spec), _window_energy(there, spec)
+    share = unheard / jnp.maximum(all_there, 1e-9)
+    known = _spectrum(held, spec)
+    heard, asked = ((jnp.real(x) ** 2 + jnp.imag(x) ** 2).sum(-1) for x in (known, wanted))
+    gain = jnp.sqrt(heard / jnp.maximum(asked, 1e-12) + share)
+    return wanted * jnp.where((share > 0) & (share < 1), gain, 1.0)[..., None]
+
+
+def _window_energy(chosen: jax.Array, spec: Spec) -> jax.Array:
+    """Hops of bool (B, H, hop) -> (B, frames): the squared window summed over each frame's chosen samples."""
+    pieces, frames = _pieces(spec), chosen.shape[1] - _pieces(spec) + 1
+    square = np.pad(_window(spec) ** 2, (0, pieces * spec.hop - spec.window)).reshape(pieces, spec.hop).astype(np.float32)
+    parts = jnp.einsum("bhs,ps->pbh", chosen.astype(jnp.float32), square, precision="highest")
+    return sum(parts[p, :, p : p + frames] for p in range(pieces))
 
 
 def _de_emphasise_inside(sharp: jax.Array, known: jax.Array, lost: jax.Array, spec: Spec) -> jax.Array:
