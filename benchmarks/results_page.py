@@ -109,28 +109,35 @@ def table(entries: list[dict], metric: str, shown: list[str], lengths: list[int]
     return [*out, *(row([s, *(show(cell.get((g, s)), digits) for g in lengths)]) for s in shown), ""]
 
 
-def differences(entries: list[dict], pairs, lengths: list[int]) -> list[str]:
+def differences(entries: list[dict], pairs, lengths: list[int], what: str = "clip by clip") -> list[str]:
     """How much less error in the gap the first of each pair has, on the same clips: above 0 is better."""
     cell = {(e["gap_ms"], e["a"], e["b"]): flipped(e) for e in entries if e["metric"] == "gap_l1_db"}
     if not cell:
         return []
-    out = ["**Gain in the gap, dB, clip by clip (above 0: the first is better)**\n"]
+    out = [f"**Gain in the gap, dB, {what} (above 0: the first is better)**\n"]
     out += [row(["first", "over", *(f"{g} ms" for g in lengths)]), row(["---"] * 2 + ["---:"] * len(lengths))]
     return [*out, *(row([a, b, *(show(cell.get((g, a, b)), 2) for g in lengths)]) for a, b in pairs), ""]
 
 
 def seeds(there: list[str], protocol: str, split: str, lengths: list[int], unseen: bool) -> list[str]:
     """The error in the gap of each seed's run that is there, where one run is not all, and of their mean clip by clip."""
-    out = []
+    out, means = [], []
     for name, wanted in SEEDS.items():
         runs = [run for run in wanted if run in there]
         if len(runs) < 2:
             continue
         rows = [r for r in chosen(runs, protocol, split) if r["kind"] == "system"]
-        rows += averaged(rows, len(runs), mean := f"mean of the {len(runs)}")
+        rows += (own := averaged(rows, len(runs), mean := f"mean of the {len(runs)}"))
         entries = summarised(rows, [], unseen)["table"]
         of = "" if runs == wanted else f" ({len(runs)} of {len(wanted)} so far)"
         out += [f"**{name}, seed by seed{of}**\n", *table(entries, "gap_l1_db", [*runs, mean], lengths)[1:]]
+        means += [r | {"system": f"{name}, {mean}"} for r in own]
+    best = next((r["system"] for r in means if r["system"].startswith(BEST)), "")
+    rows = means + [r for r in chosen([n for n in AT_PAPER if n in there], protocol, split) if r["kind"] == "system"]
+    once = [n for n in AT_PAPER if n in there and n not in SEEDS]
+    pairs = [(best, other) for other in (*once, *sorted({r["system"] for r in means} - {best})) if best]
+    if pairs:
+        out += differences(summarised(rows, pairs, unseen)["paired"], pairs, lengths, "clip by clip, seeds averaged")
     return out
 
 
