@@ -72,7 +72,7 @@ def of_split(there: list[str], protocol: str, split: str) -> list[str]:
         if more:
             out.append(f"### At preset `{preset}`\n")
             means = summarised(more, [], unseen)["table"]
-            for metric in [m for m in (*OF_PROTOCOL[protocol], "pesq_wb") if any(e["metric"] == m for e in means)]:
+            for metric in [m for m in dict.fromkeys((*OF_PROTOCOL[protocol], "pesq_wb")) if any(e["metric"] == m for e in means)]:
                 out += table(means, metric, [*REFERENCES[:2], *names, REFERENCES[2]], lengths)
     return out
 
