@@ -21,6 +21,7 @@ OF_PROTOCOL = {
     "peer": ("pesq_wb", "stoi"),
     "paper": ("pesq_nb", "stoi", "gap_l1_db"),
 }
+ERROR = ("gap_l1_db",)  # what seeds and pairs are compared by
 TITLES = {
     "waveform": "Samples lost inside the words (protocol `waveform`)",
     "peer": "As the peers' table (protocol `peer`)",
@@ -55,15 +56,15 @@ def of_split(there: list[str], protocol: str, split: str) -> list[str]:
     pairs = [(a, b) for a, b in TWINS.items() if a in paper and b in paper]
     pairs += [(a, f"{a}, another clip's video") for a in TWINS if a in paper]
     pairs += [(BEST, other) for other in paper if BEST in paper and other != BEST and (BEST, other) not in pairs]
-    found = summarised(rows, pairs, unseen)
+    means = summarised(rows, [], unseen, OF_PROTOCOL[protocol])["table"]
     clips = len({r["clip_id"] for r in rows})
     unit = "speakers, then clips" if unseen else "clips"
     out = [f"{clips} clips; mean [95 % interval, bootstrap over {unit}].\n"]
     shown = [REFERENCES[0], REFERENCES[1], *paper, REFERENCES[2]]
     for metric in OF_PROTOCOL[protocol]:
-        out += table(found["table"], metric, shown, lengths)
+        out += table(means, metric, shown, lengths)
     if protocol == "waveform":
-        out += differences(found["paired"], pairs, lengths)
+        out += differences(rows, pairs, lengths, unseen)
         out += seeds(there, protocol, split, lengths, unseen)
         if unseen:
             out += by_speaker(rows, shown, lengths)
@@ -71,8 +72,9 @@ def of_split(there: list[str], protocol: str, split: str) -> list[str]:
         more = chosen([f"references-{preset}", *names], protocol, split)
         if more:
             out.append(f"### At preset `{preset}`\n")
-            means = summarised(more, [], unseen)["table"]
-            for metric in [m for m in dict.fromkeys((*OF_PROTOCOL[protocol], "pesq_wb")) if any(e["metric"] == m for e in means)]:
+            metrics = list(dict.fromkeys((*OF_PROTOCOL[protocol], "pesq_wb")))
+            means = summarised(more, [], unseen, metrics)["table"]
+            for metric in [m for m in metrics if any(e["metric"] == m for e in means)]:
                 out += table(means, metric, [*REFERENCES[:2], *names, REFERENCES[2]], lengths)
     return out
 
@@ -91,10 +93,10 @@ def chosen(names: list[str], protocol: str, split: str) -> list[dict]:
     return [r for n in names for r in results.read(n) if (r["protocol"], r["split"]) == (protocol, split)]
 
 
-def summarised(rows: list[dict], pairs, by_speaker: bool) -> dict:
+def summarised(rows: list[dict], pairs, by_speaker: bool, metrics) -> dict:
     from avsi_jax import intervals
 
-    return intervals.summarise(rows, list(LABELS), pairs, by_speaker=by_speaker)
+    return intervals.summarise(rows, list(metrics), pairs, by_speaker=by_speaker)
 
 
 def table(entries: list[dict], metric: str, shown: list[str], lengths: list[int]) -> list[str]:
@@ -109,9 +111,9 @@ def table(entries: list[dict], metric: str, shown: list[str], lengths: list[int]
     return [*out, *(row([s, *(show(cell.get((g, s)), digits) for g in lengths)]) for s in shown), ""]
 
 
-def differences(entries: list[dict], pairs, lengths: list[int], what: str = "clip by clip") -> list[str]:
+def differences(rows: list[dict], pairs, lengths: list[int], unseen: bool, what: str = "clip by clip") -> list[str]:
     """How much less error in the gap the first of each pair has, on the same clips: above 0 is better."""
-    cell = {(e["gap_ms"], e["a"], e["b"]): flipped(e) for e in entries if e["metric"] == "gap_l1_db"}
+    cell = {(e["gap_ms"], e["a"], e["b"]): flipped(e) for e in summarised(rows, pairs, unseen, ERROR)["paired"]}
     if not cell:
         return []
     out = [f"**Gain in the gap, dB, {what} (above 0: the first is better)**\n"]
@@ -128,7 +130,7 @@ def seeds(there: list[str], protocol: str, split: str, lengths: list[int], unsee
             continue
         rows = [r for r in chosen(runs, protocol, split) if r["kind"] == "system"]
         rows += (own := averaged(rows, len(runs), mean := f"mean of the {len(runs)}"))
-        entries = summarised(rows, [], unseen)["table"]
+        entries = summarised(rows, [], unseen, ERROR)["table"]
         of = "" if runs == wanted else f" ({len(runs)} of {len(wanted)} so far)"
         out += [f"**{name}, seed by seed{of}**\n", *table(entries, "gap_l1_db", [*runs, mean], lengths)[1:]]
         means += [r | {"system": f"{name}, {mean}"} for r in own]
@@ -137,7 +139,7 @@ def seeds(there: list[str], protocol: str, split: str, lengths: list[int], unsee
     once = [n for n in AT_PAPER if n in there and n not in SEEDS]
     pairs = [(best, other) for other in (*once, *sorted({r["system"] for r in means} - {best})) if best]
     if pairs:
-        out += differences(summarised(rows, pairs, unseen)["paired"], pairs, lengths, "clip by clip, seeds averaged")
+        out += differences(rows, pairs, lengths, unseen, "clip by clip, seeds averaged")
     return out
 
 

@@ -205,7 +205,7 @@ def test_kept_references_give_the_same_bytes(runs, rows, folder, cache):
     assert summary["sounds_scored"] == 3 * len(GAP_MS) * 2  # the system, and with another clip's lips
 
 
-def test_a_baseline_trained_further_is_not_taken_for_what_it_was(runs):
+def test_a_baseline_trained_further_is_not_taken_for_what_it_was(runs, folder):
     newer = Path(shutil.copytree(runs / "baseline", runs / "newer"))
     config = eval_config(examples=0)
     path = evaluate.folder_of(config, newer) / "summary.json"
@@ -218,7 +218,7 @@ def test_a_baseline_trained_further_is_not_taken_for_what_it_was(runs):
         evaluate.evaluate(config, copy, baseline=newer)
 
 
-def test_a_baseline_of_other_gaps_is_refused(runs):
+def test_a_baseline_of_other_gaps_is_refused(runs, folder):
     copy = Path(shutil.copytree(runs / "system", runs / "other_gaps"))
     shutil.rmtree(copy / "eval", ignore_errors=True)
     with pytest.raises(ValueError, match="has other clips or gaps"):
