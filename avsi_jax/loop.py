@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from avsi_jax import storage
+from avsi_jax import local_copy, storage
+from avsi_jax.build import read_normalisation
 from avsi_jax.console import Console
-from avsi_jax.experiment import learning_rate, make_optimiser, read_normalisation
+from avsi_jax.experiment import learning_rate, make_optimiser
 from avsi_jax.looks import Looks
 from avsi_jax.phases import CHECKPOINT, COMPILE, DATA, RESTORE, START, STEP, VALIDATION, Phases, read_status
 from avsi_jax.steps import (
@@ -71,7 +72,7 @@ def open_data(config, cache_dir: str = "") -> Data:
         raise ValueError("no --config.data_dir given; expected the folder that avsi-prepare --data_dir=DIR wrote")
     dataset = input_pipeline.find_dataset(config.data_dir, config.builder_config)
     if cache_dir:
-        dataset = storage.local_copy(dataset, cache_dir, splits=(config.train_split, config.validation_split))
+        dataset = local_copy.local_copy(dataset, cache_dir, splits=(config.train_split, config.validation_split))
     training = input_pipeline.Records(dataset, config.train_split, mouth=False)
     validation = input_pipeline.Records(dataset, config.validation_split, mouth=False)
     if len(training) < config.batch_size:

@@ -20,7 +20,7 @@ from pathlib import Path
 import google_crc32c
 import pytest
 
-from avsi_jax import records, storage
+from avsi_jax import local_copy, records, storage
 from avsi_jax.storage import StorageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -192,7 +192,7 @@ def contents(folder):
 
 
 def test_a_dataset_is_copied_once(dataset, tmp_path, capfd):
-    copy = storage.local_copy(dataset, tmp_path / "cache", SPLITS)
+    copy = local_copy.local_copy(dataset, tmp_path / "cache", SPLITS)
     assert copy.name == dataset.name and copy.is_relative_to(tmp_path / "cache")
     source = contents(dataset)
     assert contents(copy) == {k: v for k, v in source.items() if "-test" not in k} and len(contents(copy)) < len(source)
@@ -201,33 +201,33 @@ def test_a_dataset_is_copied_once(dataset, tmp_path, capfd):
     assert str(dataset) in said and "MB/s" in said
 
     before = {p.name: p.stat().st_mtime_ns for p in Path(copy).iterdir()}
-    assert storage.local_copy(dataset, tmp_path / "cache", SPLITS) == copy
+    assert local_copy.local_copy(dataset, tmp_path / "cache", SPLITS) == copy
     assert {p.name: p.stat().st_mtime_ns for p in Path(copy).iterdir()} == before and capfd.readouterr().err == ""
-    assert storage.local_copy(dataset, tmp_path / "cache", ("test",)) == copy  # goes into the same folder
+    assert local_copy.local_copy(dataset, tmp_path / "cache", ("test",)) == copy  # goes into the same folder
     assert contents(copy) == source
 
 
 def test_a_changed_source_is_copied_beside_the_old_copy(dataset, tmp_path):
-    old = storage.local_copy(dataset, tmp_path / "cache", SPLITS)
+    old = local_copy.local_copy(dataset, tmp_path / "cache", SPLITS)
     before = contents(old)
     storage.write_text(dataset / "metadata.json", "{ }")
-    new = storage.local_copy(dataset, tmp_path / "cache", SPLITS)
+    new = local_copy.local_copy(dataset, tmp_path / "cache", SPLITS)
     assert new != old and new.name == old.name and (new / "metadata.json").read_text() == "{ }"
     assert contents(old) == before
 
 
 def test_what_is_not_there_is_named(place, tmp_path):
     with pytest.raises(StorageError, match=f"{place / '1.0.0'}.*(can't be read|not there)"):
-        storage.local_copy(place / "1.0.0", tmp_path / "cache", SPLITS)
+        local_copy.local_copy(place / "1.0.0", tmp_path / "cache", SPLITS)
 
 
 def test_a_split_that_is_not_there_is_named(on_disk, tmp_path):
     with pytest.raises(records.MissingSplitError, match="no split 'tran'"):
-        storage.local_copy(on_disk, tmp_path / "cache", ("tran",))
+        local_copy.local_copy(on_disk, tmp_path / "cache", ("tran",))
 
 
 def test_a_copy_that_is_cut_off_is_never_taken_for_whole(on_disk, tmp_path, monkeypatch):
-    sizes, add = {p.name: p.stat().st_size for p in on_disk.iterdir()}, storage._Progress.add
+    sizes, add = {p.name: p.stat().st_size for p in on_disk.iterdir()}, local_copy._Progress.add
     limit = sum(sizes.values()) // 2
 
     def cut_off(progress, count):
@@ -236,11 +236,11 @@ def test_a_copy_that_is_cut_off_is_never_taken_for_whole(on_disk, tmp_path, monk
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage._Progress, "add", cut_off)
-        patch.setattr(storage, "BLOCK", 1000)
-        patch.setattr(storage, "COPIES_AT_ONCE", 1)
+        patch.setattr(local_copy._Progress, "add", cut_off)
+        patch.setattr(local_copy, "BLOCK", 1000)
+        patch.setattr(local_copy, "COPIES_AT_ONCE", 1)
         with pytest.raises(KeyboardInterrupt):
-            storage.local_copy(on_disk, tmp_path / "cache", SPLITS)
+            local_copy.local_copy(on_disk, tmp_path / "cache", SPLITS)
     (target,) = tmp_path.glob(f"cache/*/{on_disk.name}")
     found = {p.name: p.stat().st_size for p in target.iterdir()}
     assert found and found.items() < sizes.items()  # some files, all of them whole
@@ -249,7 +249,7 @@ def test_a_copy_that_is_cut_off_is_never_taken_for_whole(on_disk, tmp_path, monk
     kept = target / next(iter(found))
     before = kept.stat().st_mtime_ns
     (target / "features.json").write_text("{")
-    assert Path(storage.local_copy(on_disk, tmp_path / "cache", SPLITS)) == target
+    assert Path(local_copy.local_copy(on_disk, tmp_path / "cache", SPLITS)) == target
     assert contents(target) == {k: v for k, v in contents(on_disk).items() if "-test" not in k}
     assert kept.stat().st_mtime_ns == before or kept.name == "features.json"
 
@@ -257,13 +257,13 @@ def test_a_copy_that_is_cut_off_is_never_taken_for_whole(on_disk, tmp_path, monk
 def test_a_file_that_arrives_damaged_is_not_kept(on_disk, tmp_path, monkeypatch):
     """Told by the CRC32C that a bucket keeps of a file: big-endian, base64 (cloud.google.com/storage/docs/json_api/v1/objects)."""
     crc = {p.name: google_crc32c.value(p.read_bytes()).to_bytes(4, "big") for p in on_disk.iterdir()}
-    listing = storage._listing
+    listing = local_copy._listing
     told = lambda url: [f._replace(crc32c=base64.b64encode(crc[f.name]).decode()) for f in listing(url)]
-    monkeypatch.setattr(storage, "_listing", told)
-    assert storage.local_copy(on_disk, tmp_path / "right", SPLITS).exists()
+    monkeypatch.setattr(local_copy, "_listing", told)
+    assert local_copy.local_copy(on_disk, tmp_path / "right", SPLITS).exists()
     crc["metadata.json"] = bytes(4)
     with pytest.raises(StorageError, match="metadata.json: what was read has another CRC32C"):
-        storage.local_copy(on_disk, tmp_path / "wrong", SPLITS)
+        local_copy.local_copy(on_disk, tmp_path / "wrong", SPLITS)
     assert not list(tmp_path.glob("wrong/*/*/*metadata.json*"))
 
 
@@ -273,7 +273,7 @@ def test_damaged_records_of_the_source_are_found_and_their_copy_deleted(dataset,
     data[len(data) // 2] ^= 1
     storage.write_bytes(path, bytes(data))
     with pytest.raises(records.RecordError, match="checksum of its data") as raised:
-        storage.local_copy(dataset, tmp_path / "cache", SPLITS)
+        local_copy.local_copy(dataset, tmp_path / "cache", SPLITS)
     assert f"it was a copy of {dataset}, and is deleted" in str(raised.value) and "\n" not in str(raised.value)
     assert not list(tmp_path.glob("cache/*/*/*-validation.*")) and list(tmp_path.glob("cache/*/*/*-train.*"))
 
@@ -282,16 +282,16 @@ def test_a_disk_without_room_is_named_before_anything_is_copied(on_disk, tmp_pat
     needed = sum(p.stat().st_size for p in on_disk.iterdir() if "-test" not in p.name)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10_000, 9_900, 100))
     with pytest.raises(StorageError, match=rf"{tmp_path}/cache.*{needed:,} bytes needed, 100 free.*older copies"):
-        storage.local_copy(on_disk, tmp_path / "cache", SPLITS)
+        local_copy.local_copy(on_disk, tmp_path / "cache", SPLITS)
     assert [p for p in tmp_path.glob("cache/*/*/*")] == []
 
 
 def test_one_process_of_a_host_copies_and_the_others_wait(on_disk, tmp_path):
     code = (
-        "import sys, time; from avsi_jax import storage\n"
-        "add = storage._Progress.add\n"
-        "storage._Progress.add = lambda *a: (time.sleep(0.2), add(*a))\n"
-        "print(storage.local_copy(sys.argv[1], sys.argv[2], ('train', 'validation')))"
+        "import sys, time; from avsi_jax import local_copy\n"
+        "add = local_copy._Progress.add\n"
+        "local_copy._Progress.add = lambda *a: (time.sleep(0.2), add(*a))\n"
+        "print(local_copy.local_copy(sys.argv[1], sys.argv[2], ('train', 'validation')))"
     )
     command = [sys.executable, "-c", code, str(on_disk), str(tmp_path / "cache")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
