@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from avsi_jax import figures, media
+from avsi_jax import media, plots
 
-OURS, LOST, DIM = "#0072b2", "#e69f00", "#59626d"  # as in pages/report.css and figures.LOOKS
+OURS, LOST, DIM = "#0072b2", "#e69f00", "#59626d"  # as in pages/report.css and plots.LOOKS
 MOST_RATE = 16_000  # Hz that are drawn: what is higher says little of speech
 COLUMNS = 700  # of a waveform
 SIZE = (4.6, 2.0)  # inches at DPI: 9 points are legible where the picture is 340 px wide
@@ -26,7 +26,7 @@ EYES = (range(36, 42), range(42, 48))
 
 def loudest_db(samples: np.ndarray, rate: int) -> float:
     """The top of the colours for sound (N,): pictures to be compared share one."""
-    return float(figures.decibel(*_drawn(samples, rate)).max())
+    return float(plots.decibel(*_drawn(samples, rate)).max())
 
 
 def sound(samples: np.ndarray, rate: int, gaps: Sequence, top_db: float, *, first_s: float = 0.0, waveform: bool = False) -> str:
@@ -41,12 +41,12 @@ def sound(samples: np.ndarray, rate: int, gaps: Sequence, top_db: float, *, firs
     figure = Figure(figsize=(SIZE[0], SIZE[1] + 0.9 * waveform))
     height = SIZE[1] / figure.get_figheight()
     axes = figure.add_axes((0.085, 0.19 * height, 0.885, 0.76 * height))  # by hand: a layout engine takes longer than the picture
-    _spectrogram(axes, figures.decibel(x, rate), (first_s, last_s, 0, rate / 2000), gaps, top_db)
+    _spectrogram(axes, plots.decibel(x, rate), (first_s, last_s, 0, rate / 2000), gaps, top_db)
     if waveform:
         above = figure.add_axes((0.085, height, 0.885, 0.97 - height), sharex=axes)
         _waveform(above, x, first_s, last_s, gaps)
     axes.set_xlim(first_s, last_s)
-    return figures._picture(figure, DPI)
+    return plots.picture(figure, DPI)
 
 
 def _drawn(samples: np.ndarray, rate: int) -> tuple[np.ndarray, int]:
@@ -96,7 +96,7 @@ def face(picture: np.ndarray, points: np.ndarray, seen: bool, square: tuple[int,
     axes.set_axis_off()
     axes.set_xlim(x0, x1)
     axes.set_ylim(y1, y0)
-    return figures._picture(figure, DPI)
+    return plots.picture(figure, DPI)
 
 
 def face_square(points: np.ndarray, shape: tuple) -> tuple[int, int, int, int]:

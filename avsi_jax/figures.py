@@ -6,18 +6,10 @@ its page.
 
 from __future__ import annotations
 
-import base64
-import io
 from typing import NamedTuple
 
-import numpy as np
+from avsi_jax import plots, tables
 
-from avsi_jax import tables
-
-LOOKS = {  # kind -> colour, dashes in line widths, mark
-    "damaged": ("#6b6b6b", (1, 1.5), "o"), "interpolation": ("#e69f00", (4, 2), "s"), "baseline": ("#56b4e9", (7, 2), "^"),
-    "system": ("#0072b2", (), "o"), "other_video": ("#cc79a7", (3, 1.5, 1, 1.5), "D"), "ceiling": ("#009e73", (8, 2, 1, 2), "v"),
-}  # fmt: skip
 SPARE = (  # for further systems of a kind
     ("#d55e00", (5, 1.5), "s"), ("#000000", (2, 1), "^"), ("#8c6d1f", (9, 2, 2, 2), "D"), ("#7a4fa3", (4, 1, 1, 1, 1, 1), "v"),
     ("#0072b2", (3, 3), "^"), ("#d55e00", (), "D"), ("#000000", (), "v"), ("#8c6d1f", (3, 1), "o"), ("#7a4fa3", (), "s"),
@@ -44,7 +36,7 @@ def styled(systems: list[dict]) -> list[dict]:
     """Systems, each with colour, dashes, mark and width of its line."""
     taken, spare, made = set(), 0, []
     for system in systems:
-        colour, dashes, mark = LOOKS[system["kind"]]
+        colour, dashes, mark = plots.LOOKS[system["kind"]]
         if system["kind"] in taken:
             (colour, dashes, mark), spare = SPARE[spare % len(SPARE)], spare + 1
         taken.add(system["kind"])
@@ -138,7 +130,7 @@ def _curve(xlabel: str, lines: list[Line], ticks: dict, metric: str, label: str)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(label, fontsize=7, color="#59626d", loc="right")
-    return _picture(figure, 160)
+    return plots.picture(figure, 160)
 
 
 def _line(axes, x, entries, style: dict) -> None:
@@ -147,52 +139,3 @@ def _line(axes, x, entries, style: dict) -> None:
     axes.plot(x, mean, color=colour, linestyle=dashes, linewidth=style["width"], marker=style["mark"], markersize=4)
     axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
     axes.vlines(x, low, high, color=colour, linewidth=0.8)  # what is left of the band at a single point
-
-
-# ---- sounds ----------------------------------------------------------------------------------------------------------------------
-
-
-def spectrogram(sound: np.ndarray, rate: int, top_db: float, gaps_s: list[tuple[float, float]], label: str) -> str:
-    """Sound (N,) drawn over 80 dB below top_db, the borders of every gap dashed and a bar over it."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.6, 2.0))
-    axes = figure.add_axes((0.09, 0.18, 0.89, 0.73))  # by hand: a layout engine takes longer than the picture
-    axes.set_ylabel("kHz", fontsize=8)
-    axes.set_xlabel("s", fontsize=8, labelpad=1)
-    extent = (0, len(sound) / rate, 0, rate / 2000)
-    image = {"origin": "lower", "aspect": "auto", "cmap": "magma", "vmin": top_db - 80, "vmax": top_db, "extent": extent}
-    axes.imshow(decibel(sound, rate), **image)
-    for gap in gaps_s:
-        for border in gap:
-            axes.axvline(border, color="white", linewidth=1.1, linestyle=(0, (4, 2)))
-        axes.axvspan(*gap, ymin=0.955, color="white")
-    axes.set_xlim(0, len(sound) / rate)
-    axes.tick_params(labelsize=7)
-    axes.set_title(label, fontsize=6, color="#59626d", loc="right", pad=2)
-    return _picture(figure, 120)
-
-
-def decibel(sound: np.ndarray, rate: int) -> np.ndarray:
-    """(N,) -> (bins, frames) in dB: 32 ms Hann windows every 8 ms."""
-    from scipy import signal
-
-    spectrum = signal.stft(sound, rate, nperseg=rate * 32 // 1000, noverlap=rate * 24 // 1000)[2]
-    return 20 * np.log10(np.abs(spectrum) + 1e-8)
-
-
-# ---- data URIs -------------------------------------------------------------------------------------------------------------------
-
-
-def data_uri(data: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _picture(figure, dpi: int) -> str:
-    """A matplotlib figure as the data URI of a PNG; 128 colours, which is a third of the bytes."""
-    from PIL import Image
-
-    drawn, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=dpi)
-    Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
-    return data_uri(small.getvalue(), "image/png")

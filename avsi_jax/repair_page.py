@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from avsi_jax import channels, drawings, figures, media, streams
+from avsi_jax import channels, drawings, media, plots, streams
 from avsi_jax.repair_outcomes import Outcome, shown
 
 SHORT_S = 12.0  # a clip up to here is shown whole
@@ -136,7 +136,7 @@ def _cards(pieces: Sequence[tuple[np.ndarray, int]], start_s: float, end_s: floa
             "name": name,
             "kind": kind,
             "picture": drawings.sound(*mono, near, top_db, first_s=start_s),
-            "sound": figures.data_uri(_flac(*piece), "audio/flac"),
+            "sound": plots.data_uri(_flac(*piece), "audio/flac"),
         }
         for name, kind, mono, piece in zip(("Before", "After"), ("damaged", "system"), mixed, pieces, strict=True)
     ]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from avsi_jax import comparison, figures, media, mistakes, table_files, tables
+from avsi_jax import comparison, figures, media, mistakes, plots, table_files, tables
 from avsi_jax.tables import METRICS, Evaluation
 
 MEDIA_TYPES = {".wav": "audio/wav", ".flac": "audio/flac"}
@@ -141,7 +141,7 @@ def _cards(evaluation: Evaluation, example: dict, gaps_s: list[tuple[float, floa
     """What is shown of each sound of an example: damaged first, the original last."""
     kinds = {**{s["name"]: s["kind"] for s in evaluation.summary["systems"]}, "original": ""}
     decoded = {name: _decoded(evaluation.folder, example["sounds"][name]) for name in kinds if name in example["sounds"]}
-    top_db = figures.decibel(*decoded["original"][:2]).max()
+    top_db = plots.decibel(*decoded["original"][:2]).max()
     label = f"{example['clip_id']}, {_label(evaluation.summary)}"
     cards = []
     for name, (sound, rate, uri) in decoded.items():
@@ -149,7 +149,7 @@ def _cards(evaluation: Evaluation, example: dict, gaps_s: list[tuple[float, floa
         shown = [f"{m.label} {tables.number(float(row[k]), m.digits)}" for k, m in METRICS.items() if row.get(k)]
         said = example["said"].get(name, "")
         said = compared(example.get("phones", "") if said.isupper() else example["text"], said)
-        picture = figures.spectrogram(sound, rate, top_db, gaps_s, f"{name}, {label}")
+        picture = plots.spectrogram(sound, rate, top_db, gaps_s, f"{name}, {label}")
         card = {"name": name, "kind": kinds[name], "picture": picture, "sound": uri, "scores": shown, "said": said}
         cards.append(card | {"heard": _heard(row)})
     return cards
@@ -175,7 +175,7 @@ def _decoded(folder: Path, name: str) -> tuple[np.ndarray, int, str]:
     if path.suffix not in MEDIA_TYPES or not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"summary.json names the sound {name!r}; expected a .wav or .flac inside {folder}")
     sound = media.read_clip(path).sound
-    return media.mono(sound.samples), sound.rate, figures.data_uri(path.read_bytes(), MEDIA_TYPES[path.suffix])
+    return media.mono(sound.samples), sound.rate, plots.data_uri(path.read_bytes(), MEDIA_TYPES[path.suffix])
 
 
 def compared(truth: str, said: str) -> list[tuple[str, bool]]:

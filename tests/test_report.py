@@ -10,7 +10,7 @@ import evaluations
 import numpy as np
 import pytest
 
-from avsi_jax import figures, media, report, tables
+from avsi_jax import figures, media, plots, report, tables
 
 
 class Page(html.parser.HTMLParser):
@@ -173,7 +173,7 @@ def test_every_gap_is_drawn():
     """A white bar over each gap, dashes at its ends: as many columns with white at the top of the picture as gaps are long."""
 
     def columns(gaps_s):
-        drawn = figures.spectrogram(evaluations.sound(0), evaluations.RATE, 0.0, gaps_s, "")
+        drawn = plots.spectrogram(evaluations.sound(0), evaluations.RATE, 0.0, gaps_s, "")
         image = np.asarray(pixels(drawn).convert("RGB"), int)
         black = image.sum(-1) < 60
         inside = black.mean(0) > 0.3  # of the axes: the sound's silence is black
