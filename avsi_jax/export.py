@@ -49,11 +49,11 @@ def program(run: Run) -> Callable[[dict], dict]:
     import jax
     import jax.numpy as jnp
 
-    from avsi_jax import experiment, restore, spec
+    from avsi_jax import build, restore, spec
 
     preset, params = spec.get(run.config.preset), _smallest(run.params)
-    feature_config = dataclasses.replace(experiment.make_feature_config(run.config, run.normalisation), protocol="waveform")
-    of = lambda way: experiment.make_model(_with_lstm(run.config, way))
+    feature_config = dataclasses.replace(build.make_feature_config(run.config, run.normalisation), protocol="waveform")
+    of = lambda way: build.make_model(_with_lstm(run.config, way))
     predict = lambda way: lambda *a: restore.predict(of(way), feature_config, *a)[1:]
 
     def filled(clip):  # one by one: the vocoder takes several at a time by their number, which is free here

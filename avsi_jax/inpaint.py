@@ -126,7 +126,7 @@ class Inpainter:
     >>> import numpy as np, configs
     >>> from avsi_jax import experiment, restore
     >>> config = configs.load("tiny", [("system", "a_si"), ("units", "4")])
-    >>> painter = Inpainter(restore.Restorer(config, experiment.init_params(config), step=0))
+    >>> painter = Inpainter(restore.Restorer(config, build.init_params(config), step=0))
     >>> tone = 0.1 * np.sin(2 * np.pi * 220 * np.arange(32_000) / 16_000)
     >>> repair = painter.inpaint(clip_of(tone, 16_000), gaps=[(0.9, 1.2)])
     >>> repair.samples.shape, repair.rate, repair.after.shape

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avsi_jax import decode, experiment, models, restore, stft, text
+from avsi_jax import build, decode, models, restore, stft, text
 from avsi_jax.checkpoints import CheckpointError
 from avsi_jax.features import FeatureConfig, frames_of_length, record_sound, standardise
 from avsi_jax.spec import RECORD_RATE, get
@@ -58,9 +58,9 @@ class Recogniser:
     def __init__(self, run: restore.Run):
         self.config, self.params, self.step = run.config, run.params, run.step
         self.spec = get(run.config.preset)
-        feature_config = experiment.make_feature_config(run.config, run.normalisation)
-        nothing = experiment.example_features(run.config)
-        self._read = jax.jit(functools.partial(_read, experiment.make_model(run.config), feature_config, nothing))
+        feature_config = build.make_feature_config(run.config, run.normalisation)
+        nothing = build.example_features(run.config)
+        self._read = jax.jit(functools.partial(_read, build.make_model(run.config), feature_config, nothing))
 
     @classmethod
     def from_workdir(cls, workdir: str | Path, which: str = "best") -> Recogniser:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from avsi_jax import cores, decode, experiment, gaps, media, models, runs, stft, text, vocoder, weights
+from avsi_jax import build, cores, decode, gaps, media, models, runs, stft, text, vocoder, weights
 from avsi_jax.features import Features, Normalisation, hear, record_sound, standardise, to_level
 from avsi_jax.runs import Run
 from avsi_jax.spec import RECORD_RATE, Spec, get
@@ -59,8 +59,8 @@ class Restorer:
         self.config, self.params, self.step = config, params, step
         self.spec = get(config.preset)
         self.system = models.get(config.system)
-        feature_config = dataclasses.replace(experiment.make_feature_config(config, normalisation), protocol=protocol)
-        self._predict = jax.jit(functools.partial(predict, experiment.make_model(config), feature_config))
+        feature_config = dataclasses.replace(build.make_feature_config(config, normalisation), protocol=protocol)
+        self._predict = jax.jit(functools.partial(predict, build.make_model(config), feature_config))
         self._hear = jax.jit(functools.partial(hear, config=feature_config))
 
     @classmethod

@@ -33,7 +33,7 @@ def read(workdir: str | Path, which: str = "best") -> Run:
     import ml_collections
 
     import configs
-    from avsi_jax import experiment
+    from avsi_jax import build
     from avsi_jax.checkpoints import CheckpointError, Checkpoints
 
     path = Path(workdir) / workdir_files.CONFIG
@@ -47,13 +47,13 @@ def read(workdir: str | Path, which: str = "best") -> Run:
     if missing := sorted(set(configs.fields(configs.load("base"))) - set(configs.fields(config))):
         raise CheckpointError(f"{path} has no {missing[0]}: a run of an older version; expected one trained with this version")
     normalisation = workdir_files.read_normalisation(path.parent)
-    if experiment.standardised(config) and not any(normalisation):
-        needed = " and ".join(experiment.standardised(config))
+    if build.standardised(config) and not any(normalisation):
+        needed = " and ".join(build.standardised(config))
         raise CheckpointError(f"no {workdir_files.STATISTICS} in {workdir}; expected what its {needed} was standardised by")
     checkpoints = Checkpoints(workdir, read_only=True)
     step = _step(checkpoints, which, workdir)
     name = "ema" if config.ema else "params"
-    params = checkpoints.restore_params(step, jax.eval_shape(lambda: experiment.init_params(config)), name)
+    params = checkpoints.restore_params(step, jax.eval_shape(lambda: build.init_params(config)), name)
     checkpoints.close()
     return Run(config, params, step, normalisation)
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from avsi_jax.experiment import init_params, make_loss, make_objective, make_optimiser
+from avsi_jax.build import init_params
+from avsi_jax.experiment import make_loss, make_objective, make_optimiser
 
 # ---- state ---------------------------------------------------------------------------------------------------------------------
 

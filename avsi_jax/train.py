@@ -35,7 +35,7 @@ def show(config) -> None:
     import jax
 
     from avsi_jax import spec
-    from avsi_jax.experiment import count_of, example_features, make_model
+    from avsi_jax.build import count_of, example_features, make_model
 
     signal = [f"{k}: {v}" for k, v in dataclasses.asdict(spec.get(config.preset)).items()]
     table = nn.tabulate(make_model(config), jax.random.key(0), depth=2, console_kwargs={"width": 160})(example_features(config))

@@ -187,10 +187,10 @@ def _shapes(config, normalisation) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that the config's network has, made without any."""
     import jax
 
-    from avsi_jax import experiment
+    from avsi_jax import build
 
-    experiment.make_feature_config(config, normalisation)
-    shapes = {k: tuple(v.shape) for k, v in flat(jax.eval_shape(lambda: experiment.init_params(config))).items()}
+    build.make_feature_config(config, normalisation)
+    shapes = {k: tuple(v.shape) for k, v in flat(jax.eval_shape(lambda: build.init_params(config))).items()}
     if (count := sum(map(math.prod, shapes.values()))) > MOST_PARAMETERS:
         raise ValueError(f"config: its network has {count} parameters, expected at most {MOST_PARAMETERS}")
     return shapes

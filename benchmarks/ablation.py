@@ -112,7 +112,7 @@ def facts_of(workdir: Path, first: Path) -> dict:
     from ml_collections import ConfigDict
 
     import configs
-    from avsi_jax import experiment
+    from avsi_jax import build
     from avsi_jax import workdir as workdirs
 
     here, there = (ConfigDict(workdirs.read_config(w)) for w in (workdir, first))
@@ -122,7 +122,7 @@ def facts_of(workdir: Path, first: Path) -> dict:
     rows = workdirs.read_rows(workdir / workdirs.METRICS)
     return {
         "differs": differs,
-        "parameters": experiment.count_of(here),
+        "parameters": build.count_of(here),
         "epochs": int(rows[-1]["epoch"]),
         "best_val_gap_l1_db": min(r["val_gap_l1_db"] for r in rows),
     }

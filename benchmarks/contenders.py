@@ -83,7 +83,7 @@ def ours(args, cell: str = ""):
     """The project's step; with `cell` flax's own layers stand in for its LSTM."""
     jax = set_up_jax(args)
     import configs
-    from avsi_jax import experiment, features, models, parallel, steps
+    from avsi_jax import build, experiment, features, models, parallel, steps
 
     wanted = [("batch_size", str(args.batch_size)), ("lstm", args.lstm)]
     if cell:
@@ -95,7 +95,7 @@ def ours(args, cell: str = ""):
     config = configs.load("av_mtl_s2s", wanted, like="base")
 
     raw, given = raw_batch(args.batch_size), made_up(args.batch_size)
-    ready = experiment.example_features(config, args.batch_size)._replace(
+    ready = build.example_features(config, args.batch_size)._replace(
         **{k: v for k, v in given.items() if k in features.Features._fields}
     )
     ready = {f"ready_{k}": jax.device_get(v) for k, v in ready._asdict().items()}
@@ -122,7 +122,7 @@ def ours(args, cell: str = ""):
         box[0], metrics = step(box[0], parallel.split(batch))
         jax.block_until_ready((box[0], metrics))
 
-    model = experiment.make_model(config)
+    model = build.make_model(config)
     forward = parallel.map_evaluation_step(
         lambda params, batch: parallel.sum_over_devices(model.apply({"params": params}, given_features(batch)).level.sum())
     )

@@ -80,10 +80,10 @@ def measure_step(config, folder, seconds: float) -> float:
     """Training steps a second on one batch, its way to the devices included."""
     import jax
 
-    from avsi_jax import experiment, steps
+    from avsi_jax import build, experiment, steps
 
     optimiser = experiment.make_optimiser(config, 1)
-    step = parallel.map_train_step(steps.make_train_step(config, optimiser, experiment.read_normalisation(config, folder)))
+    step = parallel.map_train_step(steps.make_train_step(config, optimiser, build.read_normalisation(config, folder)))
     state = parallel.replicate(steps.init_state(config, 1))
     batch = next(input_pipeline.train_batches(input_pipeline.Records(folder, config.train_split), config.batch_size, seed=0))
     for _ in range(2):  # the first compiles

@@ -175,7 +175,7 @@ def child_devices() -> dict:
     import jax
 
     import configs
-    from avsi_jax import experiment, parallel, steps
+    from avsi_jax import build, experiment, parallel, steps
 
     load = os.getloadavg()[0]
     step, state, batch = small_step()
@@ -196,7 +196,7 @@ def child_devices() -> dict:
         given = {k: v[:8] for k, v in many.items()}
         given = {k: v.reshape(n, -1, *v.shape[1:]) for k, v in given.items()} if how == "pmap" else given
         texts[how, n] = reduced(parallel.map_train_step(whole, some(n), how).lower(shapes, given).compile().as_text())
-    parameters = experiment.count_of(config)
+    parameters = build.count_of(config)
     return {
         "steps": [
             {

@@ -92,12 +92,12 @@ def made_up_normalisation(config):
     """Statistics of the right sizes for what the config standardises."""
     import jax
 
-    from avsi_jax import experiment, features
+    from avsi_jax import build, features
 
-    shapes = jax.eval_shape(lambda: experiment.example_features(config))
+    shapes = jax.eval_shape(lambda: build.example_features(config))
     sizes = {"level": shapes.spectrogram.shape[-1], "motion": shapes.video.shape[-1]}
     scale = lambda n: features.Scale(tuple(0.01 * i for i in range(n)), tuple(1 + 0.01 * i for i in range(n)))
-    return features.Normalisation(**{k: scale(sizes[k]) for k in experiment.standardised(config)})
+    return features.Normalisation(**{k: scale(sizes[k]) for k in build.standardised(config)})
 
 
 def measure(args) -> dict:
@@ -156,9 +156,9 @@ def compiled_row(args, config, lowered, devices) -> dict:
 
 
 def _parameters(config) -> int:
-    from avsi_jax import experiment
+    from avsi_jax import build
 
-    return experiment.count_of(config)
+    return build.count_of(config)
 
 
 # ---- all of them ---------------------------------------------------------------------------------------------------------------

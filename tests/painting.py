@@ -12,10 +12,10 @@ def audible(config):
     """An untrained Restorer whose every predicted level is about 0.4: -48 dB a band."""
     import jax
 
-    from avsi_jax import experiment
+    from avsi_jax import build
     from avsi_jax.restore import Restorer
 
-    params = jax.device_get(experiment.init_params(config))
+    params = jax.device_get(build.init_params(config))
     params["output"]["bias"] = params["output"]["bias"] + np.float32(0.4)
     return Restorer(config, params, 0)
 

@@ -40,10 +40,10 @@ def test_multiplications_are_those_of_the_networks_kernels(train_step):
     import jax
 
     import configs
-    from avsi_jax import experiment
+    from avsi_jax import build
 
     config = configs.load("av_mtl_s2s")
-    params = jax.eval_shape(lambda: experiment.init_params(config))
+    params = jax.eval_shape(lambda: build.init_params(config))
     size = sum(v.size for k, v in jax.tree_util.tree_leaves_with_path(params) if "kernel" in str(k))
     features = (136 + 64) * 2 * 4 * 256  # of the first layers' kernels, two directions, four gates: what sees lips and sound
     scale = 2 * 32 * 149 / 1e9

@@ -9,7 +9,7 @@ import scipy.ndimage
 import tiny_data
 
 import configs
-from avsi_jax import experiment, features, gaps, input_pipeline, spec, text
+from avsi_jax import build, experiment, features, gaps, input_pipeline, spec, text
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -128,11 +128,11 @@ def test_what_a_network_is_made_with_is_what_it_is_trained_on(name):
     """Shapes and types of every config's features."""
     config = configs.load(name, [("video_rate", "video")] if name == "av_s2s" else [])
     scale = lambda n: features.Scale((0.0,) * n, (1.0,) * n)
-    normalisation = features.Normalisation(**{what: scale(1) for what in experiment.standardised(config)})
-    feature_config = experiment.make_feature_config(config, normalisation)
+    normalisation = features.Normalisation(**{what: scale(1) for what in build.standardised(config)})
+    feature_config = build.make_feature_config(config, normalisation)
     make = functools.partial(features.make_features, config=feature_config)
     made = jax.eval_shape(make, batch_of(2), np.zeros((2, 1, 2), np.int32))
-    kept = jax.eval_shape(lambda: experiment.example_features(config, 2))
+    kept = jax.eval_shape(lambda: build.example_features(config, 2))
     assert jax.tree.map(lambda a: (a.shape, a.dtype), made) == jax.tree.map(lambda a: (a.shape, a.dtype), kept)
 
 
@@ -146,7 +146,7 @@ def batch():
 
 @pytest.fixture(scope="module")
 def params():
-    tree = jax.eval_shape(lambda: experiment.init_params(unified()))
+    tree = jax.eval_shape(lambda: build.init_params(unified()))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), tree)
 
@@ -174,7 +174,7 @@ def test_the_objective_is_the_weighted_sum_of_its_means(params, batch):
     config = unified()
     drawn = plainly(config, batch)
     make = jax.jit(features.make_features, static_argnums=2)
-    seen = make(batch, drawn, experiment.make_feature_config(config))
+    seen = make(batch, drawn, build.make_feature_config(config))
     mask, valid = np.asarray(seen.mask), np.asarray(seen.valid)
     near = scipy.ndimage.binary_dilation(mask, np.ones((1, 7))) & valid
     counted = {"whole": valid, "gap": near, "gap_l1": mask}
@@ -192,7 +192,7 @@ def test_the_text_is_of_the_configs_units(params, batch):
     _, phones = run(params, batch | {"phones": other}, KEY, 0)
     assert letters["ctc"] == before["ctc"] and float(phones["ctc"][0]) != float(before["ctc"][0])
     assert params["ctc"]["kernel"].shape[1] == text.NUM_PHONES
-    assert experiment.make_model(unified(ctc_units="characters")).sizes.labels == text.NUM_LABELS
+    assert build.make_model(unified(ctc_units="characters")).sizes.labels == text.NUM_LABELS
 
 
 def test_a_text_that_cannot_be_said_is_counted_and_changes_nothing(params, batch):
@@ -247,6 +247,6 @@ def test_what_does_not_go_together_takes_one_line(fields, says):
 
 def test_a_systems_own_output_is_the_papers():
     """The ReLU that config.output asks for is of the audio-visual systems alone."""
-    assert experiment.make_model(config_of(system="a_si", output="relu")).sizes.output == "linear"
-    assert experiment.make_model(config_of(system="av_si", output="relu")).sizes.output == "relu"
-    assert spec.get("paper").bands == experiment.make_model(config_of(system="a_si")).sizes.bands
+    assert build.make_model(config_of(system="a_si", output="relu")).sizes.output == "linear"
+    assert build.make_model(config_of(system="av_si", output="relu")).sizes.output == "relu"
+    assert spec.get("paper").bands == build.make_model(config_of(system="a_si")).sizes.bands

@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # The rooms, in the order the sound travels: each imports only from rooms before it. A new room is given its place here.
 ROOMS = {
     "avsi_jax": (
-        "spec workers media channels mpeg muxing streams quiet face_files landmarks sync visibility occlusion text stft gaps "
+        "spec workers media plots channels mpeg muxing streams quiet face_files landmarks sync visibility occlusion text stft gaps "
         "repeats holes features augment records input_pipeline train_statistics "
-        "lstm models losses decode cluster parallel experiment steps storage phases stopping watchdog manifest checkpoints "
+        "lstm models losses decode cluster parallel build experiment steps storage local_copy phases stopping watchdog manifest checkpoints "
         "workdir board console looks loop replay train cores vocoder runs model_card weights restore recognise intervals metrics "
         "suites protocols restorations references tables mistakes table_files figures comparison report evaluate "
         "compilation windows damaged lips confidence filling mending inpaint "

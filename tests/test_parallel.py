@@ -28,9 +28,9 @@ def make_start(small=False):
     """Fresh parameters."""
     import jax
 
-    from avsi_jax import experiment
+    from avsi_jax import build
 
-    return jax.device_get(experiment.init_params(make_config(small)))
+    return jax.device_get(build.init_params(make_config(small)))
 
 
 def fresh(start, rate, how=None, devices=None):

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 import configs
-from avsi_jax import experiment, models
+from avsi_jax import build, models
 
 
 def dense(inputs, outputs):
@@ -59,7 +59,7 @@ PUBLISHED_M = {"av_mtl_si": 4.19, "morrone_av_mtl": 4.44}  # the same, rounded
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_parameters_counted_by_hand(name):
-    count = experiment.count_of(configs.load(name))
+    count = build.count_of(configs.load(name))
     assert count == BY_HAND[name] == PUBLISHED.get(name, count)
     assert round(count / 1e6, 2) == PUBLISHED_M.get(name, round(count / 1e6, 2))
 
@@ -81,14 +81,14 @@ def test_the_page_says_how_many():
 def test_morrones_smaller_networks_are_the_same_systems(system, millions, inputs):
     """A and AV of Morrone et al. 2021, by fields."""
     config = configs.load("morrone_av_mtl", [("system", system)])
-    assert experiment.count_of(config) == stack(inputs, 250) + dense(500, 257)
-    assert round(experiment.count_of(config) / 1e6, 2) == millions
+    assert build.count_of(config) == stack(inputs, 250) + dense(500, 257)
+    assert round(build.count_of(config) / 1e6, 2) == millions
 
 
 @pytest.mark.parametrize(("name", "parts"), [("a_si", ""), ("av_mtl_s2s", "encoder bottleneck ctc")])
 def test_checkpoints_of_older_versions_still_fit(name, parts):
     """Names of what 2026's first runs saved."""
-    tree = jax.eval_shape(lambda: experiment.init_params(configs.load(name)))
+    tree = jax.eval_shape(lambda: build.init_params(configs.load(name)))
     assert sorted(tree) == sorted(["decoder", "output", *parts.split()])
     assert sorted(tree["decoder"]) == ["blstm_1", "blstm_2", "blstm_3"]
     assert sorted(tree["decoder"]["blstm_1"]) == ["backward", "forward"]

@@ -20,10 +20,10 @@ TRUE = ("bin", "blue", "at", "f", "two", "now")
 
 def write_untrained(config, folder: Path) -> Path:
     """The workdir of a run as it is before its first step."""
-    from avsi_jax import checkpoints, experiment, input_pipeline, steps, workdir
+    from avsi_jax import build, checkpoints, input_pipeline, steps, workdir
 
     dataset = input_pipeline.find_dataset(config.data_dir, config.builder_config)
-    workdir.check_config(config, folder, experiment.read_normalisation(config, dataset))
+    workdir.check_config(config, folder, build.read_normalisation(config, dataset))
     saved = checkpoints.Checkpoints(folder)
     saved.save(0, steps.init_state(config, 1), {}, 0.0)
     saved.close()
@@ -76,13 +76,13 @@ def test_six_words_of_the_grammar_at_times_inside_the_clip(heard, batch):
 
 def test_it_hears_what_training_heard(recogniser, heard, batch, workdir):
     """The features of the training step on the same clips without a gap, and the network on them, give the same answer."""
-    from avsi_jax import experiment, features
+    from avsi_jax import build, features
     from avsi_jax.workdir import read_normalisation
 
     config, normalisation = recogniser.config, read_normalisation(workdir)
     arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
-    made = features.make_features(arrays, np.zeros((3, 1, 2), int), experiment.make_feature_config(config, normalisation))
-    output = experiment.make_model(config).apply({"params": recogniser.params}, made)
+    made = features.make_features(arrays, np.zeros((3, 1, 2), int), build.make_feature_config(config, normalisation))
+    output = build.make_model(config).apply({"params": recogniser.params}, made)
     found = decode.best_sentences(output.logits, output.num_steps, "phones")
     assert heard.words == found.words and heard.said == decode.greedy(output.logits, output.num_steps, "phones")
     np.testing.assert_allclose(heard.log_probability * np.asarray(output.num_steps), found.log_probability, rtol=1e-5)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from avsi_jax import experiment
+from avsi_jax import build
 from avsi_jax.checkpoints import CheckpointError
 
 GAPS_S = ([(0.8, 1.1)], [(0.0, 0.25), (1.5, 2.2)], [(1.0, 2.5)])  # of the three clips of the split: one, two, a long one
@@ -262,4 +262,4 @@ def test_interpolation_of_a_clip_that_is_all_gap():
 def test_count_of_the_networks_parameters(restorer):
     from avsi_jax import models
 
-    assert models.count_parameters(restorer.params) == experiment.count_of(restorer.config)
+    assert models.count_parameters(restorer.params) == build.count_of(restorer.config)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from avsi_jax import experiment, features, input_pipeline, spec, train, train_statistics, workdir
+from avsi_jax import build, experiment, features, input_pipeline, spec, train, train_statistics, workdir
 from avsi_jax.train_statistics import StatisticsError
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -62,8 +62,8 @@ def test_the_train_split_is_standard_after_it(wide_config, data_dir, train_recor
     """Mean 0 and standard deviation 1: of every bin on the linear scale, of all bands together on the mel, of every coordinate."""
     levels = "standardised" if preset is PAPER else "preset"
     config = wide_config(preset=preset.name, levels=levels, landmarks=landmarks, system="av_mtl_s2s")
-    normalisation = experiment.read_normalisation(config, input_pipeline.find_dataset(data_dir))
-    feature_config = experiment.make_feature_config(config, normalisation)
+    normalisation = build.read_normalisation(config, input_pipeline.find_dataset(data_dir))
+    feature_config = build.make_feature_config(config, normalisation)
     no_gap = np.zeros((len(train_records), 1, 2), np.int32)
     seen = jax.jit(features.make_features, static_argnums=2)(batch_of(train_records), no_gap, feature_config)
     valid = np.asarray(seen.valid)
@@ -78,13 +78,13 @@ def test_the_train_split_is_standard_after_it(wide_config, data_dir, train_recor
 
 def test_what_needs_no_statistics_reads_none(tiny_config, tmp_path):
     for fields in ({}, {"motion": "standardised", "system": "a_si"}):
-        assert experiment.read_normalisation(tiny_config(**fields), tmp_path / "nowhere") == features.Normalisation()
+        assert build.read_normalisation(tiny_config(**fields), tmp_path / "nowhere") == features.Normalisation()
     with pytest.raises(ValueError, match="config.motion: found 'pixel', expected 'pixels', 'standardised' or 'pose'"):
-        experiment.read_normalisation(tiny_config(motion="pixel"), tmp_path)
+        build.read_normalisation(tiny_config(motion="pixel"), tmp_path)
     with pytest.raises(ValueError, match="config.levels: found 'db', expected 'preset' or 'standardised'"):
-        experiment.read_normalisation(tiny_config(levels="db"), tmp_path)
+        build.read_normalisation(tiny_config(levels="db"), tmp_path)
     with pytest.raises(ValueError, match="found that of nothing, expected that of level and motion"):
-        experiment.make_feature_config(tiny_config(preset="wide", motion="standardised"))
+        build.make_feature_config(tiny_config(preset="wide", motion="standardised"))
 
 
 @pytest.mark.parametrize(
@@ -113,8 +113,8 @@ def test_a_dataset_without_them(tmp_path, metadata, says):
 def test_poses_of_the_train_split_are_standard_after_it(wide_config, data_dir, train_records, statistics, landmarks):
     """Mean 0 and standard deviation 1 over the pictures that count, but for the bridge, which stands still."""
     config = wide_config(system="av_unified", motion="pose", landmarks=landmarks)
-    normalisation = experiment.read_normalisation(config, input_pipeline.find_dataset(data_dir))
-    given = dataclasses.replace(experiment.make_feature_config(config, normalisation), video_rate="video")
+    normalisation = build.read_normalisation(config, input_pipeline.find_dataset(data_dir))
+    given = dataclasses.replace(build.make_feature_config(config, normalisation), video_rate="video")
     batch = batch_of(train_records)
     seen = jax.jit(features.make_features, static_argnums=2)(batch, np.zeros((len(train_records), 1, 2), np.int32), given)
     known = batch["landmarks_valid"]
@@ -129,7 +129,7 @@ def test_poses_of_the_train_split_are_standard_after_it(wide_config, data_dir, t
 def test_a_dataset_from_before_poses_lacks_nothing_else(wide_config, tiny_dir, data_dir, statistics, tmp_path, capsys):
     """2.0.0: what is standardised by other statistics is as before, and poses are refused in one line."""
     old = copy_of(tiny_dir, tmp_path, {k: v for k, v in statistics.items() if k != "pose"})
-    read = lambda where, **fields: experiment.read_normalisation(wide_config(**fields), input_pipeline.find_dataset(where))
+    read = lambda where, **fields: build.read_normalisation(wide_config(**fields), input_pipeline.find_dataset(where))
     for fields in ({}, {"system": "av_mtl_s2s"}, {"preset": "morrone", "system": "av_si"}, {"preset": "paper"}):
         assert read(old, **fields) == read(data_dir, **fields)
     assert read(old, preset="paper", motion="pose") == features.Normalisation(), "a_si sees no pose"
@@ -262,8 +262,8 @@ def test_a_network_that_says_0_says_the_mean_spectrum(wide_config, data_dir, sta
     from avsi_jax.restore import Restorer
 
     config = wide_config(preset="morrone")
-    params = jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), jax.eval_shape(lambda: experiment.init_params(config)))
-    normalisation = experiment.read_normalisation(config, input_pipeline.find_dataset(data_dir))
+    params = jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), jax.eval_shape(lambda: build.init_params(config)))
+    normalisation = build.read_normalisation(config, input_pipeline.find_dataset(data_dir))
     restored = Restorer(config, params, 0, normalisation).restore(batch, GAP)
     mask = np.asarray(restored.features.mask)
     expected = np.broadcast_to(np.float32(statistics["morrone"]["level_mean"]), (mask.sum(), 257))
@@ -275,7 +275,7 @@ def test_the_gaps_error_is_of_true_levels(restorer, wide_config, data_dir, batch
     from avsi_jax import gaps
 
     config, key = wide_config(), jax.random.key(3)
-    normalisation = experiment.read_normalisation(config, input_pipeline.find_dataset(data_dir))
+    normalisation = build.read_normalisation(config, input_pipeline.find_dataset(data_dir))
     arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
     sums = jax.jit(experiment.make_loss(config, normalisation))(restorer.params, arrays, key)[1]
     draw = {k: v for k, v in config.gaps.items() if k not in ("protocol", "curriculum_steps")}

@@ -16,7 +16,7 @@ import pytest
 from eight_clips import COUNTED, SAID, arrays, run
 
 import configs
-from avsi_jax import experiment, parallel, steps, text
+from avsi_jax import build, experiment, parallel, steps, text
 
 FIELDS = {
     "system": "av_mtl_si", "units": 8, "bottleneck": 8, "batch_size": 8, "loss.gap": 1.0, "loss.ctc": 0.01, "ema": 0.4,
@@ -342,7 +342,7 @@ def test_reading_errors_are_jiwers(batch, units):
 
 def test_who_does_not_read_has_no_reading_errors(batch):
     config = config_of(system="av_si")
-    shapes = jax.eval_shape(lambda: experiment.init_params(config))
+    shapes = jax.eval_shape(lambda: build.init_params(config))
     assert jax.eval_shape(steps.make_validation_step(config), shapes, arrays(batch))[1] == {}
     assert steps.reading_errors(config, batch, {}) == {}
 

@@ -9,7 +9,7 @@ import pytest
 from building import run
 
 import configs
-from avsi_jax import experiment, models, train
+from avsi_jax import build, models, train
 
 pytestmark = pytest.mark.slow  # minutes: the networks are the real ones
 
@@ -51,4 +51,4 @@ def test_it_learns_from_real_clips(name, data_dir, tmp_path):
     if system.reads:
         assert rows[-1]["train_ctc"] < rows[0]["train_ctc"] and rows[-1]["train_ctc_infeasible"] == 0
     run_json = json.loads((tmp_path / "run.json").read_text())
-    assert run_json["parameters"] == experiment.count_of(config) and run_json["dataset"]["version"] == "2.1.0"
+    assert run_json["parameters"] == build.count_of(config) and run_json["dataset"]["version"] == "2.1.0"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import configs
-from avsi_jax import experiment, phases, steps, train, workdir
+from avsi_jax import build, experiment, phases, steps, train, workdir
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,7 +73,7 @@ def test_config_and_run_are_kept(trained, tiny_config, tiny_dir):
     assert json.loads((trained / "config.json").read_text()) == json.loads(tiny_config().to_json())
     run = json.loads((trained / "run.json").read_text())
     assert run["versions"]["jax"] == jax.__version__ and run["processes"] == 1 and len(run["devices"]) == 4
-    assert run["parameters"] == experiment.count_of(tiny_config())
+    assert run["parameters"] == build.count_of(tiny_config())
     (version,) = (tiny_dir / "grid" / "speaker_independent").iterdir()
     assert run["dataset"]["clips"] == {"train": 9, "validation": 3} and run["dataset"]["version"] == version.name
     assert run["revision"]

@@ -13,13 +13,13 @@ def run(**fields) -> Run:
     """A run of a tiny av_unified: numbers drawn for its parameters and made up to standardise by; nothing is compiled."""
     import jax
 
-    from avsi_jax import experiment
+    from avsi_jax import build
     from avsi_jax.features import Normalisation, Scale
 
     wanted = {"units": 4, "layers": 1, "data_dir": "/somewhere/data", "preset": "wide"} | fields
     config = configs.load("av_unified", [(k, str(v)) for k, v in wanted.items()])
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: experiment.init_params(config))
+    shapes = jax.eval_shape(lambda: build.init_params(config))
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
     return Run(config, params, 7, Normalisation(Scale((-7.0,), (2.25,)), Scale((0.0,) * 272, (0.1,) * 272)))
 
