@@ -75,11 +75,11 @@ test-slow: venv
 
 test-beam:
 	@$(MAKE) venv VENV=.venv-beam CONSTRAINTS=constraints/beam.txt WANTED="'.[prepare,beam,synth,test]'"
-	.venv-beam/bin/python -m pytest tests/test_beam.py --durations=5 $(ARGS)
+	.venv-beam/bin/python -m pytest tests/tfds_grid/test_beam.py --durations=5 $(ARGS)
 
 test-gcs:
 	@$(MAKE) venv VENV=.venv-gcs WANTED="'.[gcs,test,test-gcs]'"
-	.venv-gcs/bin/python -m pytest tests/test_storage.py tests/test_board.py --durations=5 $(ARGS)
+	.venv-gcs/bin/python -m pytest tests/runtime/test_storage.py tests/training/test_tensorboard.py --durations=5 $(ARGS)
 
 demo: venv
 	@PATH="`cd "$(BIN)" && pwd`:$$PATH" GRID="$(GRID)" OUT="$(OUT)" EPOCHS="$(EPOCHS)" bash launch/demo.sh
@@ -91,16 +91,16 @@ docs: venv
 # e.g. https://download.pytorch.org/whl/cpu
 bench:
 	@$(MAKE) venv VENV=.venv-bench CONSTRAINTS=constraints/bench.txt WANTED="'.[$(EXTRA)]' torch keras $(TORCH_INDEX:%=--extra-index-url %)"
-	.venv-bench/bin/python benchmarks/train_step.py --json $(ARGS)
+	.venv-bench/bin/python -m benchmarks.speed.train_step --json $(ARGS)
 
 table: venv
-	"$(BIN)/python" benchmarks/results.py run --data_dir="$(DATA)" --runs="$(RUNS)" $(JUDGE:%=--judge="%") $(ARGS)
+	"$(BIN)/python" -m benchmarks.results.results run --data_dir="$(DATA)" --runs="$(RUNS)" $(JUDGE:%=--judge="%") $(ARGS)
 
 TPU_CACHE ?= $(HOME)/.cache/avsi_jax/tpu
 tpu:
 	@$(MAKE) venv VENV=.venv-tpu CONSTRAINTS=constraints/tpu.txt WANTED="'.[tpu,prepare,test]'"
-	.venv-tpu/bin/python -m pytest -m "slow or not slow" tests/test_tpu_compile.py tests/test_pallas_lstm.py
-	.venv-tpu/bin/python benchmarks/tpu_compile.py --cache="$(TPU_CACHE)" $(ARGS)
+	.venv-tpu/bin/python -m pytest -m "slow or not slow" tests/benchmarks/test_tpu_compile.py tests/benchmarks/test_pallas_lstm.py
+	.venv-tpu/bin/python -m benchmarks.tpu.tpu_compile --cache="$(TPU_CACHE)" $(ARGS)
 
 clean:
 	rm -rf "$(VENV)" .venv-beam .venv-bench .venv-gcs .venv-tpu build dist *.egg-info .pytest_cache .ruff_cache

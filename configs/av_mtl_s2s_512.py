@@ -3,7 +3,7 @@
 avsi-train --config=av_mtl_s2s_512 --workdir=DIR --config.data_dir=DATA
 """
 
-from configs import av_mtl_s2s
+from avsi_jax.configs import av_mtl_s2s
 
 
 def get_config():

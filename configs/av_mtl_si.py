@@ -3,7 +3,7 @@
 avsi-train --config=av_mtl_si --workdir=DIR --config.data_dir=DATA
 """
 
-from configs import base
+from avsi_jax.configs import base
 
 
 def get_config():

@@ -4,7 +4,7 @@ the two: av_s2s against it is the bottleneck's part, it against av_mtl_s2s the C
 avsi-train --config=av_s2s_136 --workdir=DIR --config.data_dir=DATA
 """
 
-from configs import av_s2s
+from avsi_jax.configs import av_s2s
 
 
 def get_config():

@@ -3,7 +3,7 @@
 avsi-train --config=av_unified_paper --workdir=DIR --config.data_dir=DATA
 """
 
-from configs import av_unified
+from avsi_jax.configs import av_unified
 
 
 def get_config():

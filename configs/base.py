@@ -16,8 +16,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.fidelity = "ours"
 
     # What is trained.
-    config.system = "av_mtl_s2s"  # a name of avsi_jax.models.SYSTEMS
-    config.preset = "paper"  # signal preset of avsi_jax.spec: paper (8 kHz, 64 mel), wide (16 kHz, 80 mel), morrone
+    config.system = "av_mtl_s2s"  # a name of avsi_jax.models.systems.SYSTEMS
+    config.preset = "paper"  # signal preset of avsi_jax.presets: paper (8 kHz, 64 mel), wide (16 kHz, 80 mel), morrone
     # preset: levels as the preset has them, in [0, 1] at paper, standardised by the train split at wide and morrone;
     # standardised: at every preset, so that loss.ctc weighs the same everywhere.
     config.levels = "preset"
@@ -57,7 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.gaps.min_ms = 60.0  # 3 frames, the shortest gap
     config.gaps.curriculum_steps = 0  # over so many steps the time lost grows to what is said above
 
-    # Training clips made others (avsi_jax.augment says how); 0: not.
+    # Training clips made others (avsi_jax.data.augmentation says how); 0: not.
     config.augment = ml_collections.ConfigDict()
     config.augment.speed = 0.0  # sound and picture faster or slower by up to this share
     config.augment.gain_db = 0.0  # louder or softer by up to

@@ -3,7 +3,7 @@
 avsi-train --config=debug --workdir=DIR --config.data_dir=DATA
 """
 
-from configs import tiny
+from avsi_jax.configs import tiny
 
 
 def get_config():

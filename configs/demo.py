@@ -3,7 +3,7 @@
 avsi-train --config=demo --workdir=DIR --config.data_dir=DATA [--config.system=a_si]
 """
 
-from configs import base
+from avsi_jax.configs import base
 
 
 def get_config():

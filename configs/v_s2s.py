@@ -3,7 +3,7 @@
 avsi-train --config=v_s2s --workdir=DIR --config.data_dir=DATA
 """
 
-from configs import av_s2s
+from avsi_jax.configs import av_s2s
 
 
 def get_config():

@@ -37,7 +37,7 @@ if "jax" in sys.modules:
 
 gc.set_threshold(100_000, 20, 50)  # tracing makes objects by the million that live: looking at them all takes a sixth of the time
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 
 # Files that take longest, longest first: begun last, one would leave a core idle. The second one trains nothing, so that it need
 # not wait for the training that the first one makes for all.
@@ -130,26 +130,26 @@ def synthetic_dir(once) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_dir(once) -> Path:
-    """config.data_dir of the made-up dataset of tests/tiny_data.py: 9 clips to train on, 3 to validate, 3 to test."""
-    import tiny_data
+    """config.data_dir of the made-up dataset of tests/support/tiny_data.py: 9 clips to train on, 3 to validate, 3 to test."""
+    from tests.support import tiny_data
 
     return once("tiny_data", tiny_data.build) / "data"
 
 
 @pytest.fixture(scope="session")
 def shared_steps():
-    """Trainings in this process share what they trace (tests/compiled_once.py)."""
-    import compiled_once
+    """Trainings in this process share what they trace (tests/support/shared_compilation.py)."""
+    from tests.support import shared_compilation
 
     with pytest.MonkeyPatch.context() as patch:
-        compiled_once.share(patch)
+        shared_compilation.share(patch)
         yield
 
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_dir, shared_steps):
     """tiny_config(**fields) -> config `tiny`, smaller still, on the tiny dataset; fields override, loss__gap=1 is loss.gap."""
-    import configs
+    from avsi_jax import configs
 
     def make(**fields):
         wanted = {"data_dir": tiny_dir, "units": 8, "bottleneck": 8} | fields
@@ -161,20 +161,20 @@ def tiny_config(tiny_dir, shared_steps):
 @pytest.fixture(scope="session")
 def trained(tiny_config, once) -> Path:
     """The workdir of two epochs of `tiny`, uninterrupted. Not to be changed by a test."""
-    from avsi_jax import train
+    from avsi_jax.training import cli
 
-    return once("trained", lambda folder: train.train(tiny_config(), folder / "run")) / "run"
+    return once("trained", lambda folder: cli.train(tiny_config(), folder / "run")) / "run"
 
 
 @pytest.fixture(scope="session")
 def untrained_a_si(tiny_config, tmp_path_factory) -> Path:
     """The workdir of a tiny a_si as it is before its first step. Not to be changed by a test."""
-    from avsi_jax import checkpoints, steps, workdir
+    from avsi_jax.training import checkpoints, run_directory, train_step
 
     folder = tmp_path_factory.mktemp("untrained") / "run"
     config = tiny_config(system="a_si")
-    workdir.check_config(config, folder)
+    run_directory.check_config(config, folder)
     saved = checkpoints.Checkpoints(folder)
-    saved.save(0, steps.init_state(config, 1), {}, 0.0)
+    saved.save(0, train_step.init_state(config, 1), {}, 0.0)
     saved.close()
     return folder

@@ -17,9 +17,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PACKAGES = PYPROJECT["tool"]["setuptools"]["packages"]
+FOLDERS = ("avsi_jax", "configs", "tfds_grid")  # of the checkout; configs is installed as avsi_jax.configs
 SCRIPTS = PYPROJECT["project"]["scripts"]
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
 HEAVY = "jax jaxlib flax optax orbax grain tensorflow tensorflow_datasets librosa numba scipy av cv2 matplotlib gradio".split()
@@ -53,7 +53,7 @@ def wheel(tmp_path_factory) -> Path:
     work = tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, work)
-    for package in PACKAGES:
+    for package in FOLDERS:
         shutil.copytree(ROOT / package, work / package, ignore=shutil.ignore_patterns("__pycache__"))
     command = "-m pip wheel --no-deps --no-build-isolation -q -w out .".split()
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=work)
@@ -70,10 +70,15 @@ def unpacked(wheel, tmp_path_factory) -> Path:
     return folder
 
 
+def installed_path(path: Path) -> str:
+    """Where a file of the checkout lies in the wheel."""
+    return f"avsi_jax/{path.as_posix()}" if path.parts[0] == "configs" else path.as_posix()
+
+
 def test_wheel_holds_every_file_of_the_packages(unpacked):
     wanted = {
-        p.relative_to(ROOT).as_posix()
-        for package in PACKAGES
+        installed_path(p.relative_to(ROOT))
+        for package in FOLDERS
         for p in (ROOT / package).rglob("*")
         if p.is_file() and "__pycache__" not in p.parts
     }
@@ -87,8 +92,8 @@ def test_wheel_holds_every_file_of_the_packages(unpacked):
     "pattern",
     [
         "avsi_jax/py.typed",
-        "avsi_jax/face_models/*.tflite",
-        "configs/base.py",
+        "avsi_jax/face/networks/*.tflite",
+        "avsi_jax/configs/base.py",
         "tfds_grid/README.md",
         "tfds_grid/CITATIONS.bib",
         "tfds_grid/TAGS.txt",
@@ -121,11 +126,11 @@ def test_wheel_tells_version_commands_and_python(unpacked):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_loads_from_another_folder(unpacked, tmp_path, name):
-    code = f"import configs.{name} as c; c.get_config(); print(c.__file__)"
+    code = f"import avsi_jax.configs.{name} as c; c.get_config(); print(c.__file__)"
     env = {**os.environ, "PYTHONPATH": str(unpacked)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()) == unpacked / "configs" / f"{name}.py"
+    assert Path(done.stdout.strip()) == unpacked / "avsi_jax" / "configs" / f"{name}.py"
 
 
 def test_package_import_is_light(tmp_path):
@@ -169,10 +174,9 @@ def test_wrong_arguments_are_told_in_one_line(script, args, tmp_path):
 
 def third_party_imports(package: str) -> dict[str, str]:
     """Top-level name of every library the package imports, anywhere in its files -> the file."""
-    beside = (p.stem for folder in ("tests", "benchmarks") for p in (ROOT / folder).glob("*.py"))
-    ours = {*PACKAGES, *sys.stdlib_module_names, *beside}
+    ours = {*FOLDERS, "tests", "benchmarks", *sys.stdlib_module_names}
     names = {}
-    for path in sorted((ROOT / package).glob("*.py")):
+    for path in sorted((ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:

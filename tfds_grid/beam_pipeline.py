@@ -3,7 +3,7 @@
     clips in batches | measured, made into records | shards planned | shards written | one file that tells what became of all
 
 TFDS's own Beam writer cuts shards by ranges of the hash, which gives them uneven lengths; here they are cut by the number of
-records, as TFDS does without Beam. Clips are decoded in a child process (workers.py), which may hang or crash without harm; it
+records, as TFDS does without Beam. Clips are decoded in a child process (runtime/process_pool.py), which may hang or crash without harm; it
 serves one batch, so that a pipeline that is cancelled leaves none behind.
 """
 
@@ -25,7 +25,7 @@ from tensorflow_datasets.core import example_serializer, hashing, naming, splits
 from tensorflow_datasets.core.utils import py_utils, shard_utils
 
 import avsi_jax
-from avsi_jax import workers as pool
+from avsi_jax.runtime import process_pool as pool
 from tfds_grid import clips, grid_dataset_builder, measuring, prepare, speakers
 
 CLIPS_A_BATCH = 64  # half a minute of work: starting a child, about a second, is paid once a batch
@@ -93,7 +93,7 @@ class MakeRecords(beam.DoFn):
 
 def code_here() -> dict[str, str]:
     """What decides on the bytes of a record: releases, and the face models' hash."""
-    from avsi_jax import landmarks
+    from avsi_jax.face import landmarks
 
     own = {"avsi_jax": avsi_jax.__version__, "measuring": str(clips.CODE_VERSION), "face models": landmarks.model_fingerprint()}
     return prepare.package_versions() | own
@@ -109,7 +109,7 @@ class TrainStatistics(beam.CombineFn):
         return self.merge_accumulators([sums, of_clip])
 
     def merge_accumulators(self, accumulators):
-        from avsi_jax import train_statistics
+        from avsi_jax.data import train_statistics
 
         total: dict = {}
         for sums in filter(None, accumulators):

@@ -18,7 +18,9 @@ import shutil
 
 import numpy as np
 
-from avsi_jax import media, spec, text
+from avsi_jax import presets
+from avsi_jax.data import grid_text as grid_text_lib
+from avsi_jax.media import clip_io
 from tfds_grid.raw_files import RawDataError, RawFile
 from tfds_grid.speakers import RawClip
 
@@ -50,7 +52,7 @@ def measure(clip: RawClip, *, mouth: bool) -> dict[str, np.ndarray]:
     frame_size (2,) int32 width and height, fps () float32 (25), notes (n,) str, and with `mouth` mouth (T, 96, 96) uint8.
     Raises UnusableClipError where the clip can't be decoded, has no sound, shows no face or is cut short.
     """
-    from avsi_jax import landmarks
+    from avsi_jax.face import landmarks
 
     notes: list[str] = []
     try:
@@ -60,9 +62,9 @@ def measure(clip: RawClip, *, mouth: bool) -> dict[str, np.ndarray]:
             if video.pictures is None:
                 raise UnusableClipError("no pictures in it")
             rgb, times = video.pictures.rgb, video.pictures.times
-            _check_lengths(clip, video.pictures, len(audio) / spec.RECORD_RATE, notes)
+            _check_lengths(clip, video.pictures, len(audio) / presets.RECORD_RATE, notes)
             track = _tracker()(rgb)
-    except (media.MediaError, landmarks.NoFaceError, RawDataError) as e:
+    except (clip_io.MediaError, landmarks.NoFaceError, RawDataError) as e:
         raise UnusableClipError(_without_path(e, clip)) from e
     except OSError as e:
         raise UnusableClipError(f"can't be read: {e.strerror or e}") from e
@@ -76,7 +78,7 @@ def measure(clip: RawClip, *, mouth: bool) -> dict[str, np.ndarray]:
         "landmarks": points,
         "landmarks_valid": valid,
         "frame_size": np.array(rgb.shape[2:0:-1], np.int32),
-        "fps": np.float32(spec.GRID_FPS),
+        "fps": np.float32(presets.GRID_FPS),
         "notes": np.array([*notes, *(f"face: {w}" for w in track.warnings)], dtype=np.str_),
     }
     crops = landmarks.mouth_crops(rgb, track.points) if mouth else None
@@ -85,7 +87,7 @@ def measure(clip: RawClip, *, mouth: bool) -> dict[str, np.ndarray]:
 
 def record(clip: RawClip, measured: dict[str, np.ndarray]) -> dict:
     """The features of a clip's record (DESIGN.md section 3)."""
-    said, words, _ = read_words(clip, len(measured["audio"]) / spec.RECORD_RATE)
+    said, words, _ = read_words(clip, len(measured["audio"]) / presets.RECORD_RATE)
     return {"id": clip.id, "speaker": clip.speaker, "text": said, "words": words} | {
         name: value[..., None] if name == "mouth" else value  # TFDS wants a channel
         for name, value in measured.items()
@@ -102,7 +104,7 @@ def read_words(clip: RawClip, duration_s: float = np.inf) -> tuple[str, list[dic
     A Grid id names its words; an .align that names others, can't be read, or ends well after the sound is not believed. Of
     other clips the text is the .align's words, or those of a transcript (.txt): lower case, without punctuation.
     """
-    grid_text = " ".join(text.words_of(clip.id)) if clip.is_grid else ""
+    grid_text = " ".join(grid_text_lib.words_of(clip.id)) if clip.is_grid else ""
     if clip.words is None:
         return grid_text, [], ""
     try:
@@ -176,7 +178,7 @@ def load_measured(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 def _fingerprint(clip: RawClip, mouth: bool) -> str:
     """Changes with the clip's files, the face models and CODE_VERSION."""
-    from avsi_jax import landmarks
+    from avsi_jax.face import landmarks
 
     digest = hashlib.sha256(f"{CODE_VERSION} {mouth} {landmarks.model_fingerprint()} {clip.id}".encode())
     try:
@@ -202,52 +204,52 @@ def free_space(folder) -> str:
 
 @contextlib.contextmanager
 def _decoded(clip: RawClip, notes: list[str]):
-    """The clip as media.Clip. Where its own sound can't be decoded and there is a wav, its pictures alone."""
+    """The clip as clip_io.Clip. Where its own sound can't be decoded and there is a wav, its pictures alone."""
     with contextlib.ExitStack() as stack:
         if clip.video is None:
             paths = [stack.enter_context(picture.on_disk()) for picture in clip.pictures]
             numbers = [picture.number for picture in clip.pictures]
-            film = media.read_pictures(paths, None if None in numbers else numbers, max_bytes=MAX_DECODED_BYTES)
-            yield media.Clip(str(paths[0].parent), film, None)
+            film = clip_io.read_pictures(paths, None if None in numbers else numbers, max_bytes=MAX_DECODED_BYTES)
+            yield clip_io.Clip(str(paths[0].parent), film, None)
             return
         path = stack.enter_context(clip.video.on_disk())
         try:
-            decoded = media.read_clip(path, max_bytes=MAX_DECODED_BYTES)
-        except media.MediaError as e:
+            decoded = clip_io.read_clip(path, max_bytes=MAX_DECODED_BYTES)
+        except clip_io.MediaError as e:
             if clip.sound is None:
                 raise
-            decoded = media.read_clip(path, sound=False, max_bytes=MAX_DECODED_BYTES)
+            decoded = clip_io.read_clip(path, sound=False, max_bytes=MAX_DECODED_BYTES)
             notes.append(f"sound: the video's own can't be decoded ({_without_path(e, clip)}); the wav alone is used")
         yield decoded
 
 
-def _sound(clip: RawClip, video: media.Clip, notes: list[str]) -> tuple[np.ndarray, float]:
+def _sound(clip: RawClip, video: clip_io.Clip, notes: list[str]) -> tuple[np.ndarray, float]:
     """Sound (N,) int16 and how many seconds it lags the pictures."""
     wav = _read_wav(clip.sound, notes) if clip.sound else None
     own = _own_sound(video, notes, needed=wav is None)
     if wav is not None and own is not None and len(wav) < MIN_COVER * len(own):
-        notes.append(f"wav: is cut short, {len(wav) / spec.RECORD_RATE:.2f} s; not used")
+        notes.append(f"wav: is cut short, {len(wav) / presets.RECORD_RATE:.2f} s; not used")
         wav = None
     if wav is None:
         if own is None:
             raise UnusableClipError("no sound in it and no wav beside it")
-        return media.to_int16(own), media.sound_lag_s(video)
+        return clip_io.to_int16(own), clip_io.sound_lag_s(video)
     if own is None:
-        return media.to_int16(wav), 0.0
+        return clip_io.to_int16(wav), 0.0
     lag_s, match = lag_after(own, wav)
     if not match >= MIN_MATCH:
         notes.append(f"wav: is not this clip's sound (correlation {match:.2f}); not used")
-        return media.to_int16(own), media.sound_lag_s(video)
-    return media.to_int16(wav), media.sound_lag_s(video) - lag_s
+        return clip_io.to_int16(own), clip_io.sound_lag_s(video)
+    return clip_io.to_int16(wav), clip_io.sound_lag_s(video) - lag_s
 
 
-def _own_sound(video: media.Clip, notes: list[str], *, needed: bool) -> np.ndarray | None:
+def _own_sound(video: clip_io.Clip, notes: list[str], *, needed: bool) -> np.ndarray | None:
     """The video's own sound (N,) at 16 kHz; None where it has none, or none that says anything and a wav stands in."""
     if video.sound is None:
         return None
     try:
         own = _at_record_rate(video.sound)
-    except media.MediaError as e:
+    except clip_io.MediaError as e:
         if needed:
             raise
         notes.append(f"sound: the video's own is not used ({e})")
@@ -259,37 +261,37 @@ def _read_wav(file: RawFile, notes: list[str]) -> np.ndarray | None:
     """(N,) float32 at 16 kHz, None where it can't be read."""
     try:
         with file.on_disk() as path:
-            return _at_record_rate(media.read_clip(path).sound)
-    except (media.MediaError, RawDataError, OSError) as e:
+            return _at_record_rate(clip_io.read_clip(path).sound)
+    except (clip_io.MediaError, RawDataError, OSError) as e:
         notes.append(f"wav: can't be read ({one_line(e).rpartition(': ')[2]}); not used")
         return None
 
 
-def _at_record_rate(sound: media.Sound) -> np.ndarray:
+def _at_record_rate(sound: clip_io.Sound) -> np.ndarray:
     """(N,) float32 at 16 kHz, channels averaged; MediaError where samples are no numbers."""
     if not np.isfinite(sound.samples).all():
-        raise media.MediaError("the sound holds NaN or infinite samples")
-    return media.resample(media.mono(sound.samples), sound.rate, spec.RECORD_RATE)
+        raise clip_io.MediaError("the sound holds NaN or infinite samples")
+    return clip_io.resample(clip_io.mono(sound.samples), sound.rate, presets.RECORD_RATE)
 
 
 def lag_after(late: np.ndarray, early: np.ndarray) -> tuple[float, float]:
     """Seconds by which `late` comes after `early`, both (N,) at 16 kHz, and the correlation there (1: the same sound)."""
     size = len(late) + len(early)
     product = np.fft.irfft(np.fft.rfft(late, size) * np.conj(np.fft.rfft(early, size)), size)
-    reach = round(MAX_LAG_S * spec.RECORD_RATE)
+    reach = round(MAX_LAG_S * presets.RECORD_RATE)
     near = np.roll(product, reach)[: 2 * reach + 1]  # lags -reach .. reach
     best = int(np.clip(near.argmax(), 1, 2 * reach - 1))
     before, top, after = near[best - 1 : best + 2]
     curve = before - 2 * top + after
     shift = 0.5 * (before - after) / curve if curve else 0.0  # top of the parabola through three points
     power = np.linalg.norm(late) * np.linalg.norm(early)
-    return float(best - reach + shift) / spec.RECORD_RATE, float(top / power) if power else 0.0
+    return float(best - reach + shift) / presets.RECORD_RATE, float(top / power) if power else 0.0
 
 
 @functools.cache
 def _tracker():
     """One a process: it holds the face models."""
-    from avsi_jax import landmarks
+    from avsi_jax.face import landmarks
 
     return landmarks.FaceTracker()
 
@@ -300,10 +302,10 @@ def _at_25_fps(points, valid, times, fps) -> tuple[np.ndarray, np.ndarray, np.nd
     points (T, 68, 2), valid (T,), times (T,) s from the first picture. Between two pictures a point moves in a straight line; it
     is valid where both are and no more than MAX_HOLE_S lies between them.
     """
-    raster = np.arange(len(times)) / spec.GRID_FPS
+    raster = np.arange(len(times)) / presets.GRID_FPS
     if np.abs(times - raster).max() < SAME_TIME_S:
         return points, valid, None
-    wanted = np.arange(max(1, round((times[-1] + 1 / fps) * spec.GRID_FPS))) / spec.GRID_FPS
+    wanted = np.arange(max(1, round((times[-1] + 1 / fps) * presets.GRID_FPS))) / presets.GRID_FPS
     high = np.clip(np.searchsorted(times, wanted), 0, len(times) - 1)
     low = np.where((times[high] <= wanted) | (high == 0), high, high - 1)
     span = times[high] - times[low]
@@ -324,14 +326,14 @@ def _check_sound(audio: np.ndarray, notes: list[str]) -> None:
         notes.append(f"clipped: {share:.1%} of the samples are at full scale")
 
 
-def _check_lengths(clip: RawClip, pictures: media.Pictures, sound_s: float, notes: list[str]) -> None:
+def _check_lengths(clip: RawClip, pictures: clip_io.Pictures, sound_s: float, notes: list[str]) -> None:
     frames, pictures_s = len(pictures.rgb), float(pictures.times[-1] + 1 / pictures.fps)
-    if clip.is_grid and pictures_s * spec.GRID_FPS < MIN_GRID_FRAMES - 0.5:
+    if clip.is_grid and pictures_s * presets.GRID_FPS < MIN_GRID_FRAMES - 0.5:
         raise UnusableClipError(f"cut short: {frames} pictures, {pictures_s:.2f} s of the 3 s of a Grid clip")
     if min(pictures_s, sound_s) < MIN_COVER * max(pictures_s, sound_s):
         raise UnusableClipError(f"cut short: its pictures last {pictures_s:.2f} s, its sound {sound_s:.2f} s")
-    if clip.is_grid and frames != spec.GRID_FRAMES and abs(pictures.fps - spec.GRID_FPS) < 0.1:
-        notes.append(f"pictures: {frames}, not {spec.GRID_FRAMES}")
+    if clip.is_grid and frames != presets.GRID_FRAMES and abs(pictures.fps - presets.GRID_FPS) < 0.1:
+        notes.append(f"pictures: {frames}, not {presets.GRID_FRAMES}")
 
 
 def _check_faces(valid: np.ndarray) -> None:

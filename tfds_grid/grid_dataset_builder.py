@@ -52,15 +52,15 @@ def _in_fixed_order(data: bytes) -> bytes:
 
 
 def clip_sums(example: dict) -> dict[str, np.ndarray]:
-    """What a clip adds to the train statistics (avsi_jax.train_statistics, which brings jax)."""
-    from avsi_jax import train_statistics
+    """What a clip adds to the train statistics (avsi_jax.data.train_statistics, which brings jax)."""
+    from avsi_jax.data import train_statistics
 
     return train_statistics.clip_sums(example)
 
 
 def statistics_of(sums: Iterable[dict[str, np.ndarray]]) -> dict:
     """The train statistics of these clips, as the metadata holds them."""
-    from avsi_jax import train_statistics
+    from avsi_jax.data import train_statistics
 
     return train_statistics.finish(functools.reduce(train_statistics.add, sums))
 
@@ -150,7 +150,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     def describe_build(self) -> None:
         """Writes into the metadata how the records are made; the train statistics follow when its examples have been seen."""
-        from avsi_jax import landmarks
+        from avsi_jax.face import landmarks
 
         self.info.metadata["face_models_sha256"] = landmarks.model_fingerprint()
         self.info.metadata["measured_by_code_version"] = clips.CODE_VERSION

@@ -19,7 +19,7 @@ import textwrap
 import zlib
 from collections.abc import Iterable
 
-from avsi_jax import text
+from avsi_jax.data import grid_text
 
 MIN_CLIPS = 33_000  # that a table is made of
 TABLE = pathlib.Path(__file__).with_name("speakers_of_ids.txt")  # base64 of zlib of a byte an id: n of its speaker sn, 0 for none
@@ -27,7 +27,7 @@ TABLE = pathlib.Path(__file__).with_name("speakers_of_ids.txt")  # base64 of zli
 
 def all_ids() -> list[str]:
     """The 64,000 ids of the grammar, in the order of its words; the corpus holds 34,000 of them."""
-    return ["".join(letters) for letters in itertools.product(*text.SLOTS)]
+    return ["".join(letters) for letters in itertools.product(*grid_text.SLOTS)]
 
 
 def speaker_of(clip_id: str) -> str | None:
@@ -51,7 +51,7 @@ def make_table(alignments: Iterable[str]) -> str:
     numbers: dict[str, int] = {}
     for path in alignments:
         found = re.search(r"(?:^|/)s([1-9]\d?)/([^/]+)\.align$", path)
-        if not found or not text.is_grid_id(found[2]):
+        if not found or not grid_text.is_grid_id(found[2]):
             raise ValueError(f"{path}: expected paths such as s1/bbaf2n.align")
         number, clip_id = int(found[1]), found[2]
         if numbers.setdefault(clip_id, number) != number:

@@ -1,7 +1,7 @@
 """Every clip of a corpus, measured on all cores: each becomes a file in the cache, or the reason why it can't.
 
 Clips come from the network and are decoded by C libraries, so that a clip may hang or crash; it is then skipped like any other that
-can't be used (avsi_jax/workers.py).
+can't be used (runtime/process_pool.py).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import math
 import pathlib
 import sys
 
-from avsi_jax import spec
-from avsi_jax import workers as pool
+from avsi_jax import presets
+from avsi_jax.runtime import process_pool as pool
 from tfds_grid import raw_files, speakers
 
 CLIP_TIMEOUT_S = 120  # a clip takes 0.4 s
@@ -32,7 +32,7 @@ class Measured:
 
 def start_worker() -> None:
     """Loads what a clip needs, once; one core a worker: the pool is the parallelism."""
-    from avsi_jax import landmarks
+    from avsi_jax.face import landmarks
     from tfds_grid import clips  # noqa: F401
 
     landmarks.use_one_thread()
@@ -47,7 +47,7 @@ def measure_one(clip: speakers.RawClip, cache: pathlib.Path, mouth: bool) -> Mea
     try:
         path = clips.measure_cached(clip, cache, mouth=mouth)
         found = clips.load_measured(path)
-        *_, no_words = clips.read_words(clip, len(found["audio"]) / spec.RECORD_RATE)
+        *_, no_words = clips.read_words(clip, len(found["audio"]) / presets.RECORD_RATE)
     except clips.UnusableClipError as e:
         return Measured(clip.id, None, unusable=str(e), notes=notes)
     except raw_files.NoRoomError as e:

@@ -14,7 +14,7 @@ import pathlib
 import re
 from collections.abc import Iterable, Mapping
 
-from avsi_jax import text
+from avsi_jax.data import grid_text
 from tfds_grid import grid_ids, raw_files
 from tfds_grid.raw_files import RawFile
 
@@ -53,7 +53,7 @@ class RawClip:
 
     @property
     def is_grid(self) -> bool:
-        return text.is_grid_id(self.id)
+        return grid_text.is_grid_id(self.id)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _candidates(files: list[RawFile], layout: str) -> list[RawClip]:
             folders[f.place.rpartition("/")[0]].append(f)
     for place, pictures in folders.items():
         named = RawFile(pathlib.Path(), place)  # the folder as if it were a file
-        if len(pictures) > 1 and (layout == "folder" or text.is_grid_id(named.name)):
+        if len(pictures) > 1 and (layout == "folder" or grid_text.is_grid_id(named.name)):
             ordered = sorted(pictures, key=lambda f: (f.number, f.place))
             clip_id = named.name if layout == "grid" else place
             found.append(_clip(None, tuple(ordered), named.folders, clip_id, layout))

@@ -26,7 +26,9 @@ from collections.abc import Sequence
 import numpy as np
 
 import avsi_jax
-from avsi_jax import media, mpeg, text, workers
+from avsi_jax.data import grid_text
+from avsi_jax.media import clip_io, grid_mpeg
+from avsi_jax.runtime import process_pool
 from tfds_grid import espeak, grid_ids, visemes
 
 NUM_FRAMES, RATE = 75, 25_000  # pictures, Hz: as Grid's videos and its audio_25k
@@ -92,13 +94,13 @@ def make_clip(speaker: str, clip_id: str, seed: int) -> SyntheticClip:
 
 def speak(speaker: str, clip_id: str, rng: np.random.Generator) -> Speech:
     """The id's sentence in the speaker's voice, each time a little faster or slower, higher or lower, sooner or later."""
-    words = text.words_of(clip_id)
+    words = grid_text.words_of(clip_id)
     said = _say(" ".join(SPELT.get(word, word) for word in words), VOICES[speaker], rng)
     if len(said.words) != len(words):
         raise espeak.EspeakError(f"eSpeak NG says {clip_id} as {len(said.words)} words, expected {len(words)}")
     scale = RATE / said.rate
     phones = [(round(at * scale), name) for at, name in said.phones]
-    voice = media.resample(media.from_int16(np.frombuffer(said.pcm, "<i2")), said.rate, RATE)
+    voice = clip_io.resample(clip_io.from_int16(np.frombuffer(said.pcm, "<i2")), said.rate, RATE)
     spoken = [at for at, name in phones if not name.startswith("_")]
     end = next((at for at, _ in phones if at > spoken[-1]), len(voice))
     first = round(rng.uniform(0.4, 0.6) * (NUM_SAMPLES - end))  # about as much silence before as after
@@ -110,7 +112,7 @@ def speak(speaker: str, clip_id: str, rng: np.random.Generator) -> Speech:
     edges = [0, *starts, first + end, NUM_SAMPLES]
     ends = [at for at, _ in phones[1:]] + [len(voice)]
     return Speech(
-        media.to_int16(sound),
+        clip_io.to_int16(sound),
         tuple(zip(edges[:-1], edges[1:], ["sil", *words, "sil"])),
         tuple(((first + at) / RATE, (first + stop) / RATE, name) for (at, name), stop in zip(phones, ends)),
     )
@@ -159,8 +161,8 @@ def write_clip(raw: pathlib.Path, speaker: str, clip_id: str, seed: int) -> None
         return
     clip = make_clip(speaker, clip_id, seed)
     half = {path: raw / UNFINISHED / path.name for path in (video, sound, words)}
-    mpeg.write_clip(half[video], clip.pictures, visemes.FPS, clip.speech.sound, RATE)
-    media.write_sound(half[sound], clip.speech.sound, RATE)
+    grid_mpeg.write_clip(half[video], clip.pictures, visemes.FPS, clip.speech.sound, RATE)
+    clip_io.write_sound(half[sound], clip.speech.sound, RATE)
     half[words].write_text("".join(f"{start} {end} {word}\n" for start, end, word in clip.speech.words))
     for path in half:
         half[path].replace(path)
@@ -213,7 +215,7 @@ def _open_folder(raw: pathlib.Path, note: str, overwrite: bool) -> None:
         mine[0].replace(begun)  # ours still, but no longer complete
         for folder in (*(raw / home / name for home in ("audio_25k", "alignments", "") for name in VOICES),):
             for path in folder.glob("*"):
-                if text.is_grid_id(path.stem) and path.suffix in (".mpg", ".wav", ".align"):
+                if grid_text.is_grid_id(path.stem) and path.suffix in (".mpg", ".wav", ".align"):
                     path.unlink()
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
@@ -256,7 +258,7 @@ def _write_all(raw: pathlib.Path, jobs: Sequence[tuple[str, str]], seed: int, nu
     import tqdm
 
     calls = [(raw, *job, seed) for job in jobs]
-    outcomes = workers.run(
+    outcomes = process_pool.run(
         write_clip, calls, workers=number, timeout_s=CLIP_TIMEOUT_S, memory_mb=CLIP_MEMORY_MB, start=_start_worker
     )
     for outcome in tqdm.tqdm(outcomes, "making", len(calls), unit="clip", mininterval=1):

@@ -20,7 +20,7 @@ from scipy import ndimage
 from tfds_grid.visemes import ROUND, TONGUE
 
 WIDTH, HEIGHT = 360, 288
-LOOKS = (6, 35, 37, 3, 27, 2)  # seeds; of 25 tried, six unlike faces whose lips landmarks.py follows well
+LOOKS = (6, 35, 37, 3, 27, 2)  # seeds; of 25 tried, six unlike faces whose lips face/landmarks.py follows well
 
 PHOTO_LEFT, PHOTO_RIGHT, PHOTO_BOTTOM = 80, 380, 230  # what is used of the photo's 512 x 512 pixels
 PLATE_X, PLATE_Y, PLATE_WIDTH, PLATE_HEIGHT = 100, 2, 250, 202  # what the plate shows of the photo, photo pixels
@@ -323,7 +323,7 @@ def _views(num_frames: int, rng: np.random.Generator) -> np.ndarray:
     turn = np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], 1)
     shift = np.stack([WIDTH / 2 + dx, 0.56 * HEIGHT + dy], -1) - turn @ centre
     views = np.concatenate([turn, shift[..., None]], -1)
-    views[:, 0] *= -1  # mirrored: landmarks.py follows these lips better so
+    views[:, 0] *= -1  # mirrored: face/landmarks.py follows these lips better so
     views[:, 0, 2] += WIDTH - 1
     return views
 

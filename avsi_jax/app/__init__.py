@@ -1,0 +1,1 @@
+"""The command avsi-app: a local web page that restores uploaded clips."""

@@ -1,0 +1,1 @@
+"""Signal processing: spectrograms, gap masks, the Griffin-Lim vocoder, gap detection."""

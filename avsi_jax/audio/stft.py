@@ -1,0 +1,232 @@
+"""Waveform <-> spectrogram <-> log-mel, in jnp, no state, differentiable, one preset (`presets.Spec`) at a time.
+
+Conventions are librosa's (Hann window, zero padding at both ends where centred, Slaney mel on magnitudes), because the paper's
+code used librosa; tests hold every function here to librosa or scipy. Levels are what a network sees, decibels what a reader sees.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from avsi_jax.presets import RECORD_RATE, Spec
+
+FIR_BLOCK = 128  # samples that one matrix product makes
+FIR_HALF_TAPS = 64  # taps of the decimating filter on each side, in record samples: 4 ms
+DB_FLOOR = -80.0  # of the 'db' level, and of every log-mel error that is reported
+MEL_BASES = Path(__file__).parent / "mel_bases.npz"
+MIN_MAGNITUDE = 1e-5  # floor under the logarithm of the 'db' level (-100 dB, then clipped to DB_FLOOR)
+
+
+# ---- rate ----------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def decimation_filter(factor: int) -> np.ndarray:
+    """Low-pass FIR (2 x FIR_HALF_TAPS + 1,) for keeping every `factor`-th sample; zero phase, unit gain at 0 Hz (Kaiser, 80 dB)."""
+    at, cutoff = np.arange(-FIR_HALF_TAPS, FIR_HALF_TAPS + 1), 0.94 / factor
+    taps = np.sinc(cutoff * at) * np.kaiser(len(at), 0.1102 * (80.0 - 8.7))  # scipy.signal.firwin's; its import takes a second
+    return (taps / taps.sum()).astype(np.float32)
+
+
+def decimate(sound: jax.Array, spec: Spec) -> jax.Array:
+    """(..., N) at RECORD_RATE -> (..., ceil(N / factor)) at the preset's rate; sample n is centred on record sample factor x n."""
+    if spec.decimation == 1:
+        return sound
+    return through_filter(sound, decimation_filter(spec.decimation), spec.decimation)
+
+
+def through_filter(x: jax.Array, taps: np.ndarray, factor: int) -> jax.Array:
+    """(..., N) and symmetric taps (2 FIR_HALF_TAPS + 1,) -> every `factor`-th sample of their convolution, (..., ceil(N / factor)).
+
+    A block of samples at a time is a product with a matrix that holds the taps as a band: for the convolution of one channel a
+    TPU's compiler estimates fifty times the rest of a training step (docs/tpu.md).
+    """
+    hop, (n,) = factor * FIR_BLOCK, x.shape[-1:]
+    samples = -(-n // factor)
+    blocks = -(-samples // FIR_BLOCK)
+    ends = (FIR_HALF_TAPS, (blocks + 1) * hop - n - FIR_HALF_TAPS)
+    cut = jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), ends]).reshape(*x.shape[:-1], blocks + 1, hop)
+    windows = jnp.concatenate([cut[..., :-1, :], cut[..., 1:, : 2 * FIR_HALF_TAPS]], -1)
+    band = np.zeros((hop + 2 * FIR_HALF_TAPS, FIR_BLOCK), np.float32)
+    for k in range(FIR_BLOCK):
+        band[factor * k : factor * k + len(taps), k] = taps
+    out = jnp.matmul(windows, band, precision="highest")
+    return out.reshape(*x.shape[:-1], -1)[..., :samples]
+
+
+def pre_emphasise(sound: jax.Array, spec: Spec) -> jax.Array:
+    """y[n] = x[n] - a x[n-1], silence before the first sample. (..., N) -> (..., N)."""
+    if not spec.pre_emphasis:
+        return sound
+    before = jnp.concatenate([jnp.zeros_like(sound[..., :1]), sound[..., :-1]], -1)
+    return sound - spec.pre_emphasis * before
+
+
+def de_emphasise(sound: jax.Array, spec: Spec, start: jax.Array | float = 0.0) -> jax.Array:
+    """The inverse of `pre_emphasise`: y[n] = x[n] + a y[n-1], y[-1] = start. (..., N) -> (..., N)."""
+    if not spec.pre_emphasis:
+        return sound
+    steps = jnp.moveaxis(sound, -1, 0)
+
+    def step(last, x):
+        y = x + spec.pre_emphasis * last
+        return y, y
+
+    return jnp.moveaxis(jax.lax.scan(step, jnp.broadcast_to(start, steps.shape[1:]).astype(sound.dtype), steps)[1], 0, -1)
+
+
+# ---- short-time Fourier transform ----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def hann(spec: Spec) -> np.ndarray:
+    """Periodic Hann of `spec.window` samples, padded with zeros to the middle of (n_fft,) samples, as librosa does."""
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(spec.window) / spec.window)
+    left = (spec.n_fft - spec.window) // 2
+    return np.pad(window, (left, spec.n_fft - spec.window - left)).astype(np.float32)
+
+
+def along_last(vector, ndim: int) -> jax.Array:
+    """(n,) -> (1, ..., 1, n) of `ndim` axes: broadcasting is said, never left to rank promotion."""
+    return jnp.asarray(vector).reshape((1,) * (ndim - 1) + (-1,))
+
+
+def _padding(num_samples: int, spec: Spec) -> tuple[int, int]:
+    """Zeros before and after a sound so that frame f covers padded samples [f hop, f hop + n_fft)."""
+    frames = spec.frames_of(num_samples)
+    left = spec.n_fft // 2 if spec.centred else (spec.n_fft - spec.window) // 2
+    return left, max(0, (frames - 1) * spec.hop + spec.n_fft - left - num_samples)
+
+
+def _frames(sound: jax.Array, spec: Spec) -> jax.Array:
+    """(..., N) -> (..., F, n_fft), not windowed; put together from whole hops, which a TPU copies where it would gather samples."""
+    n, frames, pieces = sound.shape[-1], spec.frames_of(sound.shape[-1]), -(-spec.n_fft // spec.hop)
+    left, total = _padding(n, spec)[0], (frames - 1 + pieces) * spec.hop
+    hops = jnp.pad(sound, [*[(0, 0)] * (sound.ndim - 1), (left, max(0, total - left - n))])[..., :total]
+    hops = hops.reshape(*sound.shape[:-1], -1, spec.hop)
+    return jnp.concatenate([hops[..., k : k + frames, :] for k in range(pieces)], -1)[..., : spec.n_fft]
+
+
+def stft(sound: jax.Array, spec: Spec) -> jax.Array:
+    """(..., N) float32 at the preset's rate -> complex64 (..., F, n_fft // 2 + 1)."""
+    return jnp.fft.rfft(_frames(sound, spec) * along_last(hann(spec), sound.ndim + 1), axis=-1)
+
+
+def frames_holding(marked: jax.Array, spec: Spec) -> jax.Array:
+    """bool (..., N) at the preset's rate -> bool (..., F): frames that give any marked sample a weight other than 0."""
+    return (_frames(marked.astype(jnp.float32), spec) * along_last(hann(spec), marked.ndim + 1)).any(-1)
+
+
+def istft(spectrum: jax.Array, spec: Spec, num_samples: int, floor: float = 1e-8) -> jax.Array:
+    """Least-squares inverse (Griffin & Lim 1984, eq. 6): overlap-add of windowed frames over the sum of squared windows.
+
+    Complex (..., F, bins) -> (..., num_samples); exact for an unchanged `stft` wherever a window covers the sample.
+    Where the squared windows sum to less than `floor`, at the ends of a clip, the sound fades instead: a spectrum that is made up
+    would burst there, since only the foot of one window sees those samples.
+    """
+    frames = jnp.fft.irfft(spectrum, n=spec.n_fft, axis=-1) * along_last(hann(spec), spectrum.ndim)
+    left, right = _padding(num_samples, spec)
+    total = left + num_samples + right
+    norm = _overlap_add(jnp.broadcast_to(hann(spec) ** 2, (spectrum.shape[-2], spec.n_fft)), spec, total)
+    sound = _overlap_add(frames, spec, total)
+    sound = sound * along_last(1.0 / jnp.maximum(norm, floor), sound.ndim)  # x * (1 / y) rounds alike in any batch, x / y doesn't
+    return sound[..., left : left + num_samples]
+
+
+def _overlap_add(frames: jax.Array, spec: Spec, total: int) -> jax.Array:
+    """(..., F, n_fft) -> (..., total): sums shifted frames; the frame is cut in hops so that each cut is one dense addition."""
+    pieces = -(-spec.n_fft // spec.hop)
+    num = frames.shape[-2]
+    lead = [(0, 0)] * (frames.ndim - 2)
+    cut = jnp.pad(frames, [*lead, (0, 0), (0, pieces * spec.hop - spec.n_fft)])
+    cut = cut.reshape(*frames.shape[:-1], pieces, spec.hop)
+    rows = sum(jnp.pad(cut[..., p, :], [*lead, (p, pieces - 1 - p), (0, 0)]) for p in range(pieces))
+    flat = rows.reshape(*frames.shape[:-2], (num + pieces - 1) * spec.hop)
+    return jnp.pad(flat, [*lead, (0, max(0, total - flat.shape[-1]))])[..., :total]
+
+
+# ---- bands and levels ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def mel_basis(spec: Spec) -> np.ndarray:
+    """(K, n_fft // 2 + 1) float32: librosa's Slaney mel filters from 0 to half the rate, or the identity on a linear scale.
+
+    Those of the presets lie in mel_bases.npz, as librosa made them: its import alone takes seconds.
+    """
+    if spec.scale == "linear":
+        return np.eye(spec.bands, dtype=np.float32)
+    with np.load(MEL_BASES, allow_pickle=False) as kept:
+        if (name := _basis_name(spec)) in kept:
+            return kept[name]
+    import librosa
+
+    return librosa.filters.mel(sr=spec.rate, n_fft=spec.n_fft, n_mels=spec.bands, fmin=0.0, fmax=spec.rate / 2)
+
+
+def _basis_name(spec: Spec) -> str:
+    return f"{spec.rate}-{spec.n_fft}-{spec.bands}"
+
+
+def keep_mel_bases(specs) -> None:
+    """librosa makes MEL_BASES anew: `python -c "from avsi_jax import spec, stft; stft.keep_mel_bases(presets.PRESETS.values())"`."""
+    import librosa
+
+    made = {_basis_name(s): librosa.filters.mel(sr=s.rate, n_fft=s.n_fft, n_mels=s.bands) for s in specs if s.scale != "linear"}
+    np.savez_compressed(MEL_BASES, **made)
+
+
+def band_magnitude(sound: jax.Array, spec: Spec) -> jax.Array:
+    """(..., N) -> linear band magnitudes (..., F, K) of the pre-emphasised sound."""
+    magnitude = jnp.abs(stft(pre_emphasise(sound, spec), spec))
+    return magnitude if spec.scale == "linear" else jnp.matmul(magnitude, jnp.asarray(mel_basis(spec)).T, precision="highest")
+
+
+def level_from_magnitude(magnitude: jax.Array, spec: Spec) -> jax.Array:
+    """Band magnitudes -> the level a network sees ('db': 0 at -80 dB and below, 1 at 0 dB; 'log': natural logarithm)."""
+    if spec.level == "log":
+        return jnp.log(magnitude + spec.log_floor)
+    decibel = 20.0 / np.log(10.0) * jnp.log(jnp.maximum(MIN_MAGNITUDE, magnitude))
+    return jnp.clip((decibel - DB_FLOOR) / -DB_FLOOR, 0.0, 1.0)
+
+
+def magnitude_from_level(level: jax.Array, spec: Spec) -> jax.Array:
+    """The inverse of `level_from_magnitude` within its range; never negative."""
+    if spec.level == "log":
+        return jnp.maximum(jnp.exp(level) - spec.log_floor, 0.0)
+    return 10.0 ** (to_db(jnp.clip(level, 0.0, 1.0), spec) / 20.0)
+
+
+def to_db(level: jax.Array, spec: Spec) -> jax.Array:
+    """Level -> decibels re full scale, floored at -80 dB; accepts numpy and jax arrays."""
+    if spec.level == "log":
+        return jnp.maximum(level * (20.0 / np.log(10.0)), DB_FLOOR)
+    return jnp.clip(level, 0.0, 1.0) * -DB_FLOOR + DB_FLOOR
+
+
+def db_per_level(spec: Spec) -> float:
+    """Decibels that a difference of 1 in level stands for: 80, or 8.69 on a natural logarithm."""
+    return -DB_FLOOR if spec.level == "db" else float(20.0 / np.log(10.0))
+
+
+def silence_level(spec: Spec) -> float:
+    """The level of digital silence: 0 for 'db', ln(floor) for 'log'."""
+    return 0.0 if spec.level == "db" else float(np.log(spec.log_floor))
+
+
+def log_mel(sound: jax.Array, spec: Spec) -> jax.Array:
+    """(..., N) float32 in [-1, 1] at the preset's rate -> level (..., F, K)."""
+    return level_from_magnitude(band_magnitude(sound, spec), spec)
+
+
+def log_mel_of_record(sound: jax.Array, spec: Spec) -> jax.Array:
+    """(..., record_samples) float32 at RECORD_RATE -> level (..., F, K): decimation, then `log_mel`."""
+    expected = spec.record_samples
+    if sound.shape[-1] != expected:
+        raise ValueError(f"preset {spec.name}: expected {expected} samples at {RECORD_RATE} Hz, found {sound.shape[-1]}")
+    return log_mel(decimate(sound, spec), spec)

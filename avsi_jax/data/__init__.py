@@ -1,0 +1,1 @@
+"""From a dataset's TFRecords to model inputs: reading, features, augmentation, statistics, text."""

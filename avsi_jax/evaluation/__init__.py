@@ -1,0 +1,1 @@
+"""The command avsi-evaluate: protocols, metrics, reference systems, tables and reports."""

@@ -1,0 +1,142 @@
+"""The tables of a report -> table.csv, table.json, table.tex: the same numbers for whoever goes on with them.
+
+CSV and JSON hold one row an estimate; LaTeX holds the tables of the page, with booktabs, for \\input. Each names its protocol.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+
+FIELDS = (
+    "protocol", "split", "suite", "kind", "case", "gap_ms", "system", "minus", "metric", "item", "mean", "low", "high", "n",
+    "missing",
+)  # fmt: skip
+HEAD = (
+    "title", "protocol", "protocol_said", "split", "suite", "metric_rate", "num_clips", "by_speaker", "judge", "date", "command",
+    "runs",
+)  # fmt: skip
+LONGEST_FLOAT = 14  # rows of a table that stays on one page
+INTERVALS = "95 % percentile bootstrap"
+SPECIAL = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$", "–": "--", "→": r"$\to$",
+    "\u00a0": "~", "<": "$<$", ">": "$>$", **{c: f"\\{c}" for c in "&%$#_{}"},
+}  # fmt: skip
+
+
+def write(page: Path, summary: dict, mistakes: list[dict], tables: list[dict], name: str = "table") -> None:
+    """name.csv, name.json, name.tex beside the page. mistakes: of `word_errors.estimates`; tables: of the rooms tables, mistakes."""
+    rows = estimates(summary, mistakes)
+    page.with_name(f"{name}.csv").write_text(as_csv(rows), encoding="utf-8", newline="")
+    page.with_name(f"{name}.json").write_text(as_json(summary, rows), encoding="utf-8")
+    page.with_name(f"{name}.tex").write_text(as_latex(summary, tables), encoding="utf-8")
+
+
+def estimates(summary: dict, mistakes: list[dict]) -> list[dict]:
+    """Every mean ("mean"), paired difference ("difference": system minus another) and rate of error of a word or phone ("rate")."""
+    made = [{"kind": "mean", **e} for e in summary["table"]]
+    made += [{"kind": "difference", **e, "system": e["a"], "minus": e["b"]} for e in summary["paired"]]
+    made += [{**e, "kind": "rate", "metric": f"{e['kind']}_error"} for e in mistakes]
+    label = {k: summary[k] for k in ("protocol", "split", "suite")}
+    return [{k: _finite((label | e).get(k)) for k in FIELDS} for e in made]
+
+
+def _finite(value):
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def as_csv(rows: list[dict]) -> str:
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, FIELDS, lineterminator="\r\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def as_json(summary: dict, rows: list[dict]) -> str:
+    head = {k: summary[k] for k in HEAD if k in summary}
+    return json.dumps(head | {"intervals": intervals_said(summary), "rows": rows}, indent=1, allow_nan=False) + "\n"
+
+
+def intervals_said(summary: dict) -> str:
+    return f"{INTERVALS} {'over speakers, then over the clips of each' if summary.get('by_speaker') else 'over clips'}"
+
+
+# ---- LaTeX -----------------------------------------------------------------------------------------------------------------------
+
+
+def as_latex(summary: dict, tables: list[dict]) -> str:
+    """Floats, or longtables where they are long; what they need and where they come from in comments."""
+    about = [
+        summary["title"],
+        f"protocol {summary['protocol']}: {summary['protocol_said']}",
+        f"split {summary['split']}, suite {summary['suite']}, {summary['num_clips']} clips, scored at {summary['metric_rate']} Hz",
+        f"command ({summary['date']}): {summary['command']}",
+        *(f"run {name}: {_facts(facts)}" for name, facts in summary.get("runs", {}).items()),
+        f"Mean, in brackets the interval: {intervals_said(summary)}. n: clips; fewer behind a mean are said in its cell.",
+        r"Needs \usepackage{booktabs,longtable}; take it in with \input. Wide tables want a landscape page.",
+    ]
+    head = "".join(f"% {' '.join(line.split())}\n" for line in about)
+    label = f"{summary['protocol']}-{summary['split']}-{summary['suite']}"
+    protocol = f"Protocol {summary['protocol']}, split {summary['split']}."
+    return head + "".join(_latex_table(t, protocol, f"{label}-{i}") for i, t in enumerate((t for t in tables if t["rows"]), 1))
+
+
+def _facts(run: dict) -> str:
+    return ", ".join(f"{k} {run[k]}" for k in ("folder", "preset", "step", "seed", "command") if k in run)
+
+
+def _latex_table(table: dict, protocol: str, label: str) -> str:
+    layout = f"l{'r' * len(table['columns'])}r"
+    note = " $+$: better, $-$: worse, where the interval leaves out 0." if _has_verdicts(table) else ""
+    caption = rf"\caption{{{escaped(table['title'])}. {escaped(protocol)} {escaped(table['said'])}.{note}}}\label{{tab:{label}}}"
+    head = " & ".join([escaped(table["first"]), *map(_latex_head, table["columns"]), "$n$"]) + r" \\"
+    lines = list(_latex_rows(table))
+    if len(lines) > LONGEST_FLOAT:
+        open_ = [r"\begingroup\scriptsize\setlength{\tabcolsep}{3pt}", rf"\begin{{longtable}}{{{layout}}}", rf"{caption}\\"]
+        top = [r"\toprule", head, r"\midrule"]
+        body = [*top, r"\endfirsthead", *top, r"\endhead", *lines, r"\bottomrule"]
+        return "\n".join(["", *open_, *body, r"\end{longtable}", r"\endgroup", ""])
+    open_ = [r"\begin{table}[htbp]\centering\scriptsize\setlength{\tabcolsep}{3pt}", caption, rf"\begin{{tabular}}{{{layout}}}"]
+    body = [r"\toprule", head, r"\midrule", *lines, r"\bottomrule"]
+    return "\n".join(["", *open_, *body, r"\end{tabular}", r"\end{table}", ""])
+
+
+def _has_verdicts(table: dict) -> bool:
+    return any(cell["says"] for row in table["rows"] for cell in row["cells"].values())
+
+
+def _latex_head(column: dict) -> str:
+    arrow = {"lower": r" $\downarrow$", "higher": r" $\uparrow$"}.get(column["better"], "")
+    return _stacked(escaped(column["label"]) + arrow, escaped(column["unit"]))
+
+
+def _latex_rows(table: dict):
+    group, width = "", len(table["columns"]) + 2
+    for i, row in enumerate(table["rows"]):
+        if row["group"] != group:
+            group = row["group"]
+            yield (r"\addlinespace " if i else "") + rf"\multicolumn{{{width}}}{{l}}{{\emph{{{escaped(group)}}}}} \\"
+        cells = [_latex_cell(row["cells"].get(c["key"])) for c in table["columns"]]
+        yield " & ".join([escaped(row["label"]), *cells, str(row["n"])]) + r" \\"
+
+
+def _latex_cell(cell: dict | None) -> str:
+    if not cell:
+        return "--"
+    sign = {"better": "$^{+}$", "worse": "$^{-}$"}.get(cell["says"], "")
+    few = f"$n$ {cell['few']}" if cell["few"] else ""
+    return _stacked(escaped(cell["text"]) + sign, escaped(cell["interval"]), few)
+
+
+def _stacked(first: str, *small: str) -> str:
+    """Lines one above the other in a cell. Braces, or the [ of an interval would be read as an option of the line break."""
+    return r"\shortstack[r]{" + r"\\".join([first, *(rf"{{\tiny {s}}}" for s in small if s)]) + "}"
+
+
+def escaped(words: str) -> str:
+    """Words as LaTeX prints them."""
+    return "".join(SPECIAL.get(c, c) for c in words)

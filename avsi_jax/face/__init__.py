@@ -1,0 +1,1 @@
+"""The visual front end: face landmarks, mouth visibility, audio-video offset."""

@@ -1,0 +1,1 @@
+"""A trained model applied to audio and text: loading runs and weights, restoring, recognising, exporting."""

@@ -1,0 +1,1 @@
+"""Clip files in and out: decoding, writing, channels, and plots of waveforms."""

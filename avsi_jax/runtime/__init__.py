@@ -1,0 +1,1 @@
+"""What the machine provides: files on disk or in a bucket, processes, devices, signals, time accounting."""

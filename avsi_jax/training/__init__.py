@@ -1,0 +1,1 @@
+"""The command avsi-train: objective, training step, loop, checkpoints, run directory."""

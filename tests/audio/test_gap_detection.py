@@ -1,0 +1,205 @@
+"""Holes are found where a program put them, and nowhere else; the same however the sound is fed."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from avsi_jax.audio import gap_detection, repeat_detection
+from avsi_jax.media import clip_io
+
+ROOT = Path(__file__).resolve().parents[2]
+RESERVED = "RESERVED.txt"
+
+
+def speech_like(rate: int, seconds: float, seed: int = 0, channels: int = 1) -> np.ndarray:
+    """Bursts of a buzzing voice of wandering pitch, on noise at -60 dB: (N, C) float32, of 16 bits."""
+    rng, n = np.random.default_rng(seed), round(seconds * rate)
+    t = np.arange(n) / rate
+    pitch = 120 + 25 * np.sin(2 * np.pi * 0.7 * t) + np.cumsum(rng.normal(0, 2, n)) / np.sqrt(rate)
+    phase = 2 * np.pi * np.cumsum(pitch) / rate
+    voice = sum(np.sin(k * phase + rng.uniform(0, 6)) / k for k in range(1, 12) if k * 160 < rate / 2)
+    loud = 0.15 * np.clip(np.sin(2 * np.pi * 1.1 * t), 0, 1)
+    x = loud * (voice + 0.1 * rng.normal(size=n)) + 1e-3 * rng.normal(size=n)
+    x = x[:, None] * (1 - 0.2 * np.arange(channels))
+    return (np.round(np.clip(x, -1, 1) * 32767) / 32768).astype(np.float32)
+
+
+def found(x, rate):
+    return [(h.start, h.end, h.kind) for h in gap_detection.find_holes(x, rate)]
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 16000, 44100, 48000])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_silence_is_found_to_the_sample(rate, channels):
+    x = speech_like(rate, 4.0, 1, channels)
+    assert found(x, rate) == []
+    start, end = round(1.13 * rate), round(1.31 * rate)
+    x[start:end] = 0
+    ((first, last, kind),) = found(x, rate)
+    assert kind == "silence" and abs(first - start) <= 2 and abs(last - end) <= 2
+
+
+def test_a_held_value_is_silence_and_a_dead_channel_is_not():
+    x = speech_like(16000, 4.0, 2)
+    dead = np.concatenate([x, np.zeros_like(x)], 1)
+    assert found(dead, 16000) == []
+    x[20000:23000] = 0.3
+    ((first, last, kind),) = found(x, 16000)
+    assert kind == "silence" and abs(first - 20000) <= 2 and abs(last - 23000) <= 2
+
+
+def test_a_repeated_packet_is_found_and_a_tone_is_none():
+    rate, packet = 16000, 480
+    x = speech_like(rate, 4.0, 3)
+    for n in range(20000, 20000 + 3 * packet, packet):
+        x[n : n + packet] = 0.9 * x[n - packet : n]
+    ((first, last, kind),) = found(np.round(x * 32768) / 32768, rate)
+    assert kind == "repeat" and abs(first - 20000) <= 16 and abs(last - 20000 - 3 * packet) <= 16
+    tone = 0.3 * np.sin(2 * np.pi * 400 * np.arange(4 * rate) / rate)[:, None]
+    assert found(tone.astype(np.float32), rate) == []
+
+
+def test_a_copy_that_coding_blurred_is_found_and_a_voice_whose_breath_is_new_is_none():
+    rate, rng, packet = 16000, np.random.default_rng(11), 320
+    noise = rng.normal(size=4 * rate)
+    spectrum, hz = np.fft.rfft(noise), np.fft.rfftfreq(len(noise), 1 / rate)
+    low, high = (np.fft.irfft(spectrum * mask) for mask in (hz < 900, (hz > 900) & (hz < 4500)))
+    copied = 0.2 * (low + high)
+    for n in range(20000, 20000 + 4 * packet, packet):
+        copied[n : n + packet] = copied[n - packet : n]
+    blurred = copied + 0.02 * copied.std() * np.convolve(rng.normal(size=len(copied)), [1, 0.9, 0.5], "same")
+    ((first, last, kind),) = found(blurred[:, None].astype(np.float32), rate)
+    assert kind == "repeat" and abs(first - 20000) <= 160 and abs(last - 20000 - 4 * packet) <= 160
+    turns = 2 * np.pi * 50 * np.arange(4 * rate) / rate  # every packet of 20 ms is the one before, but for its breath
+    buzz = sum(np.sin(k * turns + rng.uniform(0, 6)) for k in range(1, 19))
+    assert found((0.02 * buzz + 0.003 * high)[:, None].astype(np.float32), rate) == []
+
+
+def test_silence_at_the_ends_and_gated_pauses_are_no_holes():
+    rate = 16000
+    x = speech_like(rate, 4.0, 4)
+    assert found(np.pad(x, ((8000, 5000), (0, 0))), rate) == []
+    open_at = np.sin(2 * np.pi * 1.1 * np.arange(len(x)) / rate) > 0.02
+    held = np.convolve(open_at, np.ones(round(0.06 * rate)))[: len(x), None] > 0.5
+    assert found(np.where(held, x, 0).astype(np.float32), rate) == []
+
+
+def test_a_gate_that_chatters_in_noise_is_no_hole_and_a_word_lost_in_noise_is_one():
+    rate, rng = 16000, np.random.default_rng(8)
+    x = (1e-3 * rng.normal(size=(8 * rate, 1))).astype(np.float32)
+    x[: rate // 2] *= np.linspace(0, 1, rate // 2, dtype=np.float32)[:, None]
+    word = 100 * x[rate : round(1.4 * rate)]
+    for at in (1.0, 1.6, 2.2, 5.0, 6.0, 7.0):  # noise alone from 2.6 to 5
+        x[round(at * rate) : round((at + 0.4) * rate)] += word
+    gate, lost = x.copy(), x.copy()
+    for at in (1.45, 2.05, 2.65, 2.8, 5.5, 6.6):  # a gate between words, 50 ms after them at the least
+        gate[round(at * rate) : round((at + 0.1) * rate)] = 0
+    assert found(gate, rate) == []
+    lost[round(5.9 * rate) : round(6.5 * rate)] = 0
+    ((first, last, kind),) = found(lost, rate)
+    assert kind == "silence" and abs(first - 5.9 * rate) <= 2 and abs(last - 6.5 * rate) <= 2
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_a_silence_that_cuts_speech_on_one_side_alone_is_a_hole(side):
+    rate, rng = 16000, np.random.default_rng(9)
+    x = (1e-3 * rng.normal(size=(4 * rate, 1))).astype(np.float32)
+    for at in (0.5, 1.5, 2.5):
+        x[round(at * rate) : round((at + 0.5) * rate)] += 100 * x[: rate // 2]
+    at = 1.95 if side == "before" else 1.45
+    x[round(at * rate) : round((at + 0.1) * rate)] = 0
+    ((first, last, kind),) = found(x, rate)
+    assert kind == "silence" and abs(first - at * rate) <= 2 and abs(last - (at + 0.1) * rate) <= 2
+
+
+def test_scipy_is_not_needed():
+    code = "import sys, numpy as n, avsi_jax.audio.gap_detection as h; h.find_holes(n.ones((9000, 1)), 8000); assert 'scipy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_sound_that_holds_nothing_has_no_holes():
+    for n in (0, 1, 7, 100, 16000, 16000 * 80):
+        assert found(np.zeros((n, 1), np.float32), 16000) == []
+
+
+def damaged(rate, seed, channels=1, seconds=31.0):
+    x, rng = speech_like(rate, seconds, seed, channels), np.random.default_rng(seed)
+    for start in np.cumsum(rng.uniform(0.3, 1.5, 25)):
+        a = round(start * rate)
+        b, kind = a + round(rng.uniform(0.02, 0.25) * rate), rng.integers(3)
+        if b < len(x):
+            x[a:b] = [np.zeros_like(x[a:b]), x[2 * a - b : a], np.clip(20 * x[a:b], -1, 1)][kind]
+    return x
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_same_holes_whatever_the_blocks(seed):
+    rate, rng = (8000, 11025)[seed % 2], np.random.default_rng(seed)
+    x = damaged(rate, seed, 1 + seed // 2)
+    whole = gap_detection.find_holes(x, rate)
+    assert len(whole) > 5 and all(a.end < b.start for a, b in zip(whole, whole[1:], strict=False))
+    finder, pieces, at = gap_detection.HoleFinder(rate), [], 0
+    while at < len(x):
+        size = int(rng.choice([1, 100, 4096, 50_000]) * rng.uniform(0.5, 1.5)) + 1
+        block = x[at : at + size].copy()
+        pieces += finder.feed(block)
+        block[:] = 9  # the caller's own to use again
+        at += size
+    assert pieces + finder.end() == whole
+
+
+@pytest.mark.parametrize("least", [1, 7, 511, 577, 1025])
+def test_lengths_of_transforms_are_those_scipy_takes(least):
+    from scipy import fft
+
+    assert repeat_detection.fast_length(least) == fft.next_fast_len(least, real=True)
+
+
+def test_memory_does_not_grow_with_the_sound():
+    rate, held = 8000, []
+    finder, block = gap_detection.HoleFinder(rate), damaged(8000, 5, seconds=20.0)
+    for i in range(20):
+        finder.feed(block if i % 3 else np.zeros_like(block))
+        held.append(len(finder._levels) + sum(map(len, finder._pieces)) + len(finder._found) + len(finder._told))
+    assert max(held[10:]) <= 1.2 * max(held[5:10])
+
+
+@pytest.fixture(scope="module")
+def real(grid_dir):
+    """Six real clips, of several speakers."""
+    kept = set((grid_dir / RESERVED).read_text().split()) if (grid_dir / RESERVED).exists() else set()
+    paths = [p for p in sorted(grid_dir.glob("s*/*.mpg")) if p.stem not in kept]
+    return [clip_io.read_clip(p, pictures=False).sound for p in paths[:: max(1, len(paths) // 6)][:6]]
+
+
+def test_real_clips_have_no_holes(real):
+    assert [h for sound in real for h in gap_detection.find_holes(sound.samples, sound.rate)] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "recall", "precision"),
+    [("silence", 0.9, 0.9), ("constant", 0.9, 0.9), ("packets", 0.85, 0.9), ("repeat", 0.8, 0.8), ("clipped", 0.5, 0.5)],
+)
+def test_what_was_done_to_real_clips_is_found(real, kind, recall, precision, monkeypatch):
+    from benchmarks.quality import gap_detection as bench
+
+    rng, counts = np.random.default_rng(0), bench.collections.Counter()
+    for sound in real[:4]:
+        y, truth = bench.damage(sound.samples, sound.rate, kind, rng)
+        y, rate = bench.coded(y, sound.rate, "wav")
+        lost = [span for span in truth if bench.takes_speech(sound.samples, rate, *span)]
+        either = [span for span in truth if span not in lost]
+        counts.update(bench.score(lost, bench.spans_of(y, rate), len(y), rate, either))
+    assert counts["truth"] and counts["hit"] >= recall * counts["truth"] and counts["right"] >= precision * counts["found"]
+
+
+@pytest.mark.slow
+def test_ten_minutes_are_looked_through_in_seconds():
+    x = np.tile(speech_like(44100, 20.0, 6, 2), (30, 1))
+    began = time.process_time()
+    gap_detection.find_holes(x, 44100)
+    assert time.process_time() - began < 30  # 6 s asked of an idle machine; CPU time of a busy one is longer

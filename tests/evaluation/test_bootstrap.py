@@ -1,0 +1,240 @@
+"""Intervals against scipy and by hand: of clips, of speakers, of differences, over cases and over training seeds."""
+
+import math
+
+import numpy as np
+import pytest
+
+from avsi_jax.evaluation import bootstrap
+
+# ---- values ------------------------------------------------------------------------------------------------------------------
+
+
+def test_interval_is_scipys():
+    from scipy import stats
+
+    values = np.random.default_rng(3).gamma(2.0, size=200)
+    mean, low, high = bootstrap.bootstrap_mean(values, n=20_000)
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=1).confidence_interval
+    assert mean == pytest.approx(values.mean(), rel=1e-12)
+    width = theirs.high - theirs.low
+    assert low == pytest.approx(theirs.low, abs=0.03 * width) and high == pytest.approx(theirs.high, abs=0.03 * width)
+
+
+def test_interval_repeats_and_leaves_nan_out():
+    values = np.random.default_rng(0).standard_normal(50)
+    with_nan = np.insert(values, [0, 20], np.nan)
+    assert bootstrap.bootstrap_mean(values) == bootstrap.bootstrap_mean(with_nan)
+    assert bootstrap.bootstrap_mean(values, seed=1) != bootstrap.bootstrap_mean(values)
+    assert bootstrap.bootstrap_mean([3.0]) == (3, 3, 3)
+    assert all(map(math.isnan, bootstrap.bootstrap_mean([np.nan])))
+
+
+def test_interval_over_speakers_is_that_of_few_speakers():
+    """Clips that agree within their speaker say no more than one clip a speaker: the interval is the bootstrap of 4 values."""
+    speakers = np.repeat(["s1", "s2", "s3", "s4"], 100)
+    level = np.repeat([0.0, 1.0, 2.0, 5.0], 100)
+    mean, low, high = bootstrap.bootstrap_mean(level, groups=speakers)
+    draws = np.random.default_rng(9).choice([0.0, 1.0, 2.0, 5.0], size=(50_000, 4)).mean(1)
+    assert mean == 2 and (low, high) == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.26)  # means lie 0.25 apart
+    _, low_clips, high_clips = bootstrap.bootstrap_mean(level)
+    assert high - low > 3 * (high_clips - low_clips)
+
+
+def test_interval_over_one_speaker_is_that_over_clips():
+    values = np.random.default_rng(2).standard_normal(300)
+    one, none = bootstrap.bootstrap_mean(values, groups=["s1"] * 300), bootstrap.bootstrap_mean(values)
+    assert one == pytest.approx(none, abs=0.02)
+
+
+def test_paired_difference_sees_what_two_intervals_do_not():
+    rng = np.random.default_rng(0)
+    b = rng.standard_normal(300)
+    a = b + 0.05 + 0.01 * rng.standard_normal(300)
+    mean, low, high = bootstrap.paired_difference(a, b)
+    assert 0.045 < low < mean < high < 0.055
+    assert bootstrap.bootstrap_mean(a)[1] < bootstrap.bootstrap_mean(b)[2]  # the intervals of the two overlap
+    with pytest.raises(ValueError, match="same clips"):
+        bootstrap.paired_difference(a, b[:1])
+
+
+def test_ill_formed_values_are_refused():
+    for values, groups in (([[1.0]], None), ([1.0, math.inf], None), ([1.0, 2.0], ["s1"])):
+        with pytest.raises(ValueError, match="bootstrap_mean: found"):
+            bootstrap.bootstrap_mean(values, groups=groups)
+    assert bootstrap.number("0.5") == 0.5 and math.isnan(bootstrap.number("")) and math.isnan(bootstrap.number(None))
+
+
+# ---- rows --------------------------------------------------------------------------------------------------------------------
+
+
+def row(clip_id, gap_ms, system, stoi, **more):
+    return {"clip_id": clip_id, "speaker": clip_id[:2], "gap_ms": gap_ms, "system": system, "stoi": stoi, **more}
+
+
+def test_summary_by_hand():
+    rows = [
+        row("s1a", 600, "ours", 0.8),
+        row("s1a", 300, "ours", "0.9", pesq_wb=""),  # as csv gives it
+        row("s2b", 300, "ours", 0.7),
+        row("s3c", 300, "ours", None),
+        row("s2b", 300, "damaged", 0.5),
+        row("s1a", 300, "damaged", 0.6),
+        row("s3c", 300, "damaged", 0.1),
+        row("s4d", 300, "damaged", 0.2),
+    ]
+    summary = bootstrap.summarise(rows, ("stoi", "pesq_wb"), [("ours", "damaged")])
+    short = [(r["gap_ms"], r["system"], r["metric"], pytest.approx(r["mean"]), r["n"], r["missing"]) for r in summary["table"]]
+    assert short == [(300, "ours", "stoi", 0.8, 2, 1), (300, "damaged", "stoi", 0.35, 4, 0), (600, "ours", "stoi", 0.8, 1, 0)]
+    (pair,) = summary["paired"]
+    assert pair == {"case": "", "gap_ms": 300, "a": "ours", "b": "damaged", "metric": "stoi", "n": 2, "missing": 1} | {
+        k: pair[k] for k in ("mean", "low", "high")
+    }
+    assert pair["mean"] == pytest.approx(0.25) and pair["low"] == pytest.approx(0.2) and pair["high"] == pytest.approx(0.3)
+    by_speaker = bootstrap.summarise(rows, ("stoi",), [], by_speaker=True)["table"]
+    assert [r["mean"] for r in by_speaker] == [r["mean"] for r in summary["table"]]
+    with pytest.raises(ValueError, match="two rows of s1a, 300 ms, ours"):
+        bootstrap.summarise([*rows, rows[1] | {}], ("stoi",), [])
+
+
+def test_cases_are_tables_of_their_own():
+    """Cases as they appear, in each the gap lengths, in each the systems; the same clip may stand in every one."""
+    rows = [
+        row("s1a", 900, "ours", 0.9, case=""),
+        row("s1a", 300, "ours", 0.8),  # no case is the plain one
+        row("s1a", 300, "damaged", 0.1, case=None),
+        row("s1a", 900, "ours", 0.5, case="shift_ms=-80"),
+        row("s1a", 900, "damaged", 0.3, case="shift_ms=-80"),
+        row("s1a", 300, "ours", 0.4, case="frozen_ms=100"),
+    ]
+    summary = bootstrap.summarise(rows, ("stoi",), [("ours", "damaged")])
+    found = [(e["case"], e["gap_ms"], e["system"], e["mean"]) for e in summary["table"]]
+    assert found == [
+        ("", 300, "ours", 0.8),
+        ("", 300, "damaged", 0.1),
+        ("", 900, "ours", 0.9),
+        ("shift_ms=-80", 900, "ours", 0.5),
+        ("shift_ms=-80", 900, "damaged", 0.3),
+        ("frozen_ms=100", 300, "ours", 0.4),
+    ]
+    pairs = [(e["case"], e["gap_ms"], pytest.approx(e["mean"])) for e in summary["paired"]]
+    assert pairs == [("", 300, 0.7), ("shift_ms=-80", 900, 0.2)]
+    with pytest.raises(ValueError, match="two rows of s1a, frozen_ms=100, 300 ms, ours; expected one"):
+        bootstrap.summarise([*rows, dict(rows[-1])], ("stoi",), [])
+
+
+def test_reach_is_the_longest_gap_before_the_gain_ends():
+    """Gap errors, less is better: below 0 at 300 and 600 ms, not told apart at 900, below 0 again at 1200: up to 600."""
+
+    def entry(gap_ms, low, high, **other):
+        return {"a": "ours", "b": "theirs", "metric": "gap_l1_db", "case": "", "gap_ms": gap_ms, "low": low, "high": high} | other
+
+    entries = [entry(1200, -1, -0.5), entry(300, -2, -1), entry(600, -1, -0.1), entry(900, -0.5, 0.1)]
+    entries += [entry(900, -1, -0.5, case="shift_ms=-80"), entry(900, 1, 2, metric="stoi"), entry(300, 0.1, 0.2, b="others")]
+    assert bootstrap.reach(entries, "gap_l1_db") == [
+        {"a": "ours", "b": "theirs", "gap_ms": 600},
+        {"a": "ours", "b": "others", "gap_ms": 0},
+    ]
+    assert bootstrap.reach(entries, "stoi", less_is_better=False) == [{"a": "ours", "b": "theirs", "gap_ms": 900}]
+    assert bootstrap.reach(entries, "stoi") == [{"a": "ours", "b": "theirs", "gap_ms": 0}] and bootstrap.reach([], "stoi") == []
+
+
+def test_two_evaluations_are_compared_clip_by_clip():
+    a = [row("s1a", 300, "ours", 0.9), row("s2b", 300, "ours", "0.7"), row("s2c", 300, "ours", 0.6), row("s2d", 300, "ours", "")]
+    b = [
+        row("s2d", 300, "theirs", 0.1),
+        row("s2b", 300, "theirs", 0.4),
+        row("s1a", "300", "theirs", 0.8),
+        row("s3e", 300, "theirs", 0),
+    ]
+    a += [row("s1a", 600, "ours", 0.5, case="gaps=2"), row("s1a", 900, "ours", 0.5)]
+    b += [row("s1a", 600, "theirs", 0.75, case="gaps=2"), row("s1a", 900, "theirs", 0.5, case="gaps=2")]
+    one, two = bootstrap.paired(a, b, ("stoi", "pesq_wb"))
+    values = [0.9 - 0.8, 0.7 - 0.4]  # s1a, s2b; s2d has no value; s2c and s3e are on one side alone
+    mean, low, high = bootstrap.bootstrap_mean(values)
+    assert one == {"case": "", "gap_ms": 300, "metric": "stoi", "n": 2, "missing": 1, "unshared": 2} | {
+        k: pytest.approx(v) for k, v in {"mean": mean, "low": low, "high": high}.items()
+    }
+    assert (two["case"], two["gap_ms"], two["mean"], two["n"], two["unshared"]) == ("gaps=2", 600, -0.25, 1, 0)
+    speakers = bootstrap.paired(a, b, ("stoi",), by_speaker=True)[0]
+    assert speakers["mean"] == pytest.approx(mean) and bootstrap.paired(b, a, ("stoi",))[0]["mean"] == pytest.approx(-mean)
+
+
+def test_what_can_not_be_compared_is_told():
+    a, b = [row("s1a", 300, "ours", 0.9, start_s=0.5)], [row("s1a", 300, "theirs", 0.8, start_s="0.5")]
+    assert bootstrap.paired(a, b, ("stoi",))[0]["n"] == 1
+    for other, says in (
+        ([{**b[0], "start_s": 0.6}], "s1a, 300 ms: start_s is 0.5 on one side, 0.6 on the other"),
+        ([{**b[0], "gap_ms": 600}], "share no clip"),
+        ([*b, *b], "two rows of s1a, 300 ms, theirs"),
+        ([*b, row("s1a", 300, "damaged", 0)], r"rows b hold 2 systems \(damaged, theirs\)"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            bootstrap.paired(a, [dict(r) for r in other], ("stoi",))
+
+
+# ---- seeds -------------------------------------------------------------------------------------------------------------------
+
+
+def seeds_of(*values, system="ours"):
+    """One run a seed: rows of the clips s1a, s1b, s2c with these values."""
+    return [[row(clip, 300, system, v) for clip, v in zip(("s1a", "s1b", "s2c"), of)] for of in values]
+
+
+def test_over_seeds_by_hand():
+    """Means over seeds 0.5, 0.3, 0.7 of the clips; the seeds' own means are 0.4 and 0.6."""
+    runs = seeds_of((0.4, 0.2, 0.6), (0.6, 0.4, 0.8))
+    (found,) = bootstrap.over_seeds(runs, ("stoi", "pesq_wb"))
+    _, low, high = bootstrap.bootstrap_mean([0.5, 0.3, 0.7])
+    assert found == {"case": "", "gap_ms": 300, "metric": "stoi", "n": 3, "missing": 0, "seeds": 2} | {
+        k: pytest.approx(v) for k, v in {"mean": 0.5, "low": low, "high": high, "least": 0.4, "most": 0.6}.items()
+    }
+    one = bootstrap.over_seeds(runs[:1], ("stoi",))[0]
+    assert {k: one[k] for k in ("mean", "low", "high")} == {
+        k: v for k, v in bootstrap.summarise(runs[0], ("stoi",), [])["table"][0].items() if k in ("mean", "low", "high")
+    }
+    assert one["least"] == one["most"] == one["mean"] and one["seeds"] == 1
+
+
+def test_a_clip_that_one_seed_lacks_counts_for_none():
+    (found,) = bootstrap.over_seeds(seeds_of((0.4, None, 0.6), (0.6, 9.0, 0.8)), ("stoi",))
+    assert (found["n"], found["missing"]) == (2, 1)
+    assert (found["mean"], found["least"], found["most"]) == pytest.approx((0.6, 0.5, 0.7))
+
+
+def test_systems_of_several_seeds_are_compared_by_their_means():
+    """The differences of the clips' means are 0.1, 0.2, 0.3, however the seeds scatter about them."""
+    ours = bootstrap.mean_rows(seeds_of((0.5, 0.4, 1.0), (0.7, 0.8, 0.8)), ("stoi",))
+    theirs = bootstrap.mean_rows(seeds_of((0.5, 0.4, 0.6), system="theirs"), ("stoi",))
+    (found,) = bootstrap.paired(ours, theirs, ("stoi",))
+    assert found["mean"] == pytest.approx(0.2) and 0.1 - 1e-9 <= found["low"] < 0.2 < found["high"] <= 0.3 + 1e-9
+    assert [r["clip_id"] for r in ours] == ["s1a", "s1b", "s2c"] and ours[0]["speaker"] == "s1"
+
+
+@pytest.mark.parametrize(
+    ("runs", "says"),
+    [
+        ([], "rows of 0 runs: none; expected one run or more"),
+        ([*seeds_of((1, 2, 3)), seeds_of((1, 2, 3))[0][:2]], "rows of 2 runs: 3, 2; expected .* the same clips"),
+        ([*seeds_of((1, 2, 3)), [{**r, "gap_ms": 600} for r in seeds_of((1, 2, 3))[0]]], "rows of 2 runs: 3, 3; expected"),
+        ([seeds_of((1, 2, 3))[0] + seeds_of((1, 2, 3), system="damaged")[0]], "rows of run 1 hold 2 systems"),
+        ([*seeds_of((1, 2, 3)), [{**r, "speaker": "s9"} for r in seeds_of((1, 2, 3))[0]]], "speaker is s1 on one side, s9"),
+    ],
+)
+def test_seeds_that_do_not_match_are_told(runs, says):
+    with pytest.raises(ValueError, match=says):
+        bootstrap.over_seeds(runs, ("stoi",))
+
+
+def test_everything_repeats():
+    rng = np.random.default_rng(1)
+    runs = [[row(f"s{i % 4}c{i}", ms, "ours", float(rng.normal())) for i in range(40) for ms in (300, 600)] for _ in range(3)]
+    results = [
+        (
+            bootstrap.summarise(rows, ("stoi",), [], by_speaker=True),
+            bootstrap.over_seeds([rows, *runs[1:]], ("stoi",), by_speaker=True),
+            bootstrap.paired(rows, runs[1], ("stoi",), by_speaker=True),
+        )
+        for rows in (runs[0], runs[0][::-1])
+    ]
+    assert results[0] == results[1]

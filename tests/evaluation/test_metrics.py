@@ -1,0 +1,371 @@
+"""Scores against the packages they come from and librosa; awkward sounds; workers that crash or hang."""
+
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from avsi_jax import presets
+from avsi_jax.evaluation import metrics
+from avsi_jax.media import clip_io
+
+GAP_S = (1.0, 1.5)
+GAPS_S = (GAP_S,)
+
+
+def speech_like(rate, seconds=2.0, seed=0):
+    """(N,) float32: a buzz with vibrato under syllables of about 4 a second, and a little noise."""
+    t = np.arange(round(rate * seconds)) / rate
+    rng = np.random.default_rng(seed)
+    pitch = 2 * np.pi * np.cumsum(120 + 15 * np.sin(2 * np.pi * 3 * t)) / rate
+    buzz = sum(np.sin(k * pitch) / k for k in range(1, 25) if 150 * k < rate / 2)
+    syllables = np.clip(np.sin(2 * np.pi * 2 * t), 0, None) ** 0.5
+    return (0.1 * buzz * syllables + 0.002 * rng.standard_normal(len(t))).astype(np.float32)
+
+
+def damaged(x, rate, gap_s=GAP_S):
+    y = x.copy()
+    y[round(gap_s[0] * rate) : round(gap_s[1] * rate)] = 0
+    return y
+
+
+@pytest.fixture(scope="session")
+def recording(grid_dir):
+    """(N,) float32 at 16 kHz: a real clip, one and a half seconds of its middle."""
+    sound = clip_io.read_clip(sorted(grid_dir.glob("s1/*.mpg"))[0], pictures=False).sound
+    x = clip_io.resample(clip_io.mono(sound.samples), sound.rate, 16_000)
+    return np.ascontiguousarray(x[6_000:36_000])
+
+
+# ---- one clip ----------------------------------------------------------------------------------------------------------------
+
+
+def test_whole_clip_scores_are_the_packages_own(recording):
+    import pesq
+    import pystoi
+    import soxr
+
+    x, y = recording, damaged(recording, 16_000)
+    row = metrics.score(x, y, 16_000, GAPS_S)
+    assert row["reason"] == "" and tuple(row) == (*metrics.SCORES, "reason")
+    assert row["pesq_wb"] == pesq.pesq(16_000, x, y, "wb")
+    low = [soxr.resample(s, 16_000, 8_000, quality="HQ") for s in (x, y)]
+    assert row["pesq_nb"] == pesq.pesq(8_000, *low, "nb")
+    assert row["stoi"] == pystoi.stoi(x, y, 16_000)
+    np.random.seed(0)  # where the degraded sound is digital silence ESTOI is made of noise: unseeded it moves by 0.003 here
+    assert row["estoi"] == pystoi.stoi(x, y, 16_000, extended=True)
+    assert row["stoi_gap"] == pystoi.stoi(x[12_800:27_200], y[12_800:27_200], 16_000)  # 0.8 to 1.7 s
+    narrow = metrics.score(*low, 8_000, GAPS_S)
+    assert narrow["pesq_wb"] is None and narrow["reason"] == ""  # not applicable is no failure
+    assert narrow["pesq_nb"] == row["pesq_nb"]
+    assert narrow["gap_l1_db"] == pytest.approx(row["gap_l1_db"], rel=1e-6)
+
+
+def test_equal_sounds_score_best(recording):
+    row = metrics.score(recording, recording, 16_000, GAPS_S)
+    assert row["gap_l1_db"] == 0 and [row[m] for m in ("stoi", "estoi", "stoi_gap")] == pytest.approx([1, 1, 1])
+    assert row["pesq_nb"] == pytest.approx(4.5486, abs=1e-3)  # ITU-T P.862.1: raw 4.5 maps to 4.549
+    assert row["pesq_wb"] == pytest.approx(4.6439, abs=1e-3)  # ITU-T P.862.2: 4.644
+
+
+def test_scores_repeat_and_leave_numpy_alone():
+    x = speech_like(16_000)
+    y = damaged(x, 16_000)
+    first = metrics.score(x, y, 16_000, GAPS_S)  # also imports jax, which draws from numpy's generator
+    np.random.seed(5)
+    before = np.random.get_state()[1].copy()
+    assert metrics.score(x, y, 16_000, GAPS_S) == first
+    assert (np.random.get_state()[1] == before).all()
+    np.random.seed(6)
+    assert metrics.score(x, y, 16_000, GAPS_S) == first
+
+
+def librosa_gap_error(reference, degraded, *gaps_s):
+    """The paper's log-mel in librosa's own words; frame f is centred at f x 20 ms."""
+    import librosa
+
+    def decibel(x):
+        x = np.append(x[0], x[1:] - 0.97 * x[:-1])
+        magnitude = np.abs(librosa.stft(x, n_fft=510, win_length=320, hop_length=160, window="hann", pad_mode="constant"))
+        mel = librosa.filters.mel(sr=8_000, n_fft=510, n_mels=64) @ magnitude
+        return np.clip(20 * np.log10(np.maximum(1e-5, mel)), -80, 0)
+
+    error = np.abs(decibel(reference) - decibel(degraded)).mean(0)
+    return error[inside_of(error.size, gaps_s)].mean()
+
+
+def inside_of(frames, gaps_s):
+    centre = np.arange(frames) * 0.02
+    return np.any([(centre >= start - 1e-9) & (centre < end - 1e-9) for start, end in gaps_s], axis=0)
+
+
+@pytest.mark.parametrize("gaps_s", [[(0.5, 0.8)], [(0.31, 1.7)], [(0.0, 0.1), (1.5, 1.9), (0.06, 0.16)]])
+def test_gap_error_is_librosas(gaps_s):
+    x = y = speech_like(8_000, seconds=2.0)
+    for gap_s in gaps_s:
+        y = damaged(y, 8_000, gap_s)
+    y = (y + 0.01 * speech_like(8_000, 2.0, seed=1)).astype(np.float32)
+    expected = librosa_gap_error(x, y, *gaps_s)
+    assert expected > 1
+    assert metrics.score(x, y, 8_000, gaps_s)["gap_l1_db"] == pytest.approx(expected, rel=1e-5)
+    centred = inside_of(1 + x.size // 160, gaps_s)[None]
+    assert float(metrics.gap_l1_db(x[None], y[None], centred)[0]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_gap_error_counts_frames_of_the_gap_alone():
+    x = speech_like(8_000)
+    far = x.copy()
+    far[:4_000] = 0  # 0 to 0.5 s
+    assert metrics.score(x, far, 8_000, GAPS_S)["gap_l1_db"] == 0
+    batch = np.stack([x, x]), np.stack([far, far])
+    centred = np.zeros((2, 101), bool)
+    centred[0, 5] = True
+    errors = np.asarray(metrics.gap_l1_db(*batch, centred))
+    assert errors[0] > 1 and math.isnan(errors[1])
+
+
+def test_padding_to_whole_seconds_is_no_part_of_the_error():
+    """Frames past the end of the clip do not count, those before it see the silence that ends every clip."""
+    x = speech_like(8_000, seconds=23_824 / 8_000)  # the paper's clip
+    y = damaged(x, 8_000, (2.6, 3.0))
+    assert metrics.score(x, y, 8_000, [(2.5, 3.5)])["gap_l1_db"] == pytest.approx(librosa_gap_error(x, y, (2.5, 3.5)), rel=1e-5)
+
+
+# ---- STOI of the gap ---------------------------------------------------------------------------------------------------------
+
+
+def test_stoi_of_several_gaps_is_the_mean_of_their_excerpts():
+    """Two gaps 0.4 s apart or nearer are one excerpt; the last one ends with the clip."""
+    import pystoi
+
+    rate, gaps_s = 8_000, ((3.7, 3.9), (0.5, 0.7), (1.0, 1.4))
+    x = speech_like(rate, seconds=4.0)
+    noise = np.random.default_rng(1).standard_normal(x.size) * np.linspace(0.002, 0.05, x.size)
+    y = (x + noise).astype(np.float32)
+    parts = [(0.3, 1.6), (3.5, 4.0)]
+    each = [pystoi.stoi(x[round(a * rate) : round(b * rate)], y[round(a * rate) : round(b * rate)], rate) for a, b in parts]
+    assert each[0] != pytest.approx(each[1], abs=0.01)
+    row = metrics.score(x, y, rate, gaps_s)
+    assert row["stoi_gap"] == pytest.approx((1.3 * each[0] + 0.5 * each[1]) / 1.8, rel=1e-12) and row["reason"] == ""
+
+
+def test_an_excerpt_without_speech_is_left_out_and_told():
+    import pystoi
+
+    rate = 8_000
+    x = speech_like(rate, seconds=3.0)
+    x[: round(0.9 * rate)] = 0  # gap 0.2 to 0.5 s: the recording is silent there
+    y = damaged(x, rate, (2.0, 2.2))
+    row = metrics.score(x, y, rate, ((0.2, 0.5), (2.0, 2.2)))
+    assert row["stoi_gap"] == pystoi.stoi(x[14_400:19_200], y[14_400:19_200], rate)
+    assert row["reason"] == "stoi_gap: 1 of 2 excerpts alone, the others hold too little speech"
+    row = metrics.score(x, y, rate, ((0.2, 0.5),))
+    assert row["stoi_gap"] is None and row["reason"] == "stoi_gap: too little speech in and around the gaps"
+    assert row["stoi"] is not None
+
+
+# ---- awkward sounds ----------------------------------------------------------------------------------------------------------
+
+
+def test_silent_restoration_is_a_row():
+    x = speech_like(16_000)
+    row = metrics.score(x, np.zeros_like(x), 16_000, GAPS_S)
+    assert row["pesq_nb"] is None and row["pesq_wb"] is None
+    assert row["reason"] == "pesq_nb: the degraded sound is silent; pesq_wb: the degraded sound is silent"
+    assert row["stoi"] == row["stoi_gap"] == 0 and abs(row["estoi"]) < 0.05 and row["gap_l1_db"] > 1
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda x, y: (np.zeros_like(x), y), "the reference sound is silent"),
+        (lambda x, y: (x, np.where(np.arange(y.size) == 9, np.float32("nan"), y)), "the degraded sound holds NaN"),
+        (lambda x, y: (np.where(np.arange(y.size) == 9, np.float32("inf"), x), y), "the reference sound holds NaN or infinite"),
+        (lambda x, y: (x[:0], y[:0]), "is empty"),
+        (lambda x, y: (x[:1_000], y[:1_000]), "pesq_nb: "),
+        (lambda x, y: (x[:3_000], y[:3_000]), "stoi: fewer than 30 frames (0.4 s) of speech"),
+        (lambda x, y: (x[4_000:4_001], y[4_000:4_001]), "stoi: fewer than 30 frames (0.4 s) of speech"),
+    ],
+)
+def test_what_cannot_be_scored_says_why(change, says):
+    x = speech_like(8_000)
+    row = metrics.score(*change(x, damaged(x, 8_000)), 8_000, [(0.01, 0.1)])
+    assert says in row["reason"] and "\n" not in row["reason"]
+    assert row["stoi"] is None and row["estoi"] is None and row["stoi_gap"] is None
+
+
+def test_gap_without_a_frame():
+    x = speech_like(8_000)
+    row = metrics.score(x, x, 8_000, [(2.5, 2.6)])
+    assert row["gap_l1_db"] is None and row["stoi_gap"] is None and row["stoi"] is not None
+    assert row["reason"] == "stoi_gap: no gap begins in the clip; gap_l1_db: no finite frame has its centre in a gap"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((np.ones(9), np.ones(9, np.float32), 8_000, GAPS_S), "reference is ndarray float64"),
+        ((np.ones((9, 1), np.float32), np.ones((9, 1), np.float32), 8_000, GAPS_S), r"float32 \(9, 1\), expected"),
+        ((np.ones(9, np.float32), np.ones(8, np.float32), 8_000, GAPS_S), "9 reference and 8 degraded"),
+        ((np.ones(9, np.float32), np.ones(9, np.float32), 44_100, GAPS_S), "44100 Hz"),
+        ((np.ones(9, np.float32), np.ones(9, np.float32), 8_000, ((0.1, 0.2), (1.5, 1.0))), "gap 1.5 to 1.0 s"),
+        ((np.ones(9, np.float32), np.ones(9, np.float32), 8_000, ((math.nan, 1.0),)), "gap nan"),
+        ((np.ones(9, np.float32), np.ones(9, np.float32), 8_000, ((0.1, math.inf),)), "gap 0.1 to inf"),
+        ((np.ones(9, np.float32), np.ones(9, np.float32), 8_000, ((-0.1, 0.2),)), "gap -0.1"),
+        ((np.ones(9, np.float32), np.ones(9, np.float32), 8_000, GAP_S), r"gaps_s is \(1.0, 1.5\), expected .* as in \(\("),
+        ((np.ones(9, np.float32), np.ones(9, np.float32), 8_000, ()), r"gaps_s is \(\), expected"),
+    ],
+)
+def test_ill_formed_input_is_refused(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        metrics.score(*arguments)
+    with pytest.raises(ValueError, match=f"item 0: .*{says}"):
+        metrics.score_many([arguments], workers=0)
+
+
+# ---- many clips --------------------------------------------------------------------------------------------------------------
+
+
+def crash_on_a_quiet_clip(reference, degraded, rate, gaps_s):
+    """In the place of metrics._quality: ends its process as a fault in C code would."""
+    if np.abs(reference).max() < 0.01:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return {**dict.fromkeys(metrics.QUALITY), "stoi": float(reference.max()), "reason": ""}
+
+
+def test_a_crashed_worker_costs_its_own_clip(monkeypatch):
+    monkeypatch.setattr(metrics, "_quality", crash_on_a_quiet_clip)
+    x = speech_like(8_000, seconds=0.5)
+    gain = [1.0, 1.1, 0.001, 1.2, 1.3, 0.001, 1.4]
+    items = [(np.float32(g) * x, x, 8_000, [(0.1, 0.3)]) for g in gain]
+    seen = []
+    rows = metrics.score_many(iter(items), workers=2, progress=lambda *of: seen.append(of))
+    assert [row["stoi"] for row in rows] == [None if g < 0.01 else float(np.max(np.float32(g) * x)) for g in gain]
+    crashed = "PESQ or STOI ended its process by SIGSEGV"
+    assert [row["reason"] for row in rows] == [crashed if g < 0.01 else "" for g in gain]
+    assert all(row["gap_l1_db"] is not None for row in rows)
+    assert seen == [(i + 1, None) for i in range(len(gain))]
+
+
+def faults_by_loudness(reference, degraded, rate, gaps_s):
+    """In the place of metrics._quality: loud clips crash or hang, the others are scored as ever."""
+    if reference.size and reference.max() >= 3:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if reference.size and reference.max() >= 2:
+        time.sleep(600)
+    return metrics._quality(reference, degraded, rate, gaps_s)
+
+
+def test_every_clip_in_is_a_row_out(monkeypatch):
+    """The nasty set, by two workers, from a generator: each clip one row, in order, those that can't be scored with the reason."""
+    rate = 8_000
+    x, y = speech_like(rate, seconds=1.6), damaged(speech_like(rate, seconds=1.6), rate, (0.9, 1.1))
+    loud = lambda top: (x / x.max() * top).astype(np.float32)
+    with_nan = np.where(np.arange(x.size) == 99, np.float32("nan"), y)
+    nasty = [
+        (x, y, [(0.9, 1.1)], r"^$"),
+        (np.zeros_like(x), y, [(0.9, 1.1)], r"^the reference sound is silent$"),
+        (loud(3.0), y, [(0.9, 1.1)], r"^PESQ or STOI ended its process by SIGSEGV$"),
+        (x, with_nan, [(0.9, 1.1)], r"^the degraded sound holds NaN or infinite samples; gap_l1_db: no finite frame"),
+        (x[:0], y[:0], [(0.9, 1.1)], r"^the reference sound is empty; gap_l1_db: no finite frame"),
+        (loud(2.0), y, [(0.9, 1.1)], r"^PESQ or STOI took more than 6 s$"),
+        (x[:900], y[:900], [(0.0, 0.1)], r"^pesq_nb: .*; stoi: fewer than 30 .*; estoi: .*; stoi_gap: too little speech[^;]*$"),
+        (x, np.zeros_like(x), [(0.9, 1.1)], r"^pesq_nb: the degraded sound is silent$"),
+        (x, y, [(1.7, 1.9)], r"^stoi_gap: no gap begins in the clip; gap_l1_db: no finite frame has its centre in a gap$"),
+        (x, (x + y) / 2, [(0.9, 1.1)], r"^$"),
+    ]
+    monkeypatch.setattr(metrics, "_quality", faults_by_loudness)
+    rows = metrics.score_many(((a, b, rate, gaps_s) for a, b, gaps_s, _ in nasty), workers=2, timeout_s=6)
+    for row, (*_, says) in zip(rows, nasty, strict=True):
+        assert tuple(row) == (*metrics.SCORES, "reason") and re.search(says, row["reason"]), row["reason"]
+        known = {m for m in metrics.SCORES if row[m] is not None}
+        assert all(math.isfinite(row[m]) for m in known)
+        assert (known == {*metrics.SCORES} - {"pesq_wb"}) == (row["reason"] == "")
+    assert rows[7]["stoi"] == 0 and rows[8]["pesq_nb"] == rows[0]["pesq_nb"] != rows[9]["pesq_nb"]
+
+
+def test_input_is_read_as_workers_get_free(monkeypatch):
+    """Of 60 clips no more than those the workers hold were read before they were scored."""
+    monkeypatch.setattr(metrics, "_quality", crash_on_a_quiet_clip)
+    monkeypatch.setattr(metrics, "_gap_errors", lambda batch, size: [0.0] * len(batch))
+    done, ahead = [0], []
+
+    def items():
+        for i in range(60):
+            ahead.append(i - done[0])
+            yield np.full(4_000, 0.1 + i, np.float32), np.ones(4_000, np.float32), 8_000, [(0.1, 0.2)]
+
+    rows = metrics.score_many(items(), workers=2, progress=lambda n, total: done.__setitem__(0, n))
+    assert [row["stoi"] for row in rows] == pytest.approx([0.1 + i for i in range(60)])
+    assert 2 < max(ahead) < 2 * metrics.AHEAD
+
+
+def test_many_are_as_one_by_one_in_order():
+    sounds = [speech_like(rate, seconds, seed) for rate, seconds, seed in ((8_000, 1.6, 0), (16_000, 1.6, 1), (8_000, 2.3, 2))]
+    items = [(x, damaged(x, rate), rate, [(1.0, 1.2)]) for x, rate in zip(sounds, (8_000, 16_000, 8_000))]
+    seen = []
+    rows = metrics.score_many(items, workers=2, progress=lambda *of: seen.append(of))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    for row, item in zip(rows, items):
+        alone = metrics.score(*item)
+        assert row["reason"] == alone["reason"] == ""
+        for metric in metrics.SCORES:
+            wanted = alone[metric] and pytest.approx(alone[metric], rel=1e-6, abs=2e-6)  # BLAS threads differ, see metrics._stoi
+            assert row[metric] == wanted, metric
+    assert metrics.score_many([]) == []
+    assert metrics.score_many([metrics.Item(*items[0])._asdict()], workers=0) == [metrics.score(*items[0])]
+
+
+def test_workers_load_neither_jax_nor_the_callers_script():
+    """What a worker imports is this file's top level and pesq, pystoi; a script without a main guard must not run twice."""
+    script = (
+        "import sys, numpy as np; print('started')\n"
+        "from avsi_jax.evaluation import metrics; from tests.evaluation import test_metrics\n"
+        "metrics._quality = test_metrics.what_is_loaded\n"
+        "x = np.ones(8000, np.float32); print(metrics.score_many([(x, x, 8000, [(0.1, 0.5)])], workers=1)[0]['reason'])"
+    )
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    assert done.stdout.split() == ["started", "nothing"], done.stderr
+
+
+def what_is_loaded(reference, degraded, rate, gaps_s):
+    loaded = [name for name in ("jax", "tensorflow", "librosa", "av", "matplotlib") if name in sys.modules]
+    return {**dict.fromkeys(metrics.QUALITY), "reason": ",".join(loaded) or "nothing"}
+
+
+# ---- text --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("truth", "said", "characters", "words"),
+    [
+        ("bin blue at f two now", "bin blue at f two now", 0, 0),
+        ("bin blue at f two now", "bin blue at s two now", 1 / 21, 1 / 6),  # one substitution in 21 characters, 6 words
+        ("bin blue", "bin", 5 / 8, 1 / 2),  # ' blue' deleted
+        ("at f", "at f f", 2 / 4, 1 / 2),  # ' f' inserted
+        ("a", "bin", 3 / 1, 1 / 1),  # one substitution, two insertions: above 1
+        ("at f", "", 1, 1),
+    ],
+)
+def test_text_errors_by_hand(truth, said, characters, words):
+    assert metrics.character_error(truth, said) == pytest.approx(characters)
+    assert metrics.word_error(truth, said) == pytest.approx(words)
+
+
+def test_no_text_no_error_rate():
+    assert math.isnan(metrics.character_error("", "bin")) and math.isnan(metrics.word_error(" ", ""))
+
+
+def test_frames_counted_are_the_protocols():
+    """The score and gap_masks.centred_frames count the same frames: 0.31 to 1.7 s at 20 ms a frame is frames 16 to 84."""
+    from avsi_jax.audio import gap_masks
+
+    gap = np.array([[round(0.31 * presets.RECORD_RATE), round(1.7 * presets.RECORD_RATE)]])
+    assert np.flatnonzero(gap_masks.centred_frames(gap, presets.get("paper"), 149)).tolist() == list(range(16, 85))

@@ -1,0 +1,267 @@
+"""Restorer: checkpoint and damaged batch -> log-mel and sound. What was heard stays, what is hidden stays hidden."""
+
+import json
+
+import numpy as np
+import pytest
+
+from avsi_jax.models import build
+from avsi_jax.training.checkpoints import CheckpointError
+
+GAPS_S = ([(0.8, 1.1)], [(0.0, 0.25), (1.5, 2.2)], [(1.0, 2.5)])  # of the three clips of the split: one, two, a long one
+
+
+@pytest.fixture(scope="module")
+def restorer(trained):
+    from avsi_jax.inference.restorer import Restorer
+
+    return Restorer.from_workdir(trained)
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_dir):
+    """The three clips of `test`, of three lengths."""
+    from avsi_jax.data import input_pipeline
+
+    return next(input_pipeline.eval_batches(input_pipeline.Records(input_pipeline.find_dataset(tiny_dir), "test"), 3))
+
+
+@pytest.fixture(scope="module")
+def gap():
+    rows = [[(round(a * 16_000), round(b * 16_000)) for a, b in of_clip] for of_clip in GAPS_S]
+    return np.asarray([row + [(0, 0)] * (2 - len(row)) for row in rows])
+
+
+@pytest.fixture(scope="module")
+def restored(restorer, batch, gap):
+    return restorer.restore(batch, gap)
+
+
+@pytest.fixture(scope="module")
+def sound(restorer, restored, batch, gap):
+    return restorer.to_sound(restored.level, batch, gap)
+
+
+def inside(gap, samples):
+    """bool (B, samples): lost. Written out, not taken from audio/gap_masks.py."""
+    lost = np.zeros((len(gap), samples), bool)
+    for b, spans in enumerate(gap):
+        for start, end in spans:
+            lost[b, start:end] = True
+    return lost
+
+
+# ------------------------------------------------------------------------------------------------------------ from_workdir
+
+
+def test_a_checkpoint_comes_back_as_it_was_trained(trained, tiny_config):
+    """Which one. That its numbers are those of metrics.csv: test_train.test_validation_can_be_done_again."""
+    import jax
+
+    from avsi_jax.inference.restorer import Restorer
+
+    best, last, second = (Restorer.from_workdir(trained, which) for which in ("best", "last", "4"))
+    assert (best.step, last.step, second.step) == (4, 4, 4)  # the second of two epochs of 2 steps was the better one
+    assert best.name == "av_mtl_s2s" and best.config == tiny_config() and best.spec.name == "paper"
+    first = Restorer.from_workdir(trained, "2")
+    jax.tree.map(np.testing.assert_array_equal, last.params, second.params)
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(last.params), strict=True))
+    jax.tree.map(np.testing.assert_array_equal, Restorer.load(trained, "2").params, first.params)
+
+
+def test_what_is_missing_is_said(trained, tmp_path):
+    from avsi_jax.inference.restorer import Restorer
+
+    def message(*arguments):
+        with pytest.raises(CheckpointError) as error:
+            Restorer.from_workdir(*arguments)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "no config.json in" in message(tmp_path) and "avsi-train --workdir=DIR" in message(tmp_path)
+    (tmp_path / "config.json").write_text((trained / "config.json").read_text())
+    assert f"no checkpoints/ in {tmp_path}" in message(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    assert "no checkpoint in" in message(tmp_path)
+    assert "no checkpoint 3 in" in message(trained, "3") and "[2, 4]" in message(trained, "3")
+    assert "found 'newest', expected best, last or a step" in message(trained, "newest")
+
+
+def test_a_run_from_before_a_field_of_the_config(trained, tmp_path):
+    """It did what the field's first value says."""
+    from avsi_jax.inference.restorer import Restorer
+
+    (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
+    config = json.loads((trained / "config.json").read_text())
+    del config["motion"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert Restorer.from_workdir(tmp_path).config.motion == "pixels"
+    del config["landmarks"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="has no landmarks: a run of an older version"):
+        Restorer.from_workdir(tmp_path)
+
+
+@pytest.mark.parametrize(("fields", "needed"), [({"preset": "wide"}, "level"), ({"motion": "standardised"}, "motion")])
+def test_a_run_whose_statistics_are_lost(trained, tmp_path, fields, needed):
+    from avsi_jax.inference.restorer import Restorer
+
+    config = json.loads((trained / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | fields))
+    with pytest.raises(CheckpointError, match=f"no statistics.json in .*; expected what its {needed} was standardised by"):
+        Restorer.from_workdir(tmp_path)
+
+
+def test_a_config_that_is_not_the_runs(trained, tmp_path):
+    """More units than were trained: an error, never a network of random numbers."""
+    from avsi_jax.inference.restorer import Restorer
+
+    (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
+    config = json.loads((trained / "config.json").read_text())
+    for change in ({"units": 9}, {"layers": 2}, {"system": "a_si"}):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(CheckpointError, match="does not fit"):
+            Restorer.from_workdir(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------------- restore
+
+
+def test_what_was_heard_stays(restored, batch, gap):
+    """Level equals the spectrogram of the recording in every frame that no lost sample touches, and only there."""
+    from avsi_jax import presets
+    from avsi_jax.data import features
+
+    level, f = np.asarray(restored.level), restored.features
+    mask = np.asarray(f.mask)
+    np.testing.assert_array_equal(level[~mask], np.asarray(f.spectrogram)[~mask])
+    arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
+    clean = features.make_features(arrays, np.zeros_like(gap), features.FeatureConfig(presets.get("paper")))
+    np.testing.assert_allclose(level[~mask], np.asarray(clean.spectrogram)[~mask], atol=1e-4)
+    assert level.shape == (3, 149, 64) and mask.any(1).all() and not mask.all(1).any()
+    # a gap of 300 ms at a hop of 20 ms: 15 centres, and what windows of 40 ms and the filter of 8 ms reach beside it
+    assert 15 < mask[0].sum() <= 15 + 4
+    assert len(restored.said) == 3
+
+
+@pytest.mark.parametrize("protocol", ["waveform", "paper"])
+def test_hidden_samples_change_nothing(restorer, restored, sound, batch, gap, protocol):
+    """Also for a network that was trained on the paper's protocol: who repairs a clip doesn't have the hidden samples."""
+    from avsi_jax.inference.restorer import Restorer
+
+    config = restorer.config.copy_and_resolve_references()
+    with config.unlocked():
+        config.gaps.protocol = protocol
+    other = Restorer(config, restorer.params, restorer.step)
+    noise = np.random.default_rng(0).integers(-32_768, 32_768, batch["audio"].shape).astype(np.int16)
+    changed = batch | {"audio": np.where(inside(gap, 48_000), noise, batch["audio"])}
+    a, b = (other.restore(x, gap) for x in (batch, changed))
+    np.testing.assert_array_equal(a.level, b.level)
+    assert a.said == b.said
+    if protocol == "waveform":
+        np.testing.assert_array_equal(a.level, restored.level)
+        np.testing.assert_array_equal(other.to_sound(b.level, changed, gap), sound)
+
+
+def test_the_lips_matter(restorer, restored, batch, gap):
+    moved = batch | {"landmarks": batch["landmarks"][::-1].copy()}
+    other = restorer.restore(moved, gap)
+    mask = np.asarray(restored.features.mask)
+    assert np.abs(np.asarray(other.level) - np.asarray(restored.level))[mask].max() > 1e-4
+    np.testing.assert_array_equal(np.asarray(other.level)[~mask], np.asarray(restored.level)[~mask])
+
+
+# --------------------------------------------------------------------------------------------------------------------- sound
+
+
+def test_samples_outside_the_gaps_are_the_recording(sound, batch, gap):
+    n = 47_648  # the preset's clip at 16 kHz: 23,824 samples at 8 kHz
+    assert sound.shape == (3, n) and sound.dtype == np.float32
+    position = np.arange(n) < batch["audio_length"][:, None]
+    known = ~inside(gap, n) & position
+    np.testing.assert_array_equal(sound[known], (batch["audio"][:, :n] / np.float32(32_768))[known])
+    assert not sound[~position].any(), "nothing is made up after the end of a clip"
+
+
+def test_gaps_hold_sound(sound, gap):
+    """At least as loud as a band at -70 dB, and no louder than the voice beside it."""
+    for b, spans in enumerate(gap):
+        for start, end in spans:
+            if end > start:
+                part = sound[b, start:end]
+                assert np.isfinite(part).all() and 1e-5 < np.sqrt(np.mean(part**2)) < 1
+
+
+def test_the_clean_level_gives_back_the_voice(restorer, restored, batch, gap):
+    """The vocoder's own part: with the true log-mel the gap's loudness is the recording's to 3 dB."""
+    whole = restorer.to_sound(restored.features.target, batch, gap)
+    for b, spans in enumerate(gap):
+        start, end = max(spans, key=lambda s: s[1] - s[0])
+        recorded = batch["audio"][b, start:end] / 32_768
+        assert 20 * np.log10(np.std(whole[b, start:end]) / np.std(recorded)) == pytest.approx(0, abs=3)
+
+
+def test_a_clip_is_restored_alike_in_any_batch(restorer, restored, sound, batch, gap):
+    """Alone, and among others: the level to the last bits, the sound as far as 60 iterations carry them."""
+    for b in range(3):
+        one = {k: v[b : b + 1] for k, v in batch.items() if isinstance(v, np.ndarray)}
+        alone = restorer.restore(one, gap[b : b + 1])
+        np.testing.assert_allclose(alone.level[0], restored.level[b], atol=1e-5)
+        assert alone.said[0] == restored.said[b]
+        again = restorer.to_sound(restored.level[b : b + 1], one, gap[b : b + 1])[0]
+        difference = np.abs(again - sound[b])[inside(gap[b : b + 1], 47_648)[0]]
+        loud = np.abs(sound[b])[inside(gap[b : b + 1], 47_648)[0]].max()
+        assert difference.max() < 1e-2 * loud
+
+
+# ------------------------------------------------------------------------------------------------------------- interpolation
+
+
+def test_sentences_are_words_of_grid_and_nothing_where_little_was_read(restorer, restored):
+    """Logits that spell a sentence with one wrong letter, one letter alone, nothing: greedy gives the letters, this the words."""
+    from avsi_jax.data import grid_text
+    from avsi_jax.models import ctc_decoding
+
+    wrong, frames = "bin blux at f two now", 75
+    logits = np.full((3, frames, grid_text.NUM_LABELS), -4.0, np.float32)
+    logits[:, :, 0] = 2.0
+    for k, label in enumerate(grid_text.encode(wrong)):
+        logits[0, 3 * k, label] = 8.0
+    logits[1, 30, grid_text.encode("n")[0]] = 8.0
+    steps = np.full(3, frames)
+    made = restored._replace(said=ctc_decoding.greedy(logits, steps), logits=logits, num_steps=steps)
+    assert made.said == [wrong, "n", ""]
+    assert restorer.sentences(made) == ["bin blue at f two now", "", ""]
+    assert restorer.sentences(restored._replace(said=["", ""], logits=None)) == ["", ""]
+
+
+def test_interpolation_is_numpys():
+    """np.interp, band by band, over the frames that were heard; held at both ends, and never from padding."""
+    from avsi_jax.inference.restorer import interpolate_level
+
+    rng = np.random.default_rng(0)
+    level, valid = rng.normal(size=(6, 40, 3)).astype(np.float32), np.ones((6, 40), bool)
+    mask = rng.uniform(size=(6, 40)) < 0.5
+    mask[1, :9], mask[2, 30:], mask[3] = True, True, False
+    valid[2, 35:], valid[4, 20:] = False, False
+    mask &= valid
+    out = np.asarray(interpolate_level(level, mask, valid))
+    for b in range(6):
+        heard = np.flatnonzero(valid[b] & ~mask[b])
+        for k in range(3):
+            expected = level[b, :, k].copy()
+            expected[mask[b]] = np.interp(np.flatnonzero(mask[b]), heard, level[b, heard, k])
+            np.testing.assert_allclose(out[b, :, k], expected, atol=1e-6)
+
+
+def test_interpolation_of_a_clip_that_is_all_gap():
+    from avsi_jax.inference.restorer import interpolate_level
+
+    level = np.ones((1, 5, 2), np.float32)
+    assert np.isfinite(interpolate_level(level, np.ones((1, 5), bool), np.ones((1, 5), bool))).all()
+
+
+def test_count_of_the_networks_parameters(restorer):
+    from avsi_jax.models import systems
+
+    assert systems.count_parameters(restorer.params) == build.count_of(restorer.config)

@@ -1,0 +1,330 @@
+"""avsi_jax.media.clip_io against files whose content is known: written here with PyAV and soundfile, and real Grid clips."""
+
+import fractions
+
+import numpy as np
+import pytest
+
+from avsi_jax.media import clip_io, grid_mpeg
+
+FPS, RATE = 25, 48_000
+
+
+def tone(hz, seconds=1.0, rate=RATE, level=0.5):
+    return (level * np.sin(2 * np.pi * hz * np.arange(int(rate * seconds)) / rate)).astype(np.float32)
+
+
+def level_at(x, hz, rate):
+    """Amplitude of one frequency in x (N,)."""
+    return 2 * abs(np.exp(-2j * np.pi * hz * np.arange(len(x)) / rate) @ x) / len(x)
+
+
+def write_clip(path, video_codec=None, sound_codec=None, *, channels=(), late_s=0.0, frames=FPS, rate=RATE):
+    """Frame t is plain grey of level 40 + 5 t; `channels` are float sounds; the pictures start `late_s` after the sound."""
+    import av
+
+    with av.open(str(path), "w") as out:
+        video = out.add_stream(video_codec, rate=FPS) if video_codec else None
+        if video is not None:
+            video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+            video.time_base = video.codec_context.time_base = fractions.Fraction(1, FPS)
+        sound = out.add_stream(sound_codec, rate=rate) if sound_codec else None
+        if sound is not None:
+            sound.layout = "stereo" if len(channels) == 2 else "mono"
+        for t in range(frames if video is not None else 0):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 40 + 5 * t, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = t + round(late_s * FPS), fractions.Fraction(1, FPS)
+            out.mux(video.encode(frame))
+        if sound is not None:
+            write_channels(out, sound, channels, rate)
+        for stream in filter(None, (video, sound)):
+            out.mux(stream.encode(None))
+    return path
+
+
+def write_channels(out, stream, channels, rate):
+    import av
+
+    frame = av.AudioFrame.from_ndarray(np.stack(channels), format="fltp", layout=stream.layout.name)
+    frame.sample_rate, frame.pts, frame.time_base = rate, 0, fractions.Fraction(1, rate)
+    same = av.AudioResampler(format=stream.codec_context.format.name, layout=stream.layout.name, rate=rate)
+    for part in same.resample(frame) + same.resample(None):
+        out.mux(stream.encode(part))
+
+
+def test_grid_clip_as_the_corpus_describes_it(grid_dir):
+    clip = clip_io.read_clip(grid_dir / "s1" / "bbaz5s.mpg")
+    assert clip.pictures.rgb.shape == (75, 288, 360, 3) and clip.pictures.rgb.dtype == np.uint8
+    assert clip.pictures.fps == 25 and clip.pictures.start_s == clip.sound.start_s == 0
+    np.testing.assert_allclose(clip.pictures.times, np.arange(75) / 25, atol=1e-9)
+    assert clip.sound.samples.shape == (131_328, 2) and clip.sound.samples.dtype == np.float32
+    assert (clip.sound.rate, clip.sound.subtype, clip.sound.codec) == (44_100, "PCM_16", "mp2")
+    assert clip_io.sound_lag_s(clip) == pytest.approx(0.0110)
+
+
+def test_lag_of_grid_sound_copied_into_an_mp4(grid_dir):
+    clip = clip_io.read_clip(next((grid_dir / "re-encoded" / "s4").glob("*.mp4")))  # MP2 sound copied, says its manifest
+    assert clip.sound.codec != "mp2" and clip_io.sound_lag_s(clip) == pytest.approx(0.0110)
+
+
+def test_lag_of_a_grid_clip_is_what_the_original_wav_shows(grid_dir):
+    """Oracle: cross-correlation of the sound of s2's one original wav with the sound of its MPEG, where both are at hand."""
+    wavs = [w for w in grid_dir.glob("audio_25k/*/*.wav") if (grid_dir / w.parent.name / f"{w.stem}.mpg").exists()]
+    if not wavs:
+        pytest.skip("no clip with its original wav")
+    clip = clip_io.read_clip(grid_dir / wavs[0].parent.name / f"{wavs[0].stem}.mpg")
+    wav = clip_io.read_clip(wavs[0]).sound
+    a = clip_io.resample(clip_io.mono(wav.samples), wav.rate, 16_000)
+    b = clip_io.resample(clip_io.mono(clip.sound.samples), clip.sound.rate, 16_000)
+    n = 2**17
+    shift = int(np.argmax(np.fft.irfft(np.fft.rfft(b, n) * np.conj(np.fft.rfft(a, n)))[:2000]))
+    assert shift / 16_000 == pytest.approx(clip_io.sound_lag_s(clip), abs=2 / 16_000)
+
+
+def test_short_clip_keeps_its_own_frame_count(grid_dir):
+    clip = clip_io.read_clip(grid_dir / "s1" / "lrae3s.mpg")
+    assert len(clip.pictures.rgb) == len(clip.pictures.times) == 74 and len(clip.sound.samples) == 131_328
+
+
+def test_half_of_a_clip_is_not_decoded_when_not_asked_for(grid_dir):
+    path = grid_dir / "s1" / "bbaz5s.mpg"
+    assert clip_io.read_clip(path, sound=False).sound is None
+    assert clip_io.read_clip(path, pictures=False).pictures is None
+
+
+@pytest.mark.parametrize(
+    "suffix, video_codec, sound_codec, subtype",
+    [
+        (".mp4", "mpeg4", "aac", "PCM_16"),
+        (".mkv", "libx264", "flac", "PCM_16"),
+        (".avi", "mpeg4", "pcm_s16le", "PCM_16"),
+        (".mov", "mpeg4", "pcm_s24le", "PCM_24"),
+        (".MOV", "mpeg4", "pcm_f32le", "FLOAT"),
+        (".mkv", "libx264", "libopus", "PCM_16"),
+        (".mpg", "mpeg1video", "mp2", "PCM_16"),
+    ],
+)
+def test_known_clip_in_every_container(tmp_path, suffix, video_codec, sound_codec, subtype):
+    path = write_clip(tmp_path / f"clip{suffix}", video_codec, sound_codec, channels=(tone(500), tone(500)))
+    clip = clip_io.read_clip(path)
+    levels = clip.pictures.rgb.astype(float).mean((1, 2, 3))
+    np.testing.assert_allclose(levels, 40 + 5 * np.arange(FPS), atol=4)
+    np.testing.assert_allclose(clip.pictures.times, np.arange(FPS) / FPS, atol=2e-3)
+    assert clip.pictures.fps == pytest.approx(FPS) and clip.sound.rate == RATE
+    assert clip.sound.subtype == subtype and clip.sound.samples.dtype == np.float32 and clip.sound.samples.shape[1] == 2
+    assert len(clip.sound.samples) >= RATE * 0.99
+    assert level_at(clip_io.mono(clip.sound.samples)[:RATE], 500, RATE) == pytest.approx(0.5, rel=0.03)
+
+
+def test_lossless_sound_comes_back_exactly(tmp_path):
+    x = tone(333, level=0.9)
+    clip = clip_io.read_clip(write_clip(tmp_path / "a.mkv", "libx264", "pcm_s16le", channels=(x,)))
+    assert len(clip.sound.samples) == RATE
+    np.testing.assert_allclose(clip.sound.samples[:, 0], x, atol=1.01 / 32768)
+
+
+def test_channels_are_averaged(tmp_path):
+    path = write_clip(tmp_path / "two.mov", "mpeg4", "pcm_s16le", channels=(tone(500, level=0.8), tone(1200, level=0.4)))
+    samples = clip_io.read_clip(path).sound.samples
+    assert level_at(samples[:, 0], 500, RATE) == pytest.approx(0.8, rel=1e-3)
+    assert level_at(samples[:, 1], 1200, RATE) == pytest.approx(0.4, rel=1e-3)
+    x = clip_io.mono(samples)
+    assert x.shape == (RATE,) and x.dtype == np.float32
+    assert level_at(x, 500, RATE) == pytest.approx(0.4, rel=1e-3) and level_at(x, 1200, RATE) == pytest.approx(0.2, rel=1e-3)
+
+
+def test_pictures_that_start_late_give_the_sound_a_lag(tmp_path):
+    clip = clip_io.read_clip(write_clip(tmp_path / "late.mkv", "libx264", "flac", channels=(tone(500),), late_s=0.4))
+    assert clip.pictures.start_s - clip.sound.start_s == pytest.approx(0.4, abs=2e-3)
+    assert clip_io.sound_lag_s(clip) == pytest.approx(0.4, abs=2e-3) and clip.pictures.times[0] == 0
+
+
+def test_grid_delay_only_for_sound_as_grid_made_it(tmp_path):
+    def lag(rate, late_s):
+        path = tmp_path / f"{rate}{late_s}.mkv"
+        return clip_io.sound_lag_s(
+            clip_io.read_clip(write_clip(path, "mpeg1video", "mp2", channels=(tone(500, rate=rate),), rate=rate, late_s=late_s))
+        )
+
+    assert lag(44_100, 0.0) == pytest.approx(0.0110, abs=1e-4)
+    assert lag(48_000, 0.0) == pytest.approx(0.0, abs=1e-4)
+    assert lag(44_100, 0.4) == pytest.approx(0.4, abs=2e-3)
+
+
+def test_missing_halves_are_none(tmp_path):
+    assert clip_io.read_clip(write_clip(tmp_path / "mute.mp4", "mpeg4")).sound is None
+    only_sound = clip_io.read_clip(write_clip(tmp_path / "sound.mp4", sound_codec="aac", channels=(tone(500),)))
+    assert only_sound.pictures is None and clip_io.sound_lag_s(only_sound) == 0
+    with pytest.raises(clip_io.MediaError, match="found no sound"):
+        clip_io.read_clip(tmp_path / "mute.mp4", pictures=False)
+
+
+def test_times_missing_from_the_file_are_put_on_the_raster():
+    np.testing.assert_allclose(clip_io.fill_times(np.array([np.nan, np.nan, np.nan]), 25), [0, 0.04, 0.08])
+    np.testing.assert_allclose(clip_io.fill_times(np.array([np.nan, 1.04, np.nan]), 25), [1.0, 1.04, 1.08])
+
+
+@pytest.mark.parametrize("subtype, bits", [("PCM_16", 16), ("PCM_24", 24), ("PCM_U8", 8), ("FLOAT", 24), ("DOUBLE", 24)])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_wav_round_trip_is_exact(tmp_path, subtype, bits, channels):
+    whole = np.random.default_rng(0).integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (4000, channels))
+    x = (whole / 2 ** (bits - 1)).astype(np.float32)  # float32 holds 24 bits exactly
+    clip_io.write_sound(tmp_path / "a.wav", x, 16_000, subtype)
+    sound = clip_io.read_clip(tmp_path / "a.wav").sound
+    assert (sound.rate, sound.subtype, sound.start_s) == (16_000, subtype, 0.0)
+    np.testing.assert_array_equal(sound.samples, x)
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24"])
+def test_flac_round_trip_is_exact(tmp_path, subtype):
+    x = np.random.default_rng(1).integers(-32768, 32768, 4000).astype(np.int16)
+    clip_io.write_sound(tmp_path / "a.FLAC", x, 25_000, subtype)
+    sound = clip_io.read_clip(tmp_path / "a.FLAC").sound
+    assert sound.subtype == subtype and sound.rate == 25_000
+    np.testing.assert_array_equal(clip_io.to_int16(sound.samples[:, 0]), x)
+
+
+def test_int16_rule():
+    x = np.array([-1.2, -1.0, -0.5, 0.0, 0.4 / 32768, 0.6 / 32768, 0.5, 1.0, 1.3])
+    np.testing.assert_array_equal(clip_io.to_int16(x), [-32768, -32768, -16384, 0, 0, 1, 16384, 32767, 32767])
+    every = np.arange(-32768, 32768).astype(np.int16)
+    np.testing.assert_array_equal(clip_io.to_int16(clip_io.from_int16(every)), every)
+
+
+@pytest.mark.parametrize("rate_from", [25_000, 44_100, 50_000])
+def test_resample_is_librosas(rate_from):
+    import librosa
+
+    x = np.random.default_rng(2).standard_normal(rate_from).astype(np.float32)
+    y = clip_io.resample(x, rate_from, 16_000)
+    assert y.dtype == np.float32 and len(y) == 16_000
+    np.testing.assert_allclose(y, librosa.resample(x, orig_sr=rate_from, target_sr=16_000, res_type="soxr_hq"), atol=1e-6)
+    both = clip_io.resample(np.stack([x, -x], 1), rate_from, 16_000)
+    np.testing.assert_allclose(both, np.stack([y, -y], 1), atol=1e-6)
+
+
+def test_same_rate_is_left_alone():
+    x = tone(500)
+    np.testing.assert_array_equal(clip_io.resample(x, RATE, RATE), x)
+
+
+def test_errors_are_one_line_that_says_what_was_expected(tmp_path):
+    (tmp_path / "noise.mp4").write_bytes(b"this is no clip" * 100)
+    (tmp_path / "noise.wav").write_bytes(b"this is no sound" * 100)
+    (tmp_path / "empty.mkv").write_bytes(b"")
+    (tmp_path / "folder.mpg").mkdir()
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        clip_io.read_clip(tmp_path / "absent.mpg")
+    for name, words in {
+        "clip.webm": r"found suffix '.webm', expected one of .mpg .mpeg .mp4 .avi .mov .mkv .wav .flac",
+        "noise.mp4": "cannot be decoded",
+        "noise.wav": "cannot be decoded",
+        "empty.mkv": "cannot be decoded",
+        "folder.mpg": "found a folder",
+    }.items():
+        with pytest.raises(clip_io.MediaError, match=words) as e:
+            clip_io.read_clip(tmp_path / name)
+        assert "\n" not in str(e.value)
+
+
+def test_refusals_of_write_sound(tmp_path):
+    x = tone(500)
+    for name, subtype, sound, words in (
+        ("a.mp3", "PCM_16", x, "expected .wav or .flac"),
+        ("a.flac", "FLOAT", x, "flac cannot hold subtype FLOAT"),
+        ("a.wav", "PCM_16", np.full(10, np.nan), "NaN"),
+        ("absent/a.wav", "PCM_16", x, "cannot be written"),
+    ):
+        with pytest.raises(clip_io.MediaError, match=words):
+            clip_io.write_sound(tmp_path / name, sound, RATE, subtype)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cut_off_clip_gives_what_is_there(grid_dir, tmp_path):
+    data = (grid_dir / "s1" / "bbaz5s.mpg").read_bytes()
+    (tmp_path / "cut.mpg").write_bytes(data[: len(data) // 2])
+    clip = clip_io.read_clip(tmp_path / "cut.mpg")
+    assert 20 < len(clip.pictures.rgb) < 60 and 40_000 < len(clip.sound.samples) < 100_000
+
+
+def flash_and_click(frames=50, at=20, rate=25_000):
+    """Dark pictures (T, 72, 64) of yuv420p and silence, but for a white picture and a click in its first instant."""
+    pictures = np.full((frames, 72, 64), 128, np.uint8)
+    pictures[:, :48] = 20
+    pictures[at, :48] = 230
+    sound = np.zeros(frames * rate // FPS, np.int16)
+    sound[at * rate // FPS : at * rate // FPS + 50] = 20_000
+    return pictures, sound
+
+
+def test_written_mpeg_is_what_other_decoders_expect(tmp_path):
+    """Oracle: OpenCV's reader and the container's own words, by PyAV."""
+    import av
+    import cv2
+
+    pictures, sound = flash_and_click()
+    grid_mpeg.write_clip(tmp_path / "a.mpg", pictures, FPS, sound, 25_000)
+    reader, luma = cv2.VideoCapture(str(tmp_path / "a.mpg")), []
+    while (picture := reader.read())[0]:
+        luma.append(picture[1].mean())
+    assert len(luma) == 50 and np.argmax(luma) == 20 and luma[20] > 200 and max(luma[18], luma[22]) < 60
+    with av.open(str(tmp_path / "a.mpg")) as container:
+        assert container.format.name == "mpeg"
+        video, audio = container.streams
+        assert (video.codec.name, video.width, video.height, video.average_rate) == ("mpeg1video", 64, 48, FPS)
+        assert audio.codec.canonical_name == "mp2" and (audio.rate, audio.channels) == (44_100, 1)
+
+
+def test_written_mpeg_keeps_sound_and_pictures_together(tmp_path):
+    """What is seen at t is heard at t plus the lag that the file's times tell."""
+    pictures, sound = flash_and_click(at=30)
+    grid_mpeg.write_clip(tmp_path / "a.mpg", pictures, FPS, sound, 25_000)
+    clip = clip_io.read_clip(tmp_path / "a.mpg")
+    click_s = np.argmax(np.abs(clip.sound.samples[:, 0])) / clip.sound.rate
+    flash_s = clip.pictures.times[clip.pictures.rgb.mean((1, 2, 3)).argmax()]
+    assert flash_s == pytest.approx(30 / FPS, abs=1e-3)
+    assert click_s - flash_s == pytest.approx(clip_io.sound_lag_s(clip), abs=2.5e-3)  # the click lasts 2 ms
+
+
+def test_written_mpeg_has_the_same_bytes_again(tmp_path):
+    pictures, sound = flash_and_click()
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(16, 235, pictures.shape, np.uint8)
+    for name, samples in (("a.mpg", sound), ("b.mpg", sound), ("c.mpg", clip_io.from_int16(sound))):
+        grid_mpeg.write_clip(tmp_path / name, pictures, FPS, samples, 25_000)
+    a, b, c = ((tmp_path / name).read_bytes() for name in ("a.mpg", "b.mpg", "c.mpg"))
+    assert a == b == c
+
+
+def test_refusals_of_write_clip(tmp_path):
+    pictures, sound = flash_and_click()
+    for name, shown, words in (
+        ("a.mp4", pictures, "found suffix '.mp4', expected .mpg"),
+        ("a.mpg", pictures[:, :71], "expected uint8"),
+        ("a.mpg", pictures.astype(float), "found pictures float64"),
+        ("absent/a.mpg", pictures, "cannot be written"),
+    ):
+        with pytest.raises(clip_io.MediaError, match=words):
+            grid_mpeg.write_clip(tmp_path / name, shown, FPS, sound, 25_000)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "ffconcat version 1.0\nfile real.mkv\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1.0,\nreal.mkv\n#EXT-X-ENDLIST\n",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+    ],
+    ids=["concat", "hls", "sdp"],
+)
+def test_a_play_list_opens_no_other_file(tmp_path, content):
+    write_clip(tmp_path / "real.mkv", "libx264", frames=2)  # the first list played it under every suffix
+    for suffix in (".mp4", ".mpg"):
+        (tmp_path / f"list{suffix}").write_text(content)
+        with pytest.raises(clip_io.MediaError, match="list.m.*(a play list or another unknown kind|cannot be decoded)") as error:
+            clip_io.read_clip(tmp_path / f"list{suffix}")
+        assert "\n" not in str(error.value)
+    (tmp_path / "list.png").write_text(content)
+    with pytest.raises(clip_io.MediaError, match="list.png"):
+        clip_io.read_pictures([tmp_path / "list.png"])

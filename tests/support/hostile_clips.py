@@ -1,0 +1,344 @@
+"""200 inputs that mean harm, or are merely broken, the same bytes every time: 174 clips; tests/support/hostile_weights.py has 26 weights.
+
+`clips(folder)` writes them and tells what they are; `canary(folder)` writes what play lists name. They are made from a clip of
+1.2 s with a hole in its sound, in every kind of file that is read. Nothing here is anyone's recording.
+"""
+
+import gzip
+import io
+import os
+import struct
+import tarfile
+import zipfile
+import zlib
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+GAP = (0.4, 0.6)
+SECRET = "canary-5f1d9c7e-seen-by-nobody"
+KINDS = ("mpg", "mp4", "mkv", "mov", "avi", "wav", "flac")
+REFUSED, DONE, EITHER = "refused", "done", "either"  # what is to become of an input
+
+
+class Input(NamedTuple):
+    """kind: its class; fate: REFUSED, DONE or EITHER; default: whether it is one of the 20 that every test run takes."""
+
+    path: Path
+    kind: str
+    fate: str
+    default: bool
+
+
+class Maker:
+    """Numbers the inputs and writes them; of all of them, or of the default ones."""
+
+    def __init__(self, folder: Path, few: bool):
+        self.folder, self.few, self.count, self.made = folder, few, 0, []
+        folder.mkdir()
+
+    def add(self, kind: str, name: str, data, fate: str = EITHER, *, default: bool = False, exact: bool = False) -> None:
+        """data: bytes, or data(path) that makes it. Stems differ: the command writes them into one folder."""
+        self.count += 1
+        if self.few and not default:
+            return
+        path = self.folder / (name if exact else f"{self.count:03d} {kind} {name}")
+        if callable(data):
+            data(path)
+        else:
+            path.write_bytes(data)
+        self.made.append(Input(path, kind, fate, default))
+
+
+# ---- good clips ------------------------------------------------------------------------------------------------------------------
+
+
+def sound(rate: int) -> np.ndarray:
+    """(N,) float32, 1.2 s of a buzz with a rush in it, silent in GAP."""
+    time = np.arange(round(1.2 * rate)) / rate
+    x = 0.2 * np.sin(2 * np.pi * 140 * time) * (1 + 0.5 * np.sin(2 * np.pi * 3 * time))
+    x += np.random.default_rng(0).normal(0, 0.02, len(time))
+    x[(time >= GAP[0]) & (time < GAP[1])] = 0
+    return x.astype(np.float32)
+
+
+def film(path: Path, container: str, video: str, audio: str, form: str = "yuv420p", rate: int = 16_000) -> None:
+    """30 pictures of 64x48 and the sound."""
+    import av
+
+    samples = np.rint(32_767 * sound(rate)).astype(np.int16)[None]
+    with av.open(str(path), "w", format=container, options={"movflags": "faststart"} if container in ("mp4", "mov") else {}) as out:
+        pictures, heard = out.add_stream(video, rate=25), out.add_stream(audio, rate=rate, layout="mono")
+        pictures.width, pictures.height, pictures.pix_fmt, pictures.thread_count = 64, 48, form, 1
+        for k in range(30):
+            rgb = np.full((48, 64, 3), 4 * k, np.uint8)
+            rgb[10:20, k : k + 8] = 255
+            frame = av.VideoFrame.from_ndarray(rgb, format="rgb24").reformat(format=form)
+            frame.pts, frame.time_base = k, Fraction(1, 25)
+            out.mux(pictures.encode(frame))
+        resampler = av.AudioResampler(heard.format, "mono", rate, heard.codec_context.frame_size or 1024)
+        frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
+        for piece in [*resampler.resample(frame), *resampler.resample(None)]:
+            out.mux(heard.encode(piece))
+        for stream in (pictures, heard):
+            out.mux(stream.encode(None))
+
+
+def good(folder: Path) -> dict[str, bytes]:
+    """A whole clip of every kind, by suffix."""
+    import soundfile
+
+    folder.mkdir()
+    film(folder / "a.mpg", "mpeg", "mpeg1video", "mp2", rate=44_100)
+    film(folder / "a.mp4", "mp4", "mpeg4", "aac")
+    film(folder / "a.mkv", "matroska", "mpeg4", "flac")
+    film(folder / "a.mov", "mov", "mjpeg", "pcm_s16le", "yuvj420p")
+    film(folder / "a.avi", "avi", "mpeg4", "pcm_s16le")
+    for kind in ("wav", "flac"):
+        soundfile.write(folder / f"a.{kind}", sound(16_000), 16_000, "PCM_16")
+    return {kind: (folder / f"a.{kind}").read_bytes() for kind in KINDS}
+
+
+def canary(folder: Path) -> dict[str, Path]:
+    """What is named by play lists and is not to be opened: a text, and a film that could be played."""
+    folder.mkdir()
+    (folder / "canary.txt").write_text(f"{SECRET}\n" * 20)
+    film(folder / "canary.ts", "mpegts", "mpeg1video", "mp2", rate=44_100)
+    return {name: folder / f"canary.{name}" for name in ("txt", "ts")}
+
+
+# ---- clips -----------------------------------------------------------------------------------------------------------------------
+
+
+def clips(folder: Path, named: dict[str, Path], few: bool = False) -> list[Input]:
+    """174 of them, or 18."""
+    whole, maker = good(folder.parent / "whole"), Maker(folder, few)
+    _fuzzed(maker, whole)
+    _empty(maker)
+    _claims_of_sound(maker, whole)
+    _claims_of_films(maker, whole)
+    _bombs(maker)
+    _lists(maker, named)
+    _other_kinds(maker, whole)
+    _extremes(maker)
+    _odd_files(maker, whole)
+    return maker.made
+
+
+def _fuzzed(maker: Maker, whole) -> None:
+    """Bytes changed in the header and behind it, at places that a seed draws; ends cut off."""
+    for place, (kind, data) in enumerate(whole.items()):
+        for seed in range(4):
+            rng = np.random.default_rng([place, seed])
+            changed = np.frombuffer(data, np.uint8).copy()
+            reach = (64, 256, 1024, 2048)[seed]
+            at = rng.integers(4, min(reach, len(data)), 1 + 4 * seed)
+            changed[at] = rng.integers(0, 256, len(at))
+            maker.add("header", f"{seed}.{kind}", changed.tobytes(), default=seed == 1 and kind in ("mpg", "mp4", "wav"))
+        rng = np.random.default_rng([place, 9])
+        changed = np.frombuffer(data, np.uint8).copy()
+        changed[rng.integers(0, len(data), 200)] = rng.integers(0, 256, 200)
+        maker.add("body", f"x.{kind}", changed.tobytes())
+        maker.add("cut", f"head.{kind}", data[:40])
+        maker.add("cut", f"half.{kind}", data[: len(data) // 2], default=kind == "mp4")
+
+
+def _empty(maker: Maker) -> None:
+    for kind in KINDS:
+        maker.add("empty", f"none.{kind}", b"", REFUSED, default=kind == "mpg")
+    for kind in ("mpg", "mp4", "mkv", "wav"):
+        maker.add("empty", f"zeros.{kind}", bytes(4096), REFUSED, default=kind == "mkv")
+
+
+def wav(data: bytes, *, tag=1, channels=1, rate=16_000, bits=16, align=None, size=None, riff=None, extra=b"") -> bytes:
+    """A .wav that says what it is told to say."""
+    align = max(1, channels * bits // 8) if align is None else align
+    form = struct.pack("<HHIIHH", tag, channels, rate, min(rate * align, 2**32 - 1), align % 65536, bits) + extra
+    size = len(data) if size is None else size
+    body = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", size) + data
+    return b"RIFF" + struct.pack("<I", len(body) if riff is None else riff) + body
+
+
+def _claims_of_sound(maker: Maker, whole) -> None:
+    """Rates, channels, bits and lengths that are lies or beyond reason."""
+    pcm = np.rint(32_767 * sound(16_000)).astype("<i2").tobytes()
+    told = {
+        "rate 0": {"rate": 0}, "rate 1": {"rate": 1}, "rate most": {"rate": 2**32 - 1},
+        "rate prime": {"rate": 2**31 - 1}, "channels 0": {"channels": 0, "align": 2}, "channels 1024": {"channels": 1024},
+        "channels most": {"channels": 65_535}, "bits 0": {"bits": 0}, "bits 3": {"bits": 3}, "bits most": {"bits": 65_535},
+        "align 0": {"align": 0}, "size most": {"size": 2**32 - 1}, "riff 0": {"riff": 0}, "tag none": {"tag": 0x7777},
+        "tag adpcm": {"tag": 2, "bits": 4, "extra": struct.pack("<HHH", 32, 65_535, 7)},
+    }  # fmt: skip
+    for name, fields in told.items():
+        maker.add("claim", f"{name}.wav", wav(pcm, **fields), default=name in ("rate most", "channels most"))
+    rf64 = b"RF64\xff\xff\xff\xffWAVEds64" + struct.pack("<IQQQI", 28, 2**62, 2**62, 2**61, 0) + wav(pcm, size=2**32 - 1)[12:]
+    maker.add("claim", "rf64.wav", rf64)
+    flac = whole["flac"]
+    bits = int.from_bytes(flac[18:26], "big")  # rate 20, channels 3, bits 5, samples 36
+    of = lambda bits: flac[:18] + bits.to_bytes(8, "big") + flac[26:]
+    maker.add("claim", "samples most.flac", of(bits | (2**36 - 1)), default=True)
+    maker.add("claim", "samples none.flac", of(bits & ~(2**36 - 1)))
+    maker.add("claim", "rate most.flac", of(bits | (2**20 - 1) << 44))
+    maker.add("claim", "channels.flac", of(bits | 7 << 41))
+    maker.add("claim", "block.flac", flac[:4] + b"\x00\xff\xff\xff" + flac[8:])
+    maker.add("claim", "picture.flac", flac[:42] + b"\x06\xff\xff\xff" + struct.pack(">II", 3, 2**31) + flac[42:])
+
+
+def _claims_of_films(maker: Maker, whole) -> None:
+    """Sizes, counts and lengths of pictures and tables that are lies or beyond reason."""
+
+    def put(kind: str, name: str, mark: bytes, offset: int, value: bytes, **options) -> None:
+        data = whole[kind]
+        at = data.index(mark) + offset
+        maker.add("claim", f"{name}.{kind}", data[:at] + value + data[at + len(value) :], **options)
+
+    put("mpg", "size", b"\0\0\1\xb3", 4, b"\xff\xff\xff", default=True)
+    put("mpg", "size 0", b"\0\0\1\xb3", 4, b"\0\0\0")
+    most = b"\xff\xff\xff\xff"
+    for kind in ("mp4", "mov"):
+        coded = b"mp4v" if kind == "mp4" else b"jpeg"
+        put(kind, "size", coded + bytes(6), 28, b"\xff\xff\xff\xff", default=kind == "mov")
+        put(kind, "time 1", b"mdhd", 16, b"\0\0\0\1")
+        put(kind, "time 0", b"mdhd", 16, b"\0\0\0\0")
+        put(kind, "lasts", b"stts", 8, most + most)
+        put(kind, "sizes", b"stsz", 8, most + most)
+        put(kind, "offset", b"stco", 12, most)
+        put(kind, "box", b"moov", -4, most)
+    put("mkv", "size", b"\xb0\x81\x40", 1, b"\x84\x7f\xff\xff\xff")
+    put("mkv", "rate nan", b"\xb5\x88", 2, struct.pack(">d", np.nan))
+    put("mkv", "rate huge", b"\xb5\x88", 2, struct.pack(">d", 1e300))
+    put("mkv", "lasts", b"\x44\x89\x88", 3, struct.pack(">d", 1e300))
+    put("avi", "size", b"vids", 56 + 8, struct.pack("<II", 2**31 - 1, 2**31 - 1))
+    put("avi", "frames", b"avih", 24, most)
+
+
+def png(width: int, height: int) -> bytes:
+    """A black picture of one bit a point, made without holding it."""
+    pack, rows = zlib.compressobj(9), b"".join(b"\0" + bytes((width + 7) // 8) for _ in range(64))
+    data = b"".join(pack.compress(rows) for _ in range(height // 64)) + pack.flush()
+    chunk = lambda name, x: struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        chunk(*part) for part in ((b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)), (b"IDAT", data), (b"IEND", b""))
+    )
+
+
+def painted(path: Path, kind: str, picture: bytes, count: int, told: int) -> None:
+    """A film of `count` times one .png, whose header tells of pictures of `told` points squared; and the sound."""
+    import av
+
+    with av.open(str(path), "w", format=kind) as out:
+        video, audio = out.add_stream("png", rate=25), out.add_stream("pcm_s16le", rate=16_000, layout="mono")
+        video.width, video.height, video.pix_fmt = told, told, "monob"
+        out.start_encoding()
+        for k in range(count):
+            packet = av.Packet(picture)
+            packet.pts = packet.dts = round(k / 25 / video.time_base)
+            packet.stream, packet.time_base, packet.is_keyframe = video, video.time_base, True
+            out.mux(packet)
+        samples = np.rint(32_767 * sound(16_000)).astype("<i2")
+        frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = 16_000, 0, Fraction(1, 16_000)
+        out.mux(audio.encode(frame))
+
+
+def _bombs(maker: Maker) -> None:
+    """Small files, much inside."""
+    import soundfile
+
+    for name, kind, size, count, told in (
+        ("one", "mov", 16_128, 1, 16_128), ("hidden", "mov", 16_128, 1, 64), ("film", "avi", 4096, 60, 4096),
+        ("hidden film", "avi", 4096, 60, 64),
+    ):  # fmt: skip
+        make = lambda path, kind=kind, size=size, rest=(count, told): painted(path, kind, png(size, size), *rest)
+        maker.add("bomb", f"{name}.{kind}", make)
+
+    def silent(path: Path) -> None:
+        with soundfile.SoundFile(path, "w", 8000, 1, "PCM_16", format="FLAC") as out:
+            for _ in range(60):
+                out.write(np.zeros(2**20, np.int16))
+
+    maker.add("bomb", "silence.flac", silent)
+
+
+def _lists(maker: Maker, named: dict[str, Path]) -> None:
+    """What names other files, in place of a clip."""
+    film, text = named["ts"].as_posix(), named["txt"].as_posix()
+    hls = f"#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:2\n#EXTINF:1.2,\n{film}\n#EXT-X-ENDLIST\n".encode()
+    concat = f"ffconcat version 1.0\nfile '{film}'\n".encode()
+    sdp = f"v=0\no=- 0 0 IN IP4 127.0.0.1\ns={text}\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n".encode()
+    mpd = (
+        '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" mediaPresentationDuration="PT1.2S">'
+        f'<Period><AdaptationSet mimeType="video/mp2t"><Representation id="0"><BaseURL>file://{film}</BaseURL></Representation>'
+        "</AdaptationSet></Period></MPD>"
+    ).encode()
+    for kind in KINDS:
+        maker.add("list", f"hls.{kind}", hls, REFUSED, default=kind == "mp4")
+    for kind in ("mpg", "mp4", "mkv", "mov", "avi"):
+        maker.add("list", f"concat.{kind}", concat, REFUSED, default=kind == "mkv")
+    for kind in ("mpg", "mp4", "mkv"):
+        maker.add("list", f"sdp.{kind}", sdp, REFUSED)
+        maker.add("list", f"dash.{kind}", mpd, REFUSED)
+    url = b"\0\0\0\1" + struct.pack(">I", 12 + 1 + len(film)) + b"url \0\0\0\0file://" + film.encode() + b"\0"
+    maker.add("list", "box.mov", struct.pack(">I", 8 + len(url)) + b"moov" + url, REFUSED)
+    maker.add("list", "asx.avi", f'<asx version="3.0"><entry><ref href="file://{film}"/></entry></asx>'.encode(), REFUSED)
+    maker.add("list", "text.mp4", f"file://{text}\n".encode(), REFUSED)
+    maker.add("list", "meta.mpg", f";FFMETADATA1\ntitle={text}\n".encode(), REFUSED)
+
+
+def _other_kinds(maker: Maker, whole) -> None:
+    """Other things than clips under a clip's name."""
+    packed, archive = io.BytesIO(), io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("../../outside.wav", bytes(2**25))
+    with tarfile.open(fileobj=archive, mode="w") as file:
+        file.addfile(tarfile.TarInfo("../../outside.wav"), io.BytesIO())
+    page = b"<!doctype html><script>document.title='x'</script><img src=x onerror=alert(1)>" * 20
+    for name, data in {
+        "text.mp4": b"this is no film, it is a text\n" * 50, "page.mov": page, "json.mkv": b'{"a": [1, 2]}' * 99,
+        "zip bomb.mp4": packed.getvalue(), "gzip bomb.mkv": gzip.compress(bytes(2**25)), "tar.avi": archive.getvalue(),
+        "pickle.wav": b"\x80\x04cos\nsystem\n(S'touch outside'\ntR.", "program.flac": b"\x7fELF" + bytes(500),
+        "drawing.mpg": b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>" * 9,
+        "script.mpeg": b"#!/bin/sh\ntouch outside\n" * 30, "noise.avi": np.random.default_rng(1).bytes(5000),
+    }.items():  # fmt: skip
+        maker.add("other", name, data, EITHER if name.startswith("noise") else REFUSED, default=name == "zip bomb.mp4")
+    maker.add("other", "film.wav", whole["mp4"], REFUSED)
+    maker.add("other", "sound.mp4", whole["wav"], REFUSED)
+    maker.add("other", "avi.mkv", whole["avi"])
+
+
+def _extremes(maker: Maker) -> None:
+    """Sounds of numbers that are none, or at the edge."""
+    x = sound(16_000)
+    odd = {"nan": np.nan, "inf": np.inf, "minus inf": -np.inf}
+    for name, value in odd.items():
+        samples = x.copy()
+        samples[1000] = value
+        maker.add("extreme", f"{name}.wav", wav(samples.tobytes(), tag=3, bits=32), REFUSED, default=name == "nan")
+    for name, samples in {
+        "nan all": np.full(9000, np.nan), "tiny": np.full(9000, 1e-42), "large": np.where(x > 0, 3e38, -3e38),
+        "square": np.where(np.arange(9000) // 40 % 2, 1.0, -1.0), "one": x[:1], "two": x[:2],
+        "silent": 0 * x, "constant": 0 * x + 1,
+    }.items():  # fmt: skip
+        maker.add("extreme", f"{name}.wav", wav(samples.astype("<f4").tobytes(), tag=3, bits=32))
+    large = np.where(x > 0, 1e308, -1e308)
+    maker.add("extreme", "larger.wav", wav(large.astype("<f8").tobytes(), tag=3, bits=64))
+    maker.add("extreme", "none.wav", wav(b""), REFUSED)
+
+
+def _odd_files(maker: Maker, whole) -> None:
+    """No regular files; and names that are hard to print, of clips that are to be repaired."""
+    maker.add("no file", "folder.mp4", lambda path: path.mkdir(), REFUSED)
+    maker.add("no file", "link.wav", lambda path: path.symlink_to(path.parent / "nowhere.wav"), REFUSED)
+    maker.add("no file", "circle.wav", lambda path: path.symlink_to(path), REFUSED)
+    maker.add("no file", "endless.wav", lambda path: path.symlink_to("/dev/zero"), REFUSED, default=True)
+    maker.add("no file", "endless.mpg", lambda path: path.symlink_to("/dev/zero"), REFUSED)
+    for kind in ("mp4", "wav"):
+        maker.add("no file", f"pipe.{kind}", os.mkfifo, REFUSED, default=kind == "mp4")
+    for number, name in enumerate(
+        ("-rf --overwrite", "new\nline", "'quoted' \"twice\" `id` $(id)", "\u05d0\u202egnp\U0001f600", os.fsdecode(b"\xff\xfe"),
+         "\x1b[31m<b>&amp;", "%03d", "x" * 220, "concat:a|b")
+    ):  # fmt: skip
+        maker.add("name", f"{name}{number}.wav", whole["wav"], DONE, default=number == 1, exact=True)

@@ -1,0 +1,405 @@
+"""tfds_grid.clips on every fault that a clip may have: each file is made here, from a synthetic clip; each has a known outcome."""
+
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile
+
+from avsi_jax.media import clip_io
+from tfds_grid import clips, speakers
+from tfds_grid.raw_files import RawFile
+
+CLIP = "bbaf2n"  # a Grid id, whoever speaks: "bin blue at f two now"
+
+
+@pytest.fixture(scope="module")
+def original(synthetic_dir):
+    """(pictures (75, 288, 360, 3), sound (N,) int16 at 25 kHz, path of the .mpg) of one synthetic clip."""
+    path = sorted(synthetic_dir.glob("s1/*.mpg"))[0]
+    sound, rate = soundfile.read(synthetic_dir / f"audio_25k/s1/{path.stem}.wav", dtype="int16")
+    assert rate == 25_000
+    return clip_io.read_clip(path).pictures.rgb, sound, path
+
+
+@pytest.fixture(scope="module")
+def reference(original):
+    """What the undamaged clip measures."""
+    return clips.measure(raw_clip(original[2]), mouth=True)
+
+
+def raw_clip(video=None, clip_id=CLIP, **files):
+    """RawClip of paths; pictures: a list of them."""
+    file = lambda path: RawFile(Path(path), Path(path).name) if path else None
+    pictures = tuple(map(file, files.pop("pictures", ())))
+    return speakers.RawClip(clip_id, "s1", file(video), pictures=pictures, **{k: file(p) for k, p in files.items()})
+
+
+def encode(path, rgb, sound, *, fps=25, rate=25_000, times=None):
+    """.mkv of nearly lossless MPEG-4 pictures and, where there is any, 16-bit sound (N,) or (N, C)."""
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("mpeg4", rate=fps)
+        video.height, video.width, video.pix_fmt = *rgb.shape[1:3], "yuv420p"
+        video.options = {"qscale": "2"}
+        video.codec_context.qmin = video.codec_context.qmax = 2
+        if sound is not None:
+            sound = sound[:, None] if sound.ndim == 1 else sound
+            audio = container.add_stream("pcm_s16le", rate=rate, layout={1: "mono", 2: "stereo"}[sound.shape[1]])
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(sound).reshape(1, -1), "s16", audio.layout.name)
+            frame.sample_rate, frame.pts = rate, 0
+            container.mux(audio.encode(frame))
+            container.mux(audio.encode(None))
+        for index, picture in zip(times if times is not None else range(len(rgb)), rgb, strict=True):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
+            frame.pts = int(index)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+    return path
+
+
+def measure(tmp_path, rgb, sound, mouth=False, **options):
+    return clips.measure(raw_clip(encode(tmp_path / f"{CLIP}.mkv", rgb, sound, **options)), mouth=mouth)
+
+
+def notes(measured):
+    return dict(note.split(": ", 1) for note in map(str, measured["notes"]))
+
+
+def test_the_undamaged_clip(reference):
+    assert reference["landmarks"].shape == (75, 68, 2) and reference["landmarks_valid"].all() and not len(reference["notes"])
+    assert reference["mouth"].shape == (75, 96, 96) and reference["fps"] == 25 and reference["frame_size"].tolist() == [360, 288]
+
+
+# --------------------------------------------------------------------------------------------------------- files and pictures
+
+
+@pytest.mark.parametrize("suffix", [".mpg", ".mp4"])
+@pytest.mark.parametrize("content", [b"", b"no video at all" * 999, bytes(5000), b"\x00\x00\x01\xba" * 800])
+def test_files_that_are_no_video(tmp_path, suffix, content):
+    (tmp_path / f"{CLIP}{suffix}").write_bytes(content)
+    with pytest.raises(clips.UnusableClipError) as refused:
+        clips.measure(raw_clip(tmp_path / f"{CLIP}{suffix}"), mouth=False)
+    assert str(refused.value) and str(tmp_path) not in str(refused.value)
+
+
+def test_a_truncated_file(tmp_path, original):
+    data = original[2].read_bytes()
+    (tmp_path / "cut.mpg").write_bytes(data[: len(data) // 2])
+    with pytest.raises(clips.UnusableClipError, match=r"cut short: [34]\d pictures, 1\.\d+ s of the 3 s"):
+        clips.measure(raw_clip(tmp_path / "cut.mpg"), mouth=False)
+
+
+def test_bytes_changed_in_the_middle(tmp_path, original, reference):
+    """Either outcome is right: fewer usable pictures said so, or a reason; no crash, nothing invented."""
+    data = bytearray(original[2].read_bytes())
+    data[100_000:140_000] = np.random.default_rng(0).integers(0, 256, 40_000, np.uint8).tobytes()
+    (tmp_path / "torn.mpg").write_bytes(data)
+    try:
+        measured = clips.measure(raw_clip(tmp_path / "torn.mpg"), mouth=False)
+    except clips.UnusableClipError as e:
+        assert str(e)
+    else:
+        assert len(measured["landmarks"]) == len(measured["landmarks_valid"]) <= 75
+
+
+@pytest.mark.parametrize("frames", [74, 70])
+def test_a_few_pictures_less_are_kept_and_noted(tmp_path, original, frames):
+    measured = measure(tmp_path, original[0][:frames], original[1])
+    assert len(measured["landmarks"]) == frames and notes(measured) == {"pictures": f"{frames}, not 75"}
+
+
+def test_fewer_pictures_are_not_kept(tmp_path, original):
+    with pytest.raises(clips.UnusableClipError, match="cut short: 69 pictures, 2.76 s of the 3 s of a Grid clip"):
+        measure(tmp_path, original[0][:69], original[1])
+    own = encode(tmp_path / "own.mkv", original[0][:50], original[1])  # not Grid's: only its two parts must fit
+    with pytest.raises(clips.UnusableClipError, match="its pictures last 2.00 s, its sound 3.00 s"):
+        clips.measure(raw_clip(own, "me/take 1"), mouth=False)
+    short = encode(tmp_path / "short.mkv", original[0][:50], original[1][:50_000])
+    assert len(clips.measure(raw_clip(short, "me/take 1"), mouth=False)["landmarks"]) == 50
+
+
+def test_grey_opening(tmp_path, original):
+    rgb = original[0].copy()
+    rgb[:15] = 128
+    measured = measure(tmp_path, rgb, original[1])
+    np.testing.assert_array_equal(measured["landmarks_valid"], np.arange(75) >= 15)
+    assert "first 15 pictures are damaged" in notes(measured)["face"]
+    rgb[15] = 128
+    with pytest.raises(clips.UnusableClipError, match="16 of its 75 pictures show no usable face"):
+        measure(tmp_path, rgb, original[1])
+
+
+def test_no_face(tmp_path, original):
+    scene = np.random.default_rng(0).integers(60, 90, (75, 288, 360, 3), np.uint8)
+    with pytest.raises(clips.UnusableClipError, match="no face found in 75 pictures"):
+        measure(tmp_path, scene, original[1])
+
+
+def test_face_lost_in_the_middle(tmp_path, original):
+    rgb = original[0].copy()
+    rgb[40:52] = 20
+    measured = measure(tmp_path, rgb, original[1])
+    np.testing.assert_array_equal(np.flatnonzero(~measured["landmarks_valid"]), np.arange(40, 52))
+    assert notes(measured) == {"face": "the face is lost in 12 of 75 pictures; their points are interpolated"}
+    between = measured["landmarks"][39:53].astype(np.float64)  # on a straight line
+    np.testing.assert_allclose(np.diff(between, 2, axis=0), 0, atol=1e-3)
+    rgb[40:56] = 20
+    with pytest.raises(clips.UnusableClipError, match="16 of its 75 pictures"):
+        measure(tmp_path, rgb, original[1])
+
+
+def test_other_picture_sizes(tmp_path, original, reference):
+    big = np.repeat(np.repeat(original[0], 2, axis=1), 2, axis=2)
+    measured = measure(tmp_path, big, original[1])
+    assert measured["frame_size"].tolist() == [720, 576] and not len(measured["notes"])
+    half = (measured["landmarks"] - 0.5) / 2  # the middle of a doubled pixel
+    assert np.abs(half - reference["landmarks"]).mean() < 1.0  # pixels; 0.3 to 0.6 comes from coding twice
+
+
+@pytest.mark.parametrize(("fps", "frames"), [(50, 150), (30, 90), (15, 45)])
+def test_other_frame_rates_are_brought_to_25(tmp_path, original, reference, fps, frames):
+    """Oracle: the same film, its pictures shown at their nearest times."""
+    shown = np.minimum((np.arange(frames) * 25 / fps).astype(int), 74)
+    measured = measure(tmp_path, original[0][shown], original[1], mouth=True, fps=fps)
+    assert measured["landmarks"].shape == (75, 68, 2) and measured["mouth"].shape == (75, 96, 96) and measured["fps"] == 25
+    assert notes(measured) == {"frame rate": f"{frames} pictures at {fps} fps brought to 75 at 25"}
+    # a picture is shown up to 1 / fps too late: the path of the lower lip stays what it was
+    lip = lambda m: m["landmarks"][:, 66, 1] - m["landmarks"][:, 62, 1]
+    assert np.corrcoef(lip(measured), lip(reference))[0, 1] > 0.85
+
+
+def test_pictures_missing_in_the_middle(tmp_path, original, reference):
+    """A file may leave pictures out and say so by its times: the others keep theirs."""
+    kept = np.array([*range(30), *range(36, 75)])
+    measured = measure(tmp_path, original[0][kept], original[1], times=kept)
+    assert len(measured["landmarks"]) == 75
+    np.testing.assert_array_equal(np.flatnonzero(~measured["landmarks_valid"]), np.arange(30, 36))  # too long to guess
+    assert np.abs(measured["landmarks"][kept] - reference["landmarks"][kept]).mean() < 1.0
+
+
+def test_interpolation_in_time():
+    """Oracle: np.interp."""
+    rng = np.random.default_rng(0)
+    times = np.cumsum(np.r_[0, rng.uniform(0.02, 0.05, 40)])
+    points, valid = rng.normal(size=(41, 68, 2)).astype(np.float32), rng.random(41) > 0.2
+    found, seen, nearest = clips._at_25_fps(points, valid, times, 30)
+    wanted = np.arange(len(found)) * 0.04
+    assert abs(wanted[-1] + 0.04 - times[-1] - 1 / 30) <= 0.02 + 1e-9
+    for j, k in ((0, 0), (30, 1), (67, 0)):
+        np.testing.assert_allclose(found[:, j, k], np.interp(wanted, times, points[:, j, k]), atol=1e-6)
+    part = np.interp(wanted, times, (~valid).astype(float))
+    np.testing.assert_array_equal(seen[part > 0], False)
+    np.testing.assert_array_equal(nearest, np.abs(times[None] - wanted[:, None]).argmin(1))
+
+
+def test_a_folder_of_pictures(tmp_path, original, reference):
+    paths = []
+    for number, picture in enumerate(original[0]):
+        paths.append(tmp_path / f"{number}.png")
+        with av.open(str(paths[-1]), "w", format="image2") as container:
+            stream = container.add_stream("png", rate=1)
+            stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "rgb24"
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+    soundfile.write(tmp_path / "x.wav", original[1], 25_000)
+    measured = clips.measure(raw_clip(pictures=paths, sound=tmp_path / "x.wav"), mouth=True)
+    np.testing.assert_array_equal(measured["landmarks"], reference["landmarks"])
+    np.testing.assert_array_equal(measured["mouth"], reference["mouth"])
+    assert measured["audio"].shape == (48_000,) and measured["offset_s"] == 0
+    with pytest.raises(clips.UnusableClipError, match="no sound in it and no wav"):
+        clips.measure(raw_clip(pictures=paths), mouth=False)
+    kept = [*paths[:30], *paths[36:]]  # numbers 30 to 35 are not there: the others keep their time
+    gone = clips.measure(raw_clip(pictures=kept, sound=tmp_path / "x.wav"), mouth=False)
+    assert len(gone["landmarks"]) == 75
+    np.testing.assert_array_equal(np.flatnonzero(~gone["landmarks_valid"]), np.arange(30, 36))
+    assert np.abs(gone["landmarks"][40:] - reference["landmarks"][40:]).max() < 3
+    paths[7].write_bytes(b"no picture")
+    with pytest.raises(clips.UnusableClipError, match="cannot be decoded as a picture"):
+        clips.measure(raw_clip(pictures=paths, sound=tmp_path / "x.wav"), mouth=False)
+
+
+def test_a_picture_that_would_fill_the_memory(tmp_path):
+    """A .png of 60 bytes that claims 30,000 x 30,000 pixels."""
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0))
+    paths = [tmp_path / f"{n}.png" for n in range(2)]
+    for path in paths:
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b""))
+    with pytest.raises(clips.UnusableClipError, match="30000x30000|decoded"):
+        clips.measure(raw_clip(pictures=paths), mouth=False)
+
+
+# ------------------------------------------------------------------------------------------------------------------- sound
+
+
+def test_silent_and_missing_sound(tmp_path, original):
+    with pytest.raises(clips.UnusableClipError, match="silent: its loudest sample is 0 of 32768"):
+        measure(tmp_path, original[0], np.zeros(75_000, np.int16))
+    with pytest.raises(clips.UnusableClipError, match="no sound in it and no wav beside it"):
+        measure(tmp_path, original[0], None)
+
+
+def test_the_wav_stands_in_for_missing_sound(tmp_path, original):
+    video, wav = encode(tmp_path / "x.mkv", original[0], None), tmp_path / "x.wav"
+    soundfile.write(wav, original[1], 25_000)
+    measured = clips.measure(raw_clip(video, sound=wav), mouth=False)
+    assert measured["audio"].shape == (48_000,) and measured["offset_s"] == 0 and not len(measured["notes"])
+
+
+def test_clipped_sound_is_noted(tmp_path, original):
+    loud = np.clip(original[1].astype(np.int32) * 30, -32_768, 32_767).astype(np.int16)
+    measured = measure(tmp_path, original[0], loud)
+    assert notes(measured)["clipped"].endswith("% of the samples are at full scale")
+
+
+def test_stereo_is_averaged(tmp_path, original):
+    left, right = original[1], np.roll(original[1], 500) // 3
+    measured = measure(tmp_path, original[0], np.stack([left, right], 1))
+    mean = clip_io.resample((left / 65_536 + right / 65_536).astype(np.float32), 25_000, 16_000)
+    np.testing.assert_allclose(measured["audio"], np.rint(32_768 * mean), atol=1.01)
+
+
+@pytest.mark.parametrize("content", [b"", b"RIFF....WAVEjunk", "other"])
+def test_a_wav_that_can_not_be_used_is_not(tmp_path, original, synthetic_dir, content):
+    wav = tmp_path / "x.wav"
+    if content == "other":  # another clip's
+        shutil.copy(sorted(synthetic_dir.glob("audio_25k/s2/*.wav"))[0], wav)
+    else:
+        wav.write_bytes(content)
+    without = clips.measure(raw_clip(original[2]), mouth=False)
+    measured = clips.measure(raw_clip(original[2], sound=wav), mouth=False)
+    assert notes(measured)["wav"].endswith("not used")
+    np.testing.assert_array_equal(measured["audio"], without["audio"])
+
+
+@pytest.mark.parametrize("where", ["own", "wav"])
+def test_sound_that_is_no_number_is_not_used(tmp_path, original, where):
+    broken = (original[1] / 32_768).astype(np.float32)
+    broken[500] = np.nan
+    wav = tmp_path / "x.wav"
+    soundfile.write(wav, broken if where == "wav" else original[1], 25_000, subtype="FLOAT" if where == "wav" else "PCM_16")
+    if where == "wav":
+        measured = clips.measure(raw_clip(original[2], sound=wav), mouth=False)
+        assert notes(measured)["wav"].endswith("not used") and np.isfinite(measured["offset_s"])
+        return
+    shown = clip_io.Clip("x", None, clip_io.Sound(broken[:, None], 25_000, 0.0, "FLOAT", "pcm_f32le"))
+    said = []
+    audio, offset_s = clips._sound(raw_clip(original[2], sound=wav), shown, said)
+    assert offset_s == 0 and audio.shape == (48_000,) and "NaN" in said[0]
+    with pytest.raises(clip_io.MediaError, match="NaN"):
+        clips._sound(raw_clip(original[2]), shown, [])
+
+
+def test_a_silent_track_gives_way_to_the_wav(tmp_path, original):
+    video, wav = encode(tmp_path / "x.mkv", original[0], np.zeros(75_000, np.int16)), tmp_path / "x.wav"
+    soundfile.write(wav, original[1], 25_000)
+    assert np.abs(clips.measure(raw_clip(video, sound=wav), mouth=False)["audio"]).max() > 1000
+
+
+def test_a_wav_cut_short_gives_way_to_the_clips_own(tmp_path, original):
+    soundfile.write(tmp_path / "x.wav", original[1][:52_000], 25_000)
+    measured = clips.measure(raw_clip(original[2], sound=tmp_path / "x.wav"), mouth=False)
+    assert notes(measured) == {"wav": "is cut short, 2.08 s; not used"} and len(measured["audio"]) > 47_000
+
+
+def test_sound_and_picture_are_in_step(synthetic_dir):
+    """The wav is in step with the pictures; the .mpg's sound lags as its times say, by the MP2 encoder's 481 samples."""
+    for video in sorted(synthetic_dir.glob("s*/*.mpg"))[::2]:
+        wav = synthetic_dir / f"audio_25k/{video.parent.name}/{video.stem}.wav"
+        with_wav = clips.measure(raw_clip(video, sound=wav), mouth=False)
+        alone = clips.measure(raw_clip(video), mouth=False)
+        assert abs(with_wav["offset_s"]) < 3e-4 and abs(alone["offset_s"] - 481 / 44_100) < 3e-4
+        lag_s, match = clips.lag_after(alone["audio"] / 32_768, with_wav["audio"] / 32_768)
+        assert match > 0.9 and abs(lag_s - alone["offset_s"]) < 3e-4
+
+
+# ------------------------------------------------------------------------------------------------------------------- words
+
+GOOD = "0 23750 sil\n23750 29500 bin\n29500 30000 sp\n30000 34000 blue\n34000 36000 at\n36000 40000 f\n"
+GOOD += "40000 44000 two\n44000 50000 now\n"
+
+
+def read_words(tmp_path, content, clip_id=CLIP, suffix=".align"):
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return clips.read_words(raw_clip(clip_id=clip_id, words=path))
+
+
+def test_words_of_an_alignment(tmp_path):
+    said, words, wrong = read_words(tmp_path, GOOD)
+    # 23750 = 0.95 s: the corpus' times count 1/25000 s
+    assert said == "bin blue at f two now" and not wrong and [w["word"] for w in words] == said.split()
+    assert words[0] == {"word": "bin", "start_s": 0.95, "end_s": 1.18} and words[1]["start_s"] == 1.2
+    assert clips.read_words(raw_clip()) == ("bin blue at f two now", [], "")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (GOOD.replace("two", "six"), "the .align says 'bin blue at f six now', the id 'bin blue at f two now'"),
+        ("0 sil\n", "'0 sil': expected lines of start, end and word"),
+        (GOOD.replace("29500 30000 sp", "-1 30000 sp"), "expected lines of"),
+        (GOOD.replace("34000 36000", "24000 36000"), "runs backwards"),
+        ("", "the .align says ''"),
+        ("9" * 400 + " 5 bin\n", "expected lines of"),
+        ("0 \u0665 bin\n", "expected lines of"),
+        (b"\xff\xfe\x00", "decode"),
+        (b"0 1 sil\n" * 20_000, "more than 100,000 bytes"),
+    ],
+)
+def test_words_that_contradict_the_id_are_dropped(tmp_path, content, reason):
+    said, words, wrong = read_words(tmp_path, content)
+    assert said == "bin blue at f two now" and words == [] and wrong.startswith("words not used: ") and reason in wrong
+
+
+def test_words_in_another_unit_are_dropped(tmp_path):
+    (tmp_path / "x.align").write_text(GOOD.replace("000 ", "0000 ").replace("500 ", "5000 "))
+    said, words, wrong = clips.read_words(raw_clip(words=tmp_path / "x.align"), 3.0)
+    assert said == "bin blue at f two now" and words == [] and "the last ends at 20.0 s of 3.0" in wrong
+
+
+def test_words_of_own_recordings(tmp_path):
+    assert read_words(tmp_path, "Well, don't — GO\n there!", "me/1", ".txt") == ("well dont go there", [], "")
+    said, words, _ = read_words(tmp_path, "0 100 hello\n100 200 there\n", "me/1")
+    assert said == "hello there" and len(words) == 2
+
+
+def test_lag_is_measured_below_a_sample():
+    rng = np.random.default_rng(0)
+    spectrum = np.fft.rfft(rng.normal(size=16_000)) * (np.arange(8_001) < 4_000)  # below 4 kHz, as speech
+    for lag in (0.0, 176.0, -30.5, 40.25):
+        turn = np.exp(-2j * np.pi * np.arange(8_001) * lag / 16_000)
+        early, late = np.fft.irfft(spectrum), np.fft.irfft(spectrum * turn)
+        measured, match = clips.lag_after(late, early[:-500])
+        assert measured * 16_000 == pytest.approx(lag, abs=0.05) and match > 0.85
+    assert clips.lag_after(rng.normal(size=16_000), early)[1] < 0.2
+
+
+# ------------------------------------------------------------------------------------------------------------------- cache
+
+
+def test_the_cache_knows_what_went_in(tmp_path, original, monkeypatch):
+    calls = []
+    monkeypatch.setattr(clips, "measure", lambda clip, mouth: calls.append(clip.id) or {"audio": np.arange(9)})
+    (tmp_path / "a.mpg").write_bytes(b"one")
+    (tmp_path / "a.wav").write_bytes(b"wav")
+    clip, cache = raw_clip(tmp_path / "a.mpg"), tmp_path / "cache"
+    first = clips.measure_cached(clip, cache, mouth=False)
+    assert clips.measure_cached(clip, cache, mouth=False) == first and len(calls) == 1
+    np.testing.assert_array_equal(clips.load_measured(first)["audio"], np.arange(9))
+    others = {
+        clips.measure_cached(clip, cache, mouth=True),
+        clips.measure_cached(raw_clip(tmp_path / "a.mpg", sound=tmp_path / "a.wav"), cache, mouth=False),
+    }
+    (tmp_path / "a.mpg").write_bytes(b"two")
+    others.add(clips.measure_cached(clip, cache, mouth=False))
+    monkeypatch.setattr(clips, "CODE_VERSION", 99)
+    others.add(clips.measure_cached(clip, cache, mouth=False))
+    monkeypatch.undo()
+    monkeypatch.setattr(clips, "measure", lambda clip, mouth: calls.append(clip.id) or {"audio": np.arange(9)})
+    others.add(clips.measure_cached(raw_clip(tmp_path / "a.mpg", clip_id="語" * 80 + "/take"), cache, mouth=False))  # 240 bytes
+    assert len(others | {first}) == 6 == len(calls)
+    assert sorted(cache.iterdir()) == sorted(others | {first})  # nothing half

@@ -1,0 +1,114 @@
+"""Checkpoints: what comes back is what was saved, the best one stays, and what does not fit says so in one line."""
+
+import gc
+
+import numpy as np
+import pytest
+
+from avsi_jax.training.checkpoints import CheckpointError, Checkpoints
+
+
+def state_of(step, *, bias=3):
+    rng = np.random.default_rng(step)
+    params = {"dense": {"kernel": rng.normal(size=(5, 3)).astype(np.float32), "bias": rng.normal(size=bias).astype(np.float32)}}
+    return {"step": np.int32(step), "params": params, "lr_scale": np.float32(0.1**step)}
+
+
+def put(tree):
+    import jax
+
+    return jax.tree.map(jax.numpy.asarray, tree)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Ten steps, the fourth of which was the best, kept by 2."""
+    workdir = tmp_path_factory.mktemp("saved")
+    checkpoints = Checkpoints(workdir, keep=2)
+    for step in range(1, 11):
+        checkpoints.save(step, put(state_of(step)), {"progress": {"best": 1e30, "n": step}, "stop": False}, abs(step - 4) / 7)
+    checkpoints.close()
+    return workdir
+
+
+def assert_same(a, b):
+    import jax
+
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), b)
+
+
+def test_the_last_ones_and_the_best_stay(saved):
+    folders = sorted(int(p.name) for p in (saved / "checkpoints").iterdir() if p.name.isdigit())
+    assert folders == [4, 9, 10]
+    checkpoints = Checkpoints(saved, read_only=True)
+    assert (checkpoints.latest_step(), checkpoints.best_step()) == (10, 4)
+
+
+@pytest.mark.parametrize("step", [4, 10])
+def test_state_and_host_come_back(saved, step):
+    state, host = Checkpoints(saved, read_only=True).restore(step, put(state_of(0)))
+    assert_same(state, state_of(step))
+    assert host == {"progress": {"best": 1e30, "n": step}, "stop": False}
+    assert np.asarray(state["step"]).dtype == np.int32 and np.asarray(state["params"]["dense"]["bias"]).dtype == np.float32
+
+
+def test_parameters_alone_come_back_as_numpy(saved):
+    import jax
+
+    like = jax.eval_shape(lambda: put(state_of(0)["params"]))
+    params = Checkpoints(saved, read_only=True).restore_params(4, like)
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(params))
+    assert_same(params, state_of(4)["params"])
+
+
+def test_saving_goes_on_in_the_same_folder(saved, tmp_path):
+    import shutil
+
+    shutil.copytree(saved, tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run", keep=1)
+    checkpoints.save(11, put(state_of(11)), {}, 0.9)
+    checkpoints.wait()
+    assert (checkpoints.latest_step(), checkpoints.best_step()) == (11, 4)
+    checkpoints.save(12, put(state_of(12)), {}, -1.0)
+    checkpoints.wait()
+    assert (checkpoints.latest_step(), checkpoints.best_step()) == (12, 12)
+    checkpoints.close()
+
+
+def test_an_empty_run_has_no_step(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.latest_step() is None and checkpoints.best_step() is None
+
+
+def message(error):
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_reading_makes_no_folder(tmp_path):
+    with pytest.raises(CheckpointError, match="avsi-train --workdir=DIR") as error:
+        Checkpoints(tmp_path / "none", read_only=True)
+    assert str(tmp_path / "none") in message(error) and not (tmp_path / "none").exists()
+
+
+def test_a_step_that_is_not_there_names_those_that_are(saved):
+    with pytest.raises(CheckpointError, match=r"no checkpoint 5 .*\[4, 9, 10\]") as error:
+        Checkpoints(saved, read_only=True).restore_params(5, state_of(0)["params"])
+    message(error)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the reads that Orbax drops
+@pytest.mark.parametrize("like", [state_of(0, bias=4), state_of(0) | {"more": np.float32(0)}])
+def test_a_state_of_another_shape_is_refused(saved, like):
+    with pytest.raises(CheckpointError, match="checkpoint 10 .*does not fit") as error:
+        Checkpoints(saved, read_only=True).restore(10, put(like))
+    assert "--workdir" in message(error)
+    del error
+    gc.collect()
+
+
+@pytest.mark.parametrize("like", [state_of(0, bias=4)["params"], {"other": np.zeros(3, np.float32)}])
+def test_parameters_of_another_shape_are_refused(saved, like):
+    with pytest.raises(CheckpointError, match="checkpoint 10 .*does not fit") as error:
+        Checkpoints(saved, read_only=True).restore_params(10, like)
+    message(error)
