@@ -14,7 +14,7 @@ NUM_LANDMARKS = 68  # iBUG order
 GRID_FPS = 25.0
 GRID_FRAMES = 75
 GRID_MPEG_SAMPLES = 131_328  # at 44.1 kHz in every Grid MPEG: 114 MP2 frames, 2.978 s
-MPEG_SOUND_LAG_S = 0.0110  # sound of an untouched Grid MPEG lags its picture and the wav by this (FRONT_END.md, grid/README.md)
+MPEG_AUDIO_LAG_S = 0.0110  # sound of an untouched Grid MPEG lags its picture and the wav by this (FRONT_END.md, grid/README.md)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.bottleneck_relu = True  # False: a linear layer
     config.skip = False  # *_s2s: what describes the lips goes round the encoder too
     config.stack = 1  # av_unified, asr: frames that become one step of the LSTMs
-    config.lip_layers = 0  # av_unified: layers that look at the lips alone, beside the direct way
+    config.video_layers = 0  # av_unified: layers that look at the lips alone, beside the direct way
     config.feedback = 0  # av_unified: after so many layers what was read by then is told to the layers after; 0: never
     config.dropout = 0.0  # of the values after each layer
     config.output = "linear"  # of the audio-visual systems; relu is the paper's code, and leaves bands dead (docs/results_long.md)
@@ -51,9 +51,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.gaps = ml_collections.ConfigDict()
     config.gaps.protocol = "waveform"  # paper: whole frames of the spectrogram set to 0, kind to the frames beside
     config.gaps.max_count = 8  # gaps a clip ~ U{1..8}
-    config.gaps.total = "normal"  # time lost in all ~ N(low_ms, high_ms); uniform: U(low_ms, high_ms)
-    config.gaps.low_ms = 900.0  # mean of the normal, or lower end of the uniform
-    config.gaps.high_ms = 300.0  # its standard deviation, or upper end
+    # Total duration of a clip's gaps, ms. normal: N(total_mean_ms, total_std_ms); uniform: U(total_min_ms, total_max_ms).
+    config.gaps.total = "normal"
+    config.gaps.total_mean_ms = 900.0
+    config.gaps.total_std_ms = 300.0
+    config.gaps.total_min_ms = 160.0
+    config.gaps.total_max_ms = 1600.0
     config.gaps.min_ms = 60.0  # 3 frames, the shortest gap
     config.gaps.curriculum_steps = 0  # over so many steps the time lost grows to what is said above
 
@@ -66,8 +69,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.augment.stretch = 0.0  # every movement of the face larger or smaller by up to this share
     config.augment.noise_px = 0.0  # deviation of noise on every point, pixels of a 360-wide picture
     config.augment.jitter_ms = 0.0  # sound and picture out of step by up to
-    config.augment.lose_video = 0.0  # probability that no picture shows a face (av_unified)
-    config.augment.lose_sound = 0.0  # probability that no sound is left (av_unified)
+    config.augment.drop_video = 0.0  # probability that no picture shows a face (av_unified)
+    config.augment.drop_audio = 0.0  # probability that no sound is left (av_unified)
 
     # Objective: whole * error(all valid frames) + gap * error(frames a gap touches or nearly so) + ctc * CTC.
     config.loss = ml_collections.ConfigDict()
@@ -101,7 +104,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.checkpoint_every = 1  # epochs; the last epoch is always saved
     config.keep = 2  # last checkpoints kept beside the best
     config.checkpoint_seconds = 60.0  # work at risk: inside an epoch too, once so many seconds passed since the last; 0: never
-    config.pictures_every = 0  # steps from one set of spectrogram pictures to the next, in pictures/ and TensorBoard; 0: never
+    config.images_every = 0  # steps from one set of spectrogram pictures to the next, in pictures/ and TensorBoard; 0: never
 
     # Faults.
     # A step that takes more seconds, or what compiles, reads or writes and takes ten times as many, ends the process with every

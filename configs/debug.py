@@ -9,7 +9,7 @@ from avsi_jax.configs import tiny
 def get_config():
     config = tiny.get_config()
     config.debug_nans = True
-    config.pictures_every = 5
+    config.images_every = 5
     config.checkpoint_seconds = 5.0
     config.watchdog_s = 120.0
     return config

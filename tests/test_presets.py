@@ -34,8 +34,8 @@ def test_centred_frames_are_librosas(name, n):
     import librosa
 
     s = presets.get(name)
-    sound = np.zeros(n, np.float32)
-    assert s.frames_of(n) == librosa.stft(sound, n_fft=s.n_fft, hop_length=s.hop, win_length=s.window).shape[1]
+    audio = np.zeros(n, np.float32)
+    assert s.frames_of(n) == librosa.stft(audio, n_fft=s.n_fft, hop_length=s.hop, win_length=s.window).shape[1]
 
 
 def test_frames_not_centred_cover_every_sample():

@@ -44,7 +44,7 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
+class SystemOutput:
     """What became of a clip: its record, serialised, and the hash it is ordered by; or measured.unusable and no record."""
 
     measured: measuring.Measured
@@ -66,7 +66,7 @@ class MakeRecords(beam.DoFn):
             raise RuntimeError(f"a worker of Beam has {'; '.join(other)}; install there what the command runs with")
         self._serializer = example_serializer.ExampleSerializer(self._features.get_serialized_info())
 
-    def process(self, jobs: list[Job]) -> Iterator[Made]:
+    def process(self, jobs: list[Job]) -> Iterator[SystemOutput]:
         with tempfile.TemporaryDirectory(prefix="avsi_") as cache:
             outcomes = pool.run(
                 measuring.measure_one,
@@ -81,14 +81,14 @@ class MakeRecords(beam.DoFn):
                     found = measuring.Measured(jobs[i].clip.id, None, unusable=f"decoding it {lost}")
                 yield self._made(jobs[i], found)
 
-    def _made(self, job: Job, measured: measuring.Measured) -> Made:
+    def _made(self, job: Job, measured: measuring.Measured) -> SystemOutput:
         if measured.path is None:
-            return Made(measured, job.split)
+            return SystemOutput(measured, job.split)
         example = clips.record(job.clip, clips.load_measured(measured.path))
         record = self._serializer.serialize_example(self._features.encode_example(example))
         sums = grid_dataset_builder.clip_sums(example) if job.split == "train" else None
         named = hashing.Hasher(job.split).hash_key(job.clip.id)
-        return Made(dataclasses.replace(measured, path=None), job.split, named, record, sums)
+        return SystemOutput(dataclasses.replace(measured, path=None), job.split, named, record, sums)
 
 
 def code_here() -> dict[str, str]:
@@ -141,7 +141,7 @@ def plan(sizes: Iterable[tuple[int, int]], config: shard_utils.ShardConfig) -> P
     return Plan([ordered[begin][0] for begin in (0, *ends[:-1])])
 
 
-def assign(made: Made, plans: Mapping[str, Plan]) -> tuple[tuple[str, int, int], tuple[int, bytes]]:
+def assign(made: SystemOutput, plans: Mapping[str, Plan]) -> tuple[tuple[str, int, int], tuple[int, bytes]]:
     """((split, shard, shards), (hash, record))"""
     cut = plans[made.split]
     return (made.split, cut.shard_of(made.hash), len(cut.begins)), (made.hash, made.record)

@@ -32,7 +32,7 @@ SILENCES = ("sil", "sp")
 MAX_INVALID = 0.2  # share of pictures without a usable face above which a clip is left out (of s1's 1000: pbio7a alone)
 MIN_GRID_FRAMES = 70  # of a Grid clip's 75
 MIN_COVER = 0.9  # of the sound's time by pictures, and of the pictures' by sound
-MAX_HOLE_S = 0.1  # between two pictures that a point may be interpolated across
+MAX_GAP_S = 0.1  # between two pictures that a point may be interpolated across
 SAME_TIME_S = 0.010  # pictures this near to their place 25 a second are taken as they are
 SILENT_PEAK = 2.0**-10  # of full scale, 33 in 16 bits
 CLIPPED_SHARE = 0.002  # samples at full scale above which a clip is noted as clipped
@@ -56,22 +56,22 @@ def measure(clip: RawClip, *, mouth: bool) -> dict[str, np.ndarray]:
 
     notes: list[str] = []
     try:
-        with _decoded(clip, notes) as video:
-            audio, offset_s = _sound(clip, video, notes)
-            _check_sound(audio, notes)
-            if video.pictures is None:
+        with _decoded(clip, notes) as decoded:
+            audio, offset_s = _audio(clip, decoded, notes)
+            _check_audio(audio, notes)
+            if decoded.video is None:
                 raise UnusableClipError("no pictures in it")
-            rgb, times = video.pictures.rgb, video.pictures.times
-            _check_lengths(clip, video.pictures, len(audio) / presets.RECORD_RATE, notes)
+            rgb, times = decoded.video.rgb, decoded.video.times
+            _check_lengths(clip, decoded.video, len(audio) / presets.RECORD_RATE, notes)
             track = _tracker()(rgb)
     except (clip_io.MediaError, landmarks.NoFaceError, RawDataError) as e:
         raise UnusableClipError(_without_path(e, clip)) from e
     except OSError as e:
         raise UnusableClipError(f"can't be read: {e.strerror or e}") from e
     _check_faces(track.valid)
-    points, valid, pictures = _at_25_fps(track.points, track.valid, times, video.pictures.fps)
-    if pictures is not None:
-        notes.append(f"frame rate: {len(times)} pictures at {video.pictures.fps:.5g} fps brought to {len(points)} at 25")
+    points, valid, kept_frames = _at_25_fps(track.points, track.valid, times, decoded.video.fps)
+    if kept_frames is not None:
+        notes.append(f"frame rate: {len(times)} pictures at {decoded.video.fps:.5g} fps brought to {len(points)} at 25")
     measured = {
         "audio": audio,
         "offset_s": np.float32(offset_s),
@@ -82,7 +82,7 @@ def measure(clip: RawClip, *, mouth: bool) -> dict[str, np.ndarray]:
         "notes": np.array([*notes, *(f"face: {w}" for w in track.warnings)], dtype=np.str_),
     }
     crops = landmarks.mouth_crops(rgb, track.points) if mouth else None
-    return measured | ({"mouth": crops if pictures is None else crops[pictures]} if mouth else {})
+    return measured | ({"mouth": crops if kept_frames is None else crops[kept_frames]} if mouth else {})
 
 
 def record(clip: RawClip, measured: dict[str, np.ndarray]) -> dict:
@@ -182,7 +182,7 @@ def _fingerprint(clip: RawClip, mouth: bool) -> str:
 
     digest = hashlib.sha256(f"{CODE_VERSION} {mouth} {landmarks.model_fingerprint()} {clip.id}".encode())
     try:
-        for file in (clip.video, clip.sound, *clip.pictures):
+        for file in (clip.video, clip.audio, *clip.images):
             digest.update(hashlib.sha256(file.read()).digest() if file else b"none")
     except OSError as e:
         raise UnusableClipError(f"can't be read: {e.strerror or e}") from e
@@ -207,48 +207,48 @@ def _decoded(clip: RawClip, notes: list[str]):
     """The clip as clip_io.Clip. Where its own sound can't be decoded and there is a wav, its pictures alone."""
     with contextlib.ExitStack() as stack:
         if clip.video is None:
-            paths = [stack.enter_context(picture.on_disk()) for picture in clip.pictures]
-            numbers = [picture.number for picture in clip.pictures]
-            film = clip_io.read_pictures(paths, None if None in numbers else numbers, max_bytes=MAX_DECODED_BYTES)
-            yield clip_io.Clip(str(paths[0].parent), film, None)
+            paths = [stack.enter_context(image.on_disk()) for image in clip.images]
+            numbers = [image.number for image in clip.images]
+            video_file = clip_io.read_frames(paths, None if None in numbers else numbers, max_bytes=MAX_DECODED_BYTES)
+            yield clip_io.Clip(str(paths[0].parent), video_file, None)
             return
         path = stack.enter_context(clip.video.on_disk())
         try:
             decoded = clip_io.read_clip(path, max_bytes=MAX_DECODED_BYTES)
         except clip_io.MediaError as e:
-            if clip.sound is None:
+            if clip.audio is None:
                 raise
-            decoded = clip_io.read_clip(path, sound=False, max_bytes=MAX_DECODED_BYTES)
+            decoded = clip_io.read_clip(path, audio=False, max_bytes=MAX_DECODED_BYTES)
             notes.append(f"sound: the video's own can't be decoded ({_without_path(e, clip)}); the wav alone is used")
         yield decoded
 
 
-def _sound(clip: RawClip, video: clip_io.Clip, notes: list[str]) -> tuple[np.ndarray, float]:
+def _audio(clip: RawClip, video: clip_io.Clip, notes: list[str]) -> tuple[np.ndarray, float]:
     """Sound (N,) int16 and how many seconds it lags the pictures."""
-    wav = _read_wav(clip.sound, notes) if clip.sound else None
-    own = _own_sound(video, notes, needed=wav is None)
+    wav = _read_wav(clip.audio, notes) if clip.audio else None
+    own = _own_audio(video, notes, needed=wav is None)
     if wav is not None and own is not None and len(wav) < MIN_COVER * len(own):
         notes.append(f"wav: is cut short, {len(wav) / presets.RECORD_RATE:.2f} s; not used")
         wav = None
     if wav is None:
         if own is None:
             raise UnusableClipError("no sound in it and no wav beside it")
-        return clip_io.to_int16(own), clip_io.sound_lag_s(video)
+        return clip_io.to_int16(own), clip_io.audio_lag_s(video)
     if own is None:
         return clip_io.to_int16(wav), 0.0
     lag_s, match = lag_after(own, wav)
     if not match >= MIN_MATCH:
         notes.append(f"wav: is not this clip's sound (correlation {match:.2f}); not used")
-        return clip_io.to_int16(own), clip_io.sound_lag_s(video)
-    return clip_io.to_int16(wav), clip_io.sound_lag_s(video) - lag_s
+        return clip_io.to_int16(own), clip_io.audio_lag_s(video)
+    return clip_io.to_int16(wav), clip_io.audio_lag_s(video) - lag_s
 
 
-def _own_sound(video: clip_io.Clip, notes: list[str], *, needed: bool) -> np.ndarray | None:
+def _own_audio(video: clip_io.Clip, notes: list[str], *, needed: bool) -> np.ndarray | None:
     """The video's own sound (N,) at 16 kHz; None where it has none, or none that says anything and a wav stands in."""
-    if video.sound is None:
+    if video.audio is None:
         return None
     try:
-        own = _at_record_rate(video.sound)
+        own = _at_record_rate(video.audio)
     except clip_io.MediaError as e:
         if needed:
             raise
@@ -261,17 +261,17 @@ def _read_wav(file: RawFile, notes: list[str]) -> np.ndarray | None:
     """(N,) float32 at 16 kHz, None where it can't be read."""
     try:
         with file.on_disk() as path:
-            return _at_record_rate(clip_io.read_clip(path).sound)
+            return _at_record_rate(clip_io.read_clip(path).audio)
     except (clip_io.MediaError, RawDataError, OSError) as e:
         notes.append(f"wav: can't be read ({one_line(e).rpartition(': ')[2]}); not used")
         return None
 
 
-def _at_record_rate(sound: clip_io.Sound) -> np.ndarray:
+def _at_record_rate(audio: clip_io.Audio) -> np.ndarray:
     """(N,) float32 at 16 kHz, channels averaged; MediaError where samples are no numbers."""
-    if not np.isfinite(sound.samples).all():
+    if not np.isfinite(audio.samples).all():
         raise clip_io.MediaError("the sound holds NaN or infinite samples")
-    return clip_io.resample(clip_io.mono(sound.samples), sound.rate, presets.RECORD_RATE)
+    return clip_io.resample(clip_io.mono(audio.samples), audio.rate, presets.RECORD_RATE)
 
 
 def lag_after(late: np.ndarray, early: np.ndarray) -> tuple[float, float]:
@@ -311,13 +311,13 @@ def _at_25_fps(points, valid, times, fps) -> tuple[np.ndarray, np.ndarray, np.nd
     span = times[high] - times[low]
     part = np.divide(wanted - times[low], span, out=np.zeros_like(wanted), where=span > 0).clip(0, 1)[:, None, None]
     between = (points[low] * (1 - part) + points[high] * part).astype(np.float32)
-    return between, valid[low] & valid[high] & (span <= MAX_HOLE_S), np.where(part[:, 0, 0] < 0.5, low, high)
+    return between, valid[low] & valid[high] & (span <= MAX_GAP_S), np.where(part[:, 0, 0] < 0.5, low, high)
 
 
 # ------------------------------------------------------------------------------------------------------------------ checks
 
 
-def _check_sound(audio: np.ndarray, notes: list[str]) -> None:
+def _check_audio(audio: np.ndarray, notes: list[str]) -> None:
     level = np.abs(audio.astype(np.int32))
     if level.max() < SILENT_PEAK * 32_768:
         raise UnusableClipError(f"silent: its loudest sample is {level.max()} of 32768")
@@ -326,13 +326,13 @@ def _check_sound(audio: np.ndarray, notes: list[str]) -> None:
         notes.append(f"clipped: {share:.1%} of the samples are at full scale")
 
 
-def _check_lengths(clip: RawClip, pictures: clip_io.Pictures, sound_s: float, notes: list[str]) -> None:
-    frames, pictures_s = len(pictures.rgb), float(pictures.times[-1] + 1 / pictures.fps)
-    if clip.is_grid and pictures_s * presets.GRID_FPS < MIN_GRID_FRAMES - 0.5:
-        raise UnusableClipError(f"cut short: {frames} pictures, {pictures_s:.2f} s of the 3 s of a Grid clip")
-    if min(pictures_s, sound_s) < MIN_COVER * max(pictures_s, sound_s):
-        raise UnusableClipError(f"cut short: its pictures last {pictures_s:.2f} s, its sound {sound_s:.2f} s")
-    if clip.is_grid and frames != presets.GRID_FRAMES and abs(pictures.fps - presets.GRID_FPS) < 0.1:
+def _check_lengths(clip: RawClip, video: clip_io.Video, audio_s: float, notes: list[str]) -> None:
+    frames, video_s = len(video.rgb), float(video.times[-1] + 1 / video.fps)
+    if clip.is_grid and video_s * presets.GRID_FPS < MIN_GRID_FRAMES - 0.5:
+        raise UnusableClipError(f"cut short: {frames} pictures, {video_s:.2f} s of the 3 s of a Grid clip")
+    if min(video_s, audio_s) < MIN_COVER * max(video_s, audio_s):
+        raise UnusableClipError(f"cut short: its pictures last {video_s:.2f} s, its sound {audio_s:.2f} s")
+    if clip.is_grid and frames != presets.GRID_FRAMES and abs(video.fps - presets.GRID_FPS) < 0.1:
         notes.append(f"pictures: {frames}, not {presets.GRID_FRAMES}")
 
 

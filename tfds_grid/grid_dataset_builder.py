@@ -125,8 +125,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             ),
         }
         if self.builder_config.mouth:
-            picture = tfds.features.Image(shape=(96, 96, 1), encoding_format="jpeg")
-            features["mouth"] = tfds.features.Sequence(picture, doc="aligned grey crop of the mouth, one a frame")
+            image = tfds.features.Image(shape=(96, 96, 1), encoding_format="jpeg")
+            features["mouth"] = tfds.features.Sequence(image, doc="aligned grey crop of the mouth, one a frame")
         return self.dataset_info_from_configs(
             features=tfds.features.FeaturesDict(features),
             homepage="https://doi.org/10.5281/zenodo.3625687",

@@ -173,7 +173,7 @@ def build_report(
         "splits_without_a_clip": [s for s in speakers.SPLITS[builder.builder_config.protocol] if s not in members],
         "speakers": {s: speakers.in_order(collections.Counter(c.speaker for c in members[s])) for s in sorted(members)},
         "clips_without_words_file": sorted(clip.id for clip in used if clip.words is None),
-        "clips_with_wav": sorted(clip.id for clip in used if clip.sound is not None),
+        "clips_with_wav": sorted(clip.id for clip in used if clip.audio is not None),
         "left_out": dict(corpus.left_out),
         "skipped": unusable,
         "notes": _by_kind(measured),

@@ -28,8 +28,8 @@ LAYOUTS = ("grid", "folder")
 RESERVED_FILE = "RESERVED.txt"  # in the raw folder: ids that are never to be used, one a line
 
 VIDEO_SUFFIXES = (".mpg", ".mpeg", ".mp4", ".avi", ".mov", ".mkv")  # the untouched Grid file first: of two of one id it is taken
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm")
-SOUND_SUFFIXES = (".wav", ".flac")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm")
+AUDIO_SUFFIXES = (".wav", ".flac")
 WORDS_SUFFIXES = (".align", ".txt")  # .txt, a transcript without times, only in layout `folder`
 
 HOW_TO_GET_IT = (
@@ -46,9 +46,9 @@ class RawClip:
     id: str
     speaker: str
     video: RawFile | None
-    sound: RawFile | None = None
+    audio: RawFile | None = None
     words: RawFile | None = None
-    pictures: tuple[RawFile, ...] = ()
+    frames: tuple[RawFile, ...] = ()
     found_under: str = ""  # the speaker that its folder names, where that is another one
 
     @property
@@ -121,10 +121,10 @@ def find_clips(raw, exclude: Iterable[str] = (), *, cache, layout: str = "grid")
             left_out[_place(candidate)] = reason
         else:
             videos[candidate.id] = candidate
-    sounds, words = _by_id(files, SOUND_SUFFIXES, layout), _by_id(files, WORDS_SUFFIXES[: 1 if layout == "grid" else 2], layout)
-    clips = (dataclasses.replace(videos[i], sound=sounds.get(i), words=words.get(i)) for i in sorted(videos))
-    lonely = (_speaker_of(i, f.folders, layout) for i, f in sounds.items() if i not in videos and i not in banned)
-    known = {*VIDEO_SUFFIXES, *PICTURE_SUFFIXES, *SOUND_SUFFIXES, *WORDS_SUFFIXES}
+    waveforms, words = _by_id(files, AUDIO_SUFFIXES, layout), _by_id(files, WORDS_SUFFIXES[: 1 if layout == "grid" else 2], layout)
+    clips = (dataclasses.replace(videos[i], audio=waveforms.get(i), words=words.get(i)) for i in sorted(videos))
+    lonely = (_speaker_of(i, f.folders, layout) for i, f in waveforms.items() if i not in videos and i not in banned)
+    known = {*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, *AUDIO_SUFFIXES, *WORDS_SUFFIXES}
     ignored = collections.Counter(f.suffix for f in files if f.suffix not in known)
     without_video = in_order(collections.Counter(lonely))
     return RawCorpus(tuple(clips), dict(sorted(left_out.items())), without_video, dict(sorted(ignored.items())))
@@ -164,22 +164,22 @@ def _candidates(files: list[RawFile], layout: str) -> list[RawClip]:
     found = [_clip(f, (), f.folders, _id_of(f, layout), layout) for f in files if f.suffix in VIDEO_SUFFIXES]
     folders = collections.defaultdict(list)
     for f in files:
-        if f.suffix in PICTURE_SUFFIXES and f.number is not None:
+        if f.suffix in IMAGE_SUFFIXES and f.number is not None:
             folders[f.place.rpartition("/")[0]].append(f)
-    for place, pictures in folders.items():
+    for place, images in folders.items():
         named = RawFile(pathlib.Path(), place)  # the folder as if it were a file
-        if len(pictures) > 1 and (layout == "folder" or grid_text.is_grid_id(named.name)):
-            ordered = sorted(pictures, key=lambda f: (f.number, f.place))
+        if len(images) > 1 and (layout == "folder" or grid_text.is_grid_id(named.name)):
+            ordered = sorted(images, key=lambda f: (f.number, f.place))
             clip_id = named.name if layout == "grid" else place
             found.append(_clip(None, tuple(ordered), named.folders, clip_id, layout))
     return sorted(found, key=lambda c: (bool(c.found_under), c.video is None, _kind(c.video), _place(c)))
 
 
-def _clip(video, pictures, folders, clip_id, layout) -> RawClip:
+def _clip(video, frames, folders, clip_id, layout) -> RawClip:
     speaker = _speaker_of(clip_id, folders, layout)
     named = _speaker_by_folder(folders)
     wrong = layout == "grid" and is_grid_speaker(named) and named != speaker
-    return RawClip(clip_id, speaker, video, pictures=pictures, found_under=named if wrong else "")
+    return RawClip(clip_id, speaker, video, images=frames, found_under=named if wrong else "")
 
 
 def _kind(video: RawFile | None) -> int:
@@ -187,7 +187,7 @@ def _kind(video: RawFile | None) -> int:
 
 
 def _place(clip: RawClip) -> str:
-    return clip.video.place if clip.video else clip.pictures[0].place.rpartition("/")[0]
+    return clip.video.place if clip.video else clip.images[0].place.rpartition("/")[0]
 
 
 def _id_of(file: RawFile, layout: str) -> str:

@@ -57,7 +57,7 @@ REPORTED_PACKAGES = ("espeakng-loader", "scikit-image", "opencv-python-headless"
 class Speech:
     """A spoken sentence in its 3 seconds."""
 
-    sound: np.ndarray  # (75000,) int16 at RATE
+    audio: np.ndarray  # (75000,) int16 at RATE
     words: tuple[tuple[int, int, str], ...]  # start and end in samples, silences ('sil') at both ends
     phones: tuple[tuple[float, float, str], ...]  # start and end in seconds, eSpeak NG's name
 
@@ -69,7 +69,7 @@ class SyntheticClip:
     id: str
     speaker: str
     speech: Speech
-    pictures: np.ndarray  # (75, 432, 360) uint8, planar yuv420p of 360 x 288
+    video: np.ndarray  # (75, 432, 360) uint8, planar yuv420p of 360 x 288
     mouth: np.ndarray  # (75, 6) in the order of visemes.MOUTH
     visemes: np.ndarray  # (75,) names
 
@@ -89,7 +89,7 @@ def make_clip(speaker: str, clip_id: str, seed: int) -> SyntheticClip:
     voice, mouth, camera = map(np.random.default_rng, root.spawn(3))
     speech, head = speak(speaker, clip_id, voice), _head(speaker)
     track, names = visemes.mouth_track(speech.phones, mouth, num_frames=NUM_FRAMES, gain=head.gain)
-    return SyntheticClip(clip_id, speaker, speech, head.film(track, camera), track, names)
+    return SyntheticClip(clip_id, speaker, speech, head.video_file(track, camera), track, names)
 
 
 def speak(speaker: str, clip_id: str, rng: np.random.Generator) -> Speech:
@@ -104,15 +104,15 @@ def speak(speaker: str, clip_id: str, rng: np.random.Generator) -> Speech:
     spoken = [at for at, name in phones if not name.startswith("_")]
     end = next((at for at, _ in phones if at > spoken[-1]), len(voice))
     first = round(rng.uniform(0.4, 0.6) * (NUM_SAMPLES - end))  # about as much silence before as after
-    sound = rng.normal(0, 6 / 32768, NUM_SAMPLES)  # a quiet room
+    audio = rng.normal(0, 6 / 32768, NUM_SAMPLES)  # a quiet room
     part = voice[: NUM_SAMPLES - first]
-    sound[first : first + len(part)] += rng.uniform(0.55, 0.75) * part
+    audio[first : first + len(part)] += rng.uniform(0.55, 0.75) * part
     starts = [first + max(round(said.words[0] * scale), spoken[0] - RATE // 50)]
     starts += [first + round(at * scale) for at in said.words[1:]]
     edges = [0, *starts, first + end, NUM_SAMPLES]
     ends = [at for at, _ in phones[1:]] + [len(voice)]
     return Speech(
-        clip_io.to_int16(sound),
+        clip_io.to_int16(audio),
         tuple(zip(edges[:-1], edges[1:], ["sil", *words, "sil"])),
         tuple(((first + at) / RATE, (first + stop) / RATE, name) for (at, name), stop in zip(phones, ends)),
     )
@@ -156,13 +156,13 @@ def paths_of(raw: pathlib.Path, speaker: str, clip_id: str) -> tuple[pathlib.Pat
 
 def write_clip(raw: pathlib.Path, speaker: str, clip_id: str, seed: int) -> None:
     """Makes a clip and puts its files in place, each at once; the words come last, so where they are the clip is whole."""
-    video, sound, words = paths_of(raw, speaker, clip_id)
+    video, audio, words = paths_of(raw, speaker, clip_id)
     if words.exists():
         return
     clip = make_clip(speaker, clip_id, seed)
-    half = {path: raw / UNFINISHED / path.name for path in (video, sound, words)}
-    grid_mpeg.write_clip(half[video], clip.pictures, visemes.FPS, clip.speech.sound, RATE)
-    clip_io.write_sound(half[sound], clip.speech.sound, RATE)
+    half = {path: raw / UNFINISHED / path.name for path in (video, audio, words)}
+    grid_mpeg.write_clip(half[video], clip.video, visemes.FPS, clip.speech.audio, RATE)
+    clip_io.write_audio(half[audio], clip.speech.audio, RATE)
     half[words].write_text("".join(f"{start} {end} {word}\n" for start, end, word in clip.speech.words))
     for path in half:
         half[path].replace(path)

@@ -91,7 +91,7 @@ class _Proportions:
     width: float
     taper: float
     length: float
-    eyes: float
+    face_models: float
     nose: float
     jaw: float
 
@@ -103,7 +103,7 @@ class _Proportions:
         photo_y = y - (y - 112) * near * self.length
         photo_x = photo_x - (x - FACE_X) * self.nose * bump((x - FACE_X) / 12, (y - 122) / 16)
         for eye_x, eye_y in EYES:
-            near_eye = self.eyes * bump((x - eye_x) / 14, (y - eye_y) / 10)
+            near_eye = self.face_models * bump((x - eye_x) / 14, (y - eye_y) / 10)
             photo_x, photo_y = photo_x - (x - eye_x) * near_eye, photo_y - (y - eye_y) * near_eye
         photo_x = photo_x - (x - FACE_X) * self.jaw * np.exp(-(((y - 172) / 16) ** 2) - ((x - FACE_X) / 70) ** 4)
         return photo_x, photo_y
@@ -132,9 +132,9 @@ def _paint_plate(proportions: _Proportions, rng: np.random.Generator) -> np.ndar
     x, y = np.meshgrid(np.arange(size[0]) / PLATE_SCALE + PLATE_X, np.arange(size[1]) / PLATE_SCALE + PLATE_Y)
     photo_x, photo_y = proportions.to_photo(x, y)
     four = lambda pixel: ((pixel + 0.5) * 4 - 0.5).astype(np.float32)  # where it lies in a picture four times as large
-    enlarge = lambda picture: cv2.resize(picture, None, fx=4, fy=4, interpolation=cv2.INTER_CUBIC)
+    enlarge = lambda picture_array: cv2.resize(picture_array, None, fx=4, fy=4, interpolation=cv2.INTER_CUBIC)
     maps = four(photo_x - PHOTO_LEFT), four(photo_y)
-    take = lambda picture: cv2.remap(enlarge(picture), *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    take = lambda picture_array: cv2.remap(enlarge(picture_array), *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     person, alpha = take(_toned(image, rng)), take(figure)[..., None] / 255
     hsv = np.uint8([[[rng.integers(95, 125), rng.integers(20, 90), rng.integers(110, 190)]]])
     shading = 1.05 - 0.25 * (y - PLATE_Y) / PLATE_HEIGHT + 0.08 * np.sin(x / 40 + rng.uniform(-3, 3))
@@ -190,9 +190,9 @@ class Head:
         below_nose = (self._ys - self._nose) / (0.5 * (upper - self._nose))
         above_chin = (self._chin - self._ys) / (0.75 * (self._chin - lower))
         self._sideways = ((1 - _falling(below_nose, 0, 1)) * (1 - _falling(above_chin, 0, 1))).astype(np.float32)
-        self._eyes = self._proportions.to_plate(EYE_POINTS)
+        self._face_models = self._proportions.to_plate(EYE_POINTS)
 
-    def picture(self, mouth: np.ndarray, blink: float = 0.0) -> np.ndarray:
+    def image(self, mouth: np.ndarray, blink: float = 0.0) -> np.ndarray:
         """The plate (404, 500, 3) uint8 with its mouth as told (6,), and its lids down by `blink`, 0 to 1."""
         stretch = self._stretch(mouth)
         box = self._warp(stretch)
@@ -290,7 +290,7 @@ class Head:
 
     def _close_eyes(self, plate: np.ndarray, blink: float) -> None:
         """Draws the skin between brow and lid down over the eye."""
-        for (left, _), (right, _), (_, lid), (_, low), (x, brow) in self._eyes:
+        for (left, _), (right, _), (_, lid), (_, low), (x, brow) in self._face_models:
             half = (right - left) / 2
             box = slice(int(brow - 2), int(low + 4)), slice(int(x - 1.5 * half), int(x + 1.5 * half))
             xs, ys = np.arange(box[1].start, box[1].stop), np.arange(box[0].start, box[0].stop)[:, None]
@@ -299,18 +299,18 @@ class Head:
             columns = np.broadcast_to(xs, rows.shape).astype(np.float32)
             plate[box] = cv2.remap(self._plate, columns, rows.astype(np.float32), cv2.INTER_LINEAR)
 
-    def film(self, mouths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def video_file(self, mouths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Mouths (T, 6) -> pictures (T, 432, 360) uint8, planar yuv420p: the head sways and blinks, the camera's luma is noisy."""
         num_frames = len(mouths)
         views, blinks = _views(num_frames, rng), _blinks(num_frames, rng)
         noise = np.clip(np.round(rng.normal(8, 2, (HEIGHT + 64, WIDTH + 64))), 0, 16).astype(np.uint8)
-        film = np.empty((num_frames, HEIGHT * 3 // 2, WIDTH), np.uint8)
+        video_file = np.empty((num_frames, HEIGHT * 3 // 2, WIDTH), np.uint8)
         for t in range(num_frames):
-            rgb = _seen(self.picture(mouths[t], blinks[t]), views[t])
-            film[t] = cv2.cvtColor(rgb, cv2.COLOR_RGB2YUV_I420)  # BT.601, video range: what MPEG-1 holds
+            rgb = _seen(self.image(mouths[t], blinks[t]), views[t])
+            video_file[t] = cv2.cvtColor(rgb, cv2.COLOR_RGB2YUV_I420)  # BT.601, video range: what MPEG-1 holds
             y, x = rng.integers(0, 64, 2)
-            film[t, :HEIGHT] = cv2.subtract(cv2.add(film[t, :HEIGHT], noise[y : y + HEIGHT, x : x + WIDTH]), 8)
-        return film
+            video_file[t, :HEIGHT] = cv2.subtract(cv2.add(video_file[t, :HEIGHT], noise[y : y + HEIGHT, x : x + WIDTH]), 8)
+        return video_file
 
 
 def _views(num_frames: int, rng: np.random.Generator) -> np.ndarray:

@@ -85,8 +85,8 @@ def mouth_track(phones, rng: np.random.Generator, *, num_frames: int, gain: floa
     press, tuck = (ndimage.gaussian_filter1d(x, s * TRACK_RATE) for x, s in ((press, 0.012), (tuck, 0.014)))
     track[:, OPEN] = np.clip(track[:, OPEN] * gain, 0, 1) * (1 - np.clip(1.05 * press, 0, 1)) * (1 - 0.75 * tuck)
     track[:, PRESS], track[:, TUCK] = press, tuck
-    pictures = np.arange(num_frames) * TRACK_RATE // FPS
-    return track[pictures], names[pictures]
+    video = np.arange(num_frames) * TRACK_RATE // FPS
+    return track[video], names[video]
 
 
 def _visemes(phones) -> list[tuple[float, float, str]]:

@@ -97,14 +97,14 @@ def need_gradio() -> None:
 
 
 @contextlib.contextmanager
-def served(painter: Inpainter, limits: Limits, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+def served(inpainter: Inpainter, limits: Limits, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
     """The page at work; its address. All that it wrote is gone afterwards. OSError where the port is taken."""
     with isolation.own_folder() as folder:
         cache = folder / "gradio"  # within which Gradio serves files as they lie, without copies
         with isolation.environment(SETTINGS | {"GRADIO_TEMP_DIR": str(cache), "GRADIO_EXAMPLES_CACHE": str(cache / "examples")}):
             from avsi_jax.app import ui as drawn  # here: Gradio reads some of the settings when it is imported
 
-            page = drawn.build(painter, limits, cache / "visits")
+            page = drawn.build(inpainter, limits, cache / "visits")
             port = port or _free_port(host)
             try:
                 _launch(drawn, page, limits, host, port)

@@ -13,7 +13,7 @@ from avsi_jax.app import session
 from avsi_jax.inpainting import clip_plots
 from avsi_jax.media import channels
 
-AROUND_S, WHOLE_S = 1.5, 6.0  # of a clip longer than this only the gaps and so much around them is drawn
+AROUND_S, WGAP_S = 1.5, 6.0  # of a clip longer than this only the gaps and so much around them is drawn
 KINDS = {"silence": "silence", "packets": "lost packets", "repeat": "repeated", "clipped": "cut off"}
 NOTHING_YET = '<div class="avsi"><div class="place">Its sound is drawn here, with the holes that are found.</div></div>'
 
@@ -43,32 +43,32 @@ def clip(found: session.Clip, gaps) -> str:
     """The clip as it is, its gaps silent."""
     whole = session.emptied(found, ())
     weights = channels.weights_of(whole)
-    sound = channels.one(session.emptied(found, [gap[:2] for gap in gaps]), weights)
+    audio = channels.one(session.emptied(found, [gap[:2] for gap in gaps]), weights)
     top = clip_plots.loudest_db(channels.one(whole, weights), found.rate)
-    picture = clip_plots.sound(sound, found.rate, [gap[:2] for gap in gaps], top, waveform=True)
-    holes = ", ".join(f"{a:.2f}-{b:.2f} s ({KINDS.get(kind, kind)})" for a, b, kind in found.holes)
-    said = f"Holes found: {holes}." if holes else "No hole found: write what is lost, or damage it on purpose."
-    named = f"<b>{html.escape(found.name)}</b>: {html.escape(found.said())}."
-    return _page(_figure(picture, f"Waveform and spectrogram, {_listed(gaps)}", f"{named} {said}"))
+    image = clip_plots.audio(audio, found.rate, [gap[:2] for gap in gaps], top, waveform=True)
+    detected = ", ".join(f"{a:.2f}-{b:.2f} s ({KINDS.get(kind, kind)})" for a, b, kind in found.gaps)
+    said = f"Holes found: {detected}." if detected else "No hole found: write what is lost, or damage it on purpose."
+    named = f"<b>{html.escape(found.name)}</b>: {html.escape(found.transcript())}."
+    return _page(_figure(image, f"Waveform and spectrogram, {_listed(gaps)}", f"{named} {said}"))
 
 
 def compared(found: session.Clip, result: session.Result, gaps) -> dict[str, str]:
-    """'damaged', 'restored', 'original' -> its spectrogram."""
-    sounds = {"damaged": session.emptied(found, gaps), "restored": result.repair.samples, "original": found.samples}
+    """'masked', 'restored', 'original' -> its spectrogram."""
+    waveforms = {"masked": session.emptied(found, gaps), "restored": result.repair.samples, "original": found.samples}
     first, last = window(gaps, found.duration_s)
     piece = slice(round(first * found.rate), round(last * found.rate))
-    weights = channels.weights_of(sounds["damaged"])
-    sounds = {name: channels.one(x[piece], weights) for name, x in sounds.items() if name in result.sounds}
-    top = max(clip_plots.loudest_db(x, found.rate) for x in sounds.values())
+    weights = channels.weights_of(waveforms["masked"])
+    waveforms = {name: channels.one(x[piece], weights) for name, x in waveforms.items() if name in result.waveforms}
+    top = max(clip_plots.loudest_db(x, found.rate) for x in waveforms.values())
     return {
-        name: _page(_figure(clip_plots.sound(x, found.rate, gaps, top, first_s=first), f"Spectrogram, {name}, {_listed(gaps)}"))
-        for name, x in sounds.items()
+        name: _page(_figure(clip_plots.audio(x, found.rate, gaps, top, first_s=first), f"Spectrogram, {name}, {_listed(gaps)}"))
+        for name, x in waveforms.items()
     }
 
 
 def window(gaps, duration_s: float) -> tuple[float, float]:
     """The stretch of a clip that is drawn of a repair."""
-    if duration_s <= WHOLE_S:
+    if duration_s <= WGAP_S:
         return 0.0, duration_s
     return max(0.0, gaps[0][0] - AROUND_S), min(duration_s, max(end for _, end in gaps) + AROUND_S)
 
@@ -76,7 +76,7 @@ def window(gaps, duration_s: float) -> tuple[float, float]:
 def told(result: session.Result) -> str:
     """What was done, how sure it is, what the lips said, what went wrong on the way."""
     repair = result.repair
-    sentences = list(dict.fromkeys(filter(None, (gap.said for gap in repair.gaps))))
+    sentences = list(dict.fromkeys(filter(None, (gap.transcript for gap in repair.gaps))))
     said = "<p class='said'>What was said, most likely: " + "; ".join(f"<b>{html.escape(s)}</b>" for s in sentences) + "</p>"
     rows = "".join(
         f"<tr><td>{gap.start_s:.2f}-{gap.end_s:.2f} s</td><td>{html.escape(gap.by)}</td><td>{_sureness(gap.confidence)}</td></tr>"
@@ -102,9 +102,9 @@ def faces(result: session.Result) -> str:
     return _page(f"<h2>What the lips did in the gap</h2>{drawn}{unseen}")
 
 
-def _strip(pictures, points, seen, times) -> str:
-    square = clip_plots.face_square(points, pictures[0].shape)
-    drawn = (clip_plots.face(picture, at, ok, square) for picture, at, ok in zip(pictures, points, seen))
+def _strip(video, points, seen, times) -> str:
+    square = clip_plots.face_square(points, video[0].shape)
+    drawn = (clip_plots.face(image, at, ok, square) for image, at, ok in zip(video, points, seen))
     return "".join(
         _figure(uri, f"The face at {t:.2f} s with the points that are read", f"{t:.2f} s") for uri, t in zip(drawn, times)
     )
@@ -119,9 +119,9 @@ def _listed(gaps) -> str:
     return "gaps: " + (", ".join(f"{gap[0]:.2f}-{gap[1]:.2f} s" for gap in gaps) or "none")
 
 
-def _figure(picture: str, says: str, caption: str = "") -> str:
+def _figure(image: str, says: str, caption: str = "") -> str:
     below = f"<figcaption>{caption}</figcaption>" if caption else ""
-    return f'<figure><img src="{picture}" alt="{html.escape(says)}">{below}</figure>'
+    return f'<figure><img src="{image}" alt="{html.escape(says)}">{below}</figure>'
 
 
 def _page(inside: str) -> str:

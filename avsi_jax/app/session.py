@@ -44,7 +44,7 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True)
-class Clip:
+class UploadedClip:
     """What a visitor put in: its file in the visit's folder, the name it came by, and what was found in it."""
 
     path: Path
@@ -54,19 +54,19 @@ class Clip:
     subtype: str
     size: tuple[int, int]  # of the pictures; (0, 0) without
     fps: float
-    holes: tuple[tuple[float, float, str], ...]  # start_s, end_s, kind
+    detected: tuple[tuple[float, float, str], ...]  # start_s, end_s, kind
     heard: Path  # its sound for a browser
 
     @property
     def duration_s(self) -> float:
         return len(self.samples) / self.rate
 
-    def said(self) -> str:
+    def transcript(self) -> str:
         """What it is, in a line."""
         channels = {1: "mono", 2: "stereo"}.get(self.samples.shape[1], f"{self.samples.shape[1]} channels")
-        sound = f"{self.duration_s:.2f} s of sound at {self.rate / 1000:g} kHz, {channels}"
-        pictures = f"pictures of {self.size[0]}x{self.size[1]}, {self.fps:.4g} a second" if self.fps else "no pictures"
-        return f"{sound}; {pictures}"
+        audio = f"{self.duration_s:.2f} s of sound at {self.rate / 1000:g} kHz, {channels}"
+        video = f"pictures of {self.size[0]}x{self.size[1]}, {self.fps:.4g} a second" if self.fps else "no pictures"
+        return f"{audio}; {video}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Result:
 
     repair: Repair
     gaps: list[tuple[float, float]]  # as asked for, within the clip
-    sounds: dict[str, Path]  # damaged, restored; original
+    waveforms: dict[str, Path]  # damaged, restored; original
     clip: Path  # restored, pictures and all
     warnings: tuple[str, ...]
     strips: tuple[tuple[list[np.ndarray], np.ndarray, np.ndarray, list[float]], ...]  # of each gap: what drawings.faces takes
@@ -135,8 +135,8 @@ def check_opens(file: Path, name: str, limits: Limits) -> None:
     """In a process of its own, in bounded time and memory: that it opens, and is no longer or larger than is taken."""
     jobs = process_pool.run(try_to_open, [(str(file),)], workers=1, timeout_s=OPENING_S, memory_mb=OPENING_MB)
     (outcome,) = jobs
-    if outcome.lost:
-        raise clip_io.MediaError(f"{name}: cannot be opened: it {outcome.lost}; check that it plays")
+    if outcome.missing:
+        raise clip_io.MediaError(f"{name}: cannot be opened: it {outcome.missing}; check that it plays")
     if len(outcome.result) == 1:
         raise clip_io.MediaError(outcome.result[0].replace(str(file), name))
     duration_s, (width, height) = outcome.result
@@ -151,12 +151,12 @@ def check_opens(file: Path, name: str, limits: Limits) -> None:
         raise clip_io.MediaError(f"{name} has pictures of {width}x{height}; at most 1920x1088 are taken: scale them down")
 
 
-class Visit:
+class Session:
     """One visitor's clip and what was made of it. `folder` holds all of it; `leave` removes it."""
 
-    def __init__(self, folder: Path, painter: Inpainter, limits: Limits):
-        self.folder, self.painter, self.limits = folder, painter, limits
-        self.clip: Clip | None = None
+    def __init__(self, folder: Path, inpainter: Inpainter, limits: Limits):
+        self.folder, self.inpainter, self.limits = folder, inpainter, limits
+        self.clip: UploadedClip | None = None
         self.on_purpose = False  # whether the gaps are the visitor's own doing
         self.last_s = time.monotonic()
         self.lock = threading.Lock()
@@ -168,7 +168,7 @@ class Visit:
         self.over = True
         self.forget()
 
-    def take(self, file: str | Path, name: str = "") -> Clip:
+    def take(self, file: str | Path, name: str = "") -> UploadedClip:
         """A clip that was uploaded or recorded; what was there before is forgotten."""
         file, name = Path(file), name or Path(file).name
         self.forget(but=file)
@@ -187,14 +187,14 @@ class Visit:
             raise clip_io.MediaError(str(error).replace(str(own), name)) from error
         return self.clip
 
-    def _opened(self, file: Path, name: str) -> Clip:
+    def _opened(self, file: Path, name: str) -> UploadedClip:
         """Its sound, and the holes in it."""
         with clip_source.open_source(file) as source:
-            samples = np.asarray(source.sound(0, source.num_samples), np.float32)
-            found = [h for h in gap_detection.find_holes(samples, source.rate) if h.end - h.start >= SHORTEST_S * source.rate]
+            samples = np.asarray(source.audio(0, source.num_samples), np.float32)
+            found = [h for h in gap_detection.detect_gaps(samples, source.rate) if h.end - h.start >= SHORTEST_S * source.rate]
             spans = tuple((h.start / source.rate, h.end / source.rate, h.kind) for h in found[:MOST_GAPS])
-            heard = self._sound("as it was put in", samples, source.rate, source.subtype)
-            return Clip(file, name, samples, source.rate, source.subtype, source.size, source.fps, spans, heard)
+            heard = self._audio("as it was put in", samples, source.rate, source.subtype)
+            return UploadedClip(file, name, samples, source.rate, source.subtype, source.size, source.fps, spans, heard)
 
     def forget(self, but: Path | None = None) -> None:
         """No clip, no file; nor what was uploaded, `but` what is to be looked at next."""
@@ -212,14 +212,14 @@ class Visit:
         place.mkdir()
         return place / name
 
-    def _sound(self, name: str, samples: np.ndarray, rate: int, subtype: str) -> Path:
+    def _audio(self, name: str, samples: np.ndarray, rate: int, subtype: str) -> Path:
         """Written for a browser: .wav; what isn't a number is silent."""
         file = self._new(f"{name}.wav")
         samples = np.nan_to_num(samples, posinf=0, neginf=0)
-        clip_io.write_sound(file, samples, rate, "FLOAT" if subtype == "DOUBLE" else subtype)  # browsers play no DOUBLE
+        clip_io.write_audio(file, samples, rate, "FLOAT" if subtype == "DOUBLE" else subtype)  # browsers play no DOUBLE
         return file
 
-    def found(self) -> Clip:
+    def found(self) -> UploadedClip:
         """The clip with its holes, which are what is lost."""
         clip, self.on_purpose = self._need_clip(), False
         return clip
@@ -245,27 +245,27 @@ class Visit:
         if not gaps:
             raise ValueError("no gap is given; write one, such as 0.93-1.73, or damage the clip on purpose")
         try:
-            repair = self.painter.inpaint(clip.path, gaps, face=face, sync=sync)
+            repair = self.inpainter.inpaint(clip.path, gaps, face=face, sync=sync)
             return self._result(clip, gaps, repair)
         except (ValueError, OSError) as error:
             said = re.sub(rf"{re.escape(str(self.folder))}/\w+/", "", str(error).replace(str(clip.path), clip.name))
             raise clip_io.MediaError(said) from error
 
-    def _need_clip(self) -> Clip:
+    def _need_clip(self) -> UploadedClip:
         if self.clip is None:
             raise ValueError("put in a clip first: drop a file, record one, or take an example")
         return self.clip
 
-    def _result(self, clip: Clip, gaps, repair: Repair) -> Result:
-        sounds = {"damaged": emptied(clip, gaps), "restored": repair.samples}
-        sounds |= {"original": clip.samples} if self.on_purpose else {}
-        files = {name: self._sound(name, x, clip.rate, clip.subtype) for name, x in sounds.items()}
+    def _result(self, clip: UploadedClip, gaps, repair: Repair) -> Result:
+        waveforms = {"masked": emptied(clip, gaps), "restored": repair.samples}
+        waveforms |= {"original": clip.samples} if self.on_purpose else {}
+        files = {name: self._audio(name, x, clip.rate, clip.subtype) for name, x in waveforms.items()}
         with clip_source.open_source(clip.path) as source:
             target, warnings = self._whole_clip(source, clip, repair)
             strips = tuple(strip(source, repair, gap) for gap in gaps[:MOST_STRIPS]) if seen(repair) else ()
         return Result(repair, gaps, files, target, (*repair.warnings, *warnings), strips)
 
-    def _whole_clip(self, source, clip: Clip, repair: Repair) -> tuple[Path, tuple[str, ...]]:
+    def _whole_clip(self, source, clip: UploadedClip, repair: Repair) -> tuple[Path, tuple[str, ...]]:
         """The clip with its new sound, in the kind of file that it came in, pictures as they are; .wav where that can't be."""
         suffix = clip.path.suffix
         suffix, warnings = (".mkv", ("written as .mkv: .avi can't hold it in step",)) if suffix == ".avi" else (suffix, ())
@@ -273,13 +273,13 @@ class Visit:
         try:
             return target, warnings + clip_source.write_clip(source, target, [repair.samples])
         except clip_io.MediaError:
-            if suffix in clip_io.SOUND_SUFFIXES:
+            if suffix in clip_io.AUDIO_SUFFIXES:
                 raise
         target, why = target.with_suffix(".wav"), "written as .wav, its sound alone: the pictures can't be copied"
         return target, (*warnings, why, *clip_source.write_clip(source, target, [repair.samples]))
 
 
-def emptied(clip: Clip, gaps) -> np.ndarray:
+def emptied(clip: UploadedClip, gaps) -> np.ndarray:
     """The clip's sound (N, C) with silence in the gaps."""
     samples = np.nan_to_num(clip.samples, posinf=0, neginf=0)
     for start, end in gaps:
@@ -300,28 +300,28 @@ def strip(source, repair: Repair, gap) -> tuple[list[np.ndarray], np.ndarray, np
     """STRIP pictures of a gap, evenly apart: (pictures, points (P, 68, 2), seen (P,), times of the sound), in the repair's step."""
     lag = source.lag_s if repair.lag_s is None else repair.lag_s
     wanted = np.linspace(*gap, STRIP + 2)[1:-1] - lag
-    nearest = sorted({int(np.argmin(np.abs(repair.picture_times - t))) for t in wanted})
-    times = np.asarray(repair.picture_times)[nearest]
-    pictures = source.pictures(times[0] - 1e-3, times[-1] + 1e-3)
-    rgb = [pictures.rgb[int(np.argmin(np.abs(pictures.times - t)))] for t in times]
+    nearest = sorted({int(np.argmin(np.abs(repair.frame_times - t))) for t in wanted})
+    times = np.asarray(repair.frame_times)[nearest]
+    video = source.video(times[0] - 1e-3, times[-1] + 1e-3)
+    rgb = [video.rgb[int(np.argmin(np.abs(video.times - t)))] for t in times]
     return rgb, repair.landmarks[nearest], np.asarray(repair.landmarks_valid)[nearest], [float(t + lag) for t in times]
 
 
 # ---- many visitors ---------------------------------------------------------------------------------------------------------------
 
 
-class Visits:
+class SessionStore:
     """Visits by the session they belong to."""
 
-    def __init__(self, folder: Path, painter: Inpainter, limits: Limits):
-        self.folder, self.painter, self.limits = folder, painter, limits
-        self._all: dict[str, Visit] = {}
+    def __init__(self, folder: Path, inpainter: Inpainter, limits: Limits):
+        self.folder, self.inpainter, self.limits = folder, inpainter, limits
+        self._all: dict[str, Session] = {}
         self._lock = threading.Lock()
 
-    def of(self, session: str) -> Visit:
+    def of(self, session: str) -> Session:
         """The session's visit; a new one where there is none. Those that were quiet for long, or are too many, are over."""
         with self._lock:
-            visit = self._all.pop(session, None) or Visit(self.folder / secrets.token_hex(8), self.painter, self.limits)
+            visit = self._all.pop(session, None) or Session(self.folder / secrets.token_hex(8), self.inpainter, self.limits)
             visit.last_s = time.monotonic()
             self._all[session] = visit
             for other, old in list(self._all.items())[:-1]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from avsi_jax.app import rendering
-from avsi_jax.app.session import Clip, Limits, Visit, Visits, written
+from avsi_jax.app.session import Clip, Limits, Session, SessionStore, written
 from avsi_jax.media import clip_io
 
 if TYPE_CHECKING:
@@ -25,18 +25,26 @@ PLAYER = {"interactive": False, "buttons": ["download"], "type": "filepath"}
 CAMERA = gr.WebcamOptions(mirror=False, constraints={"video": {"width": 640, "height": 480}})
 WAITING = 20  # repairs that may wait for the one that runs
 FACES = [("the largest", -1), ("1st from the left", 0), ("2nd", 1), ("3rd", 2), ("4th", 3)]
-SOUNDS = ("damaged", "restored", "original")
+WAVEFORMS = ("masked", "restored", "original")
 TAKEN = ("seen", "heard", "gaps", "start", "told", "results")  # parts that a new clip changes
-RESULTS = ("results", "original_part", "told", *(f"{n}{rest}" for n in SOUNDS for rest in ("", "_drawn")), "faces", "clip", "sound")
+RESULTS = (
+    "results",
+    "original_part",
+    "told",
+    *(f"{n}{rest}" for n in WAVEFORMS for rest in ("", "_drawn")),
+    "faces",
+    "clip",
+    "sound",
+)
 
 
-def build(painter: Inpainter, limits: Limits, folder: Path) -> gr.Blocks:
+def build(inpainter: Inpainter, limits: Limits, folder: Path) -> gr.Blocks:
     """The page as gr.Blocks; visits lie in `folder`."""
-    visits = Visits(folder, painter, limits)
+    sessions = SessionStore(folder, inpainter, limits)
     with gr.Blocks(title="avsi: a clip's sound, whole", analytics_enabled=False, delete_cache=SWEEP) as page:
         gr.HTML(rendering.head(limits))
         parts = _work_part() | _result_part()
-        _wire(page, Desk(visits), parts)
+        _wire(page, Handlers(sessions), parts)
     return page
 
 
@@ -65,7 +73,7 @@ def _work_part() -> dict:
 
 
 def _clip_part() -> dict:
-    parts, kinds = {}, [*clip_io.VIDEO_SUFFIXES, *clip_io.SOUND_SUFFIXES]
+    parts, kinds = {}, [*clip_io.VIDEO_SUFFIXES, *clip_io.AUDIO_SUFFIXES]
     with gr.Tab("File"):
         parts["file"] = gr.File(label="A clip", file_types=kinds, height=132, elem_id="file")
     with gr.Tab("Camera"):
@@ -102,7 +110,7 @@ def _result_part() -> dict:
     parts = {"told": gr.HTML(elem_id="told")}
     with gr.Column(visible=False, elem_id="results") as parts["results"]:
         with gr.Row():
-            for name in SOUNDS:
+            for name in WAVEFORMS:
                 with gr.Column(min_width=280) as parts[f"{name}_part"]:
                     parts[name] = gr.Audio(label=name.capitalize(), elem_id=name, **PLAYER)
                     parts[f"{name}_drawn"] = gr.HTML(elem_id=f"{name}-drawn")
@@ -113,39 +121,39 @@ def _result_part() -> dict:
     return parts
 
 
-def _wire(page: gr.Blocks, desk: Desk, parts: dict) -> None:
+def _wire(page: gr.Blocks, handlers: Handlers, parts: dict) -> None:
     """What happens when."""
 
     def on(event, work, inputs, outputs, shown: str) -> None:
         """shown: the part that says it is at work."""
         wanted = {"concurrency_id": "one at a time", "api_visibility": "private", "show_progress_on": [parts[shown]]}
-        event(desk.handler(work), [parts[n] for n in inputs], [parts[n] for n in outputs], **wanted)
+        event(handlers.handler(work), [parts[n] for n in inputs], [parts[n] for n in outputs], **wanted)
 
-    on(parts["file"].upload, desk.take, ["file"], TAKEN, "seen")
-    on(parts["film"].stop_recording, desk.take, ["film"], TAKEN, "seen")
-    on(parts["voice"].stop_recording, desk.take, ["voice"], TAKEN, "seen")
-    on(parts["file"].clear, desk.forget, [], TAKEN, "seen")
+    on(parts["file"].upload, handlers.take, ["file"], TAKEN, "seen")
+    on(parts["film"].stop_recording, handlers.take, ["film"], TAKEN, "seen")
+    on(parts["voice"].stop_recording, handlers.take, ["voice"], TAKEN, "seen")
+    on(parts["file"].clear, handlers.forget, [], TAKEN, "seen")
     for _, file in EXAMPLES:
-        on(parts[file].click, functools.partial(desk.example, file), [], TAKEN, "seen")
-    on(parts["find"].click, desk.find, [], ("gaps", "seen"), "seen")
-    on(parts["damage"].click, desk.damage, ["start", "length"], ("gaps", "seen"), "seen")
-    on(parts["gaps"].submit, desk.redraw, ["gaps"], ["seen"], "seen")
-    on(parts["gaps"].blur, desk.redraw, ["gaps"], ["seen"], "seen")
-    on(parts["restore"].click, desk.restore, ["gaps", "face", "sync"], RESULTS, "told")
-    page.unload(desk.leave)
+        on(parts[file].click, functools.partial(handlers.example, file), [], TAKEN, "seen")
+    on(parts["find"].click, handlers.find, [], ("gaps", "seen"), "seen")
+    on(parts["damage"].click, handlers.damage, ["start", "length"], ("gaps", "seen"), "seen")
+    on(parts["gaps"].submit, handlers.redraw, ["gaps"], ["seen"], "seen")
+    on(parts["gaps"].blur, handlers.redraw, ["gaps"], ["seen"], "seen")
+    on(parts["restore"].click, handlers.restore, ["gaps", "face", "sync"], RESULTS, "told")
+    page.unload(handlers.leave)
 
 
-class Desk:
+class Handlers:
     """What the page's buttons do: a visit's answers as values of the page's parts."""
 
-    def __init__(self, visits: Visits):
-        self.visits = visits
+    def __init__(self, sessions: SessionStore):
+        self.sessions = sessions
 
     def handler(self, work):
         """work(visit, *inputs) as Gradio calls it; what a visitor did wrong is told in one line."""
 
         def handle(request: gr.Request, *inputs):
-            visit = self.visits.of(request.session_hash)
+            visit = self.sessions.of(request.session_hash)
             try:
                 with visit.lock:
                     return work(visit, *inputs)
@@ -160,15 +168,15 @@ class Desk:
 
     def leave(self, request: gr.Request) -> None:
         """A page was closed."""
-        self.visits.end(request.session_hash)
+        self.sessions.end(request.session_hash)
 
-    def take(self, visit: Visit, file: str | None) -> tuple:
+    def take(self, visit: Session, file: str | None) -> tuple:
         return self._taken(visit.take(file) if file else None)
 
-    def example(self, name: str, visit: Visit) -> tuple:
+    def example(self, name: str, visit: Session) -> tuple:
         return self._taken(visit.take(PACKAGE / "examples" / name))
 
-    def forget(self, visit: Visit) -> tuple:
+    def forget(self, visit: Session) -> tuple:
         visit.forget()
         return self._taken(None)
 
@@ -178,26 +186,26 @@ class Desk:
             return rendering.NOTHING_YET, gr.update(visible=False, value=None), "", gr.update(), "", gr.update(visible=False)
         start = gr.update(maximum=round(clip.duration_s, 2), value=round(0.35 * clip.duration_s, 2))
         heard = gr.update(visible=True, value=str(clip.heard))
-        return rendering.clip(clip, clip.holes), heard, written(clip.holes), start, "", gr.update(visible=False)
+        return rendering.clip(clip, clip.gaps), heard, written(clip.gaps), start, "", gr.update(visible=False)
 
-    def find(self, visit: Visit) -> tuple:
+    def find(self, visit: Session) -> tuple:
         clip = visit.found()
-        return written(clip.holes), rendering.clip(clip, clip.holes)
+        return written(clip.gaps), rendering.clip(clip, clip.gaps)
 
-    def damage(self, visit: Visit, start_s: float, length_ms: float) -> tuple:
+    def damage(self, visit: Session, start_s: float, length_ms: float) -> tuple:
         gaps = visit.damage(start_s, length_ms)
         return written(gaps), rendering.clip(visit.clip, gaps)
 
-    def redraw(self, visit: Visit, text: str) -> str:
+    def redraw(self, visit: Session, text: str) -> str:
         if visit.clip is None:
             return rendering.NOTHING_YET
         return rendering.clip(visit.clip, visit.check_gaps(text))
 
-    def restore(self, visit: Visit, text: str, face: int | None, sync: bool) -> tuple:
+    def restore(self, visit: Session, text: str, face: int | None, sync: bool) -> tuple:
         result = visit.restore(text, face=None if face is None or face < 0 else int(face), sync="auto" if sync else "off")
         drawn = rendering.compared(visit.clip, result, result.gaps)
-        sounds = {name: str(file) for name, file in result.sounds.items()}
-        players = [v for name in SOUNDS for v in (sounds.get(name), drawn.get(name, ""))]
-        files = gr.update(value=str(result.clip), label=f"Download {result.clip.name}"), sounds["restored"]
-        shown = gr.update(visible=True), gr.update(visible="original" in sounds)
+        waveforms = {name: str(file) for name, file in result.waveforms.items()}
+        players = [v for name in WAVEFORMS for v in (waveforms.get(name), drawn.get(name, ""))]
+        files = gr.update(value=str(result.clip), label=f"Download {result.clip.name}"), waveforms["restored"]
+        shown = gr.update(visible=True), gr.update(visible="original" in waveforms)
         return *shown, rendering.told(result), *players, rendering.faces(result), *files

@@ -48,20 +48,20 @@ CLIP_S, CLIP_MERGE_S = 0.016, 0.03
 
 
 @dataclasses.dataclass(frozen=True)
-class Hole:
+class DetectedGap:
     start: int  # samples [start, end) of the clip's own rate
     end: int
     kind: str  # 'silence' | 'packets' | 'repeat' | 'clipped'
 
 
-def find_holes(samples: np.ndarray, rate: int) -> list[Hole]:
+def detect_gaps(samples: np.ndarray, rate: int) -> list[DetectedGap]:
     """samples (N, C) at rate Hz -> holes in order, apart from each other."""
-    finder, size = HoleFinder(rate), 30 * rate
-    found = [hole for start in range(0, len(samples), size) for hole in finder.feed(samples[start : start + size])]
+    finder, size = GapDetector(rate), 30 * rate
+    found = [gap for start in range(0, len(samples), size) for gap in finder.feed(samples[start : start + size])]
     return found + finder.end()
 
 
-class HoleFinder:
+class GapDetector:
     """The same in pieces, in constant memory: `feed` tells the holes certain by then, up to a minute late; `end` the rest."""
 
     def __init__(self, rate: int):
@@ -73,10 +73,10 @@ class HoleFinder:
         self._spans = {kind: _Spans(round(gap * rate)) for kind, gap in gaps.items()}
         self._levels, self._levels_from = np.zeros(0, np.float32), 0  # of frames, from that frame on
         self._silent: dict[str, list] = {"constant": [], "quiet": []}
-        self._found: list[Hole] = []
-        self._told: list[Hole] = []
+        self._found: list[DetectedGap] = []
+        self._told: list[DetectedGap] = []
 
-    def feed(self, block: np.ndarray) -> list[Hole]:
+    def feed(self, block: np.ndarray) -> list[DetectedGap]:
         """block (n, C), what follows the blocks before."""
         block = np.clip(block, -LOUDEST, LOUDEST).astype(np.float32)
         self._pieces.append(block.reshape(len(block), -1))
@@ -86,14 +86,14 @@ class HoleFinder:
             finished += self._step(self._done + self._chunk)
         return finished
 
-    def end(self) -> list[Hole]:
+    def end(self) -> list[DetectedGap]:
         """What is left, once the sound is over."""
         end, finished = self._first + self._held, []
         while self._done < end:
             finished += self._step(min(end, self._done + self._chunk), over=end <= self._done + self._chunk)
         return finished
 
-    def _step(self, stop: int, over: bool = False) -> list[Hole]:
+    def _step(self, stop: int, over: bool = False) -> list[DetectedGap]:
         held = self._pieces[0] if len(self._pieces) == 1 else np.concatenate(self._pieces)
         view = held[: stop + self._margin - self._first]
         levels, spans = look(view, self._rate, self._frame, self._done - self._first, stop - self._first)
@@ -103,18 +103,18 @@ class HoleFinder:
         for kind, shortest in (("constant", CONSTANT_S), ("quiet", QUIET_S)):
             self._silent[kind] += [(a, b) for a, b in closed[kind] if b - a >= shortest * self._rate]
         for kind, shortest in (("repeat", REPEAT_S), ("clipped", CLIP_S)):
-            self._found += [Hole(a, b, kind) for a, b in closed[kind] if b - a >= shortest * self._rate]
+            self._found += [DetectedGap(a, b, kind) for a, b in closed[kind] if b - a >= shortest * self._rate]
         self._done, kept = stop, max(0, stop - self._margin)
         self._pieces, self._held, self._first = [held[kept - self._first :]], self._first + len(held) - kept, kept
         return self._decide(stop, over)
 
-    def _decide(self, stop: int, over: bool) -> list[Hole]:
+    def _decide(self, stop: int, over: bool) -> list[DetectedGap]:
         horizon = np.inf if over else self._horizon(stop)
         ready = {kind: [s for s in spans if s[1] <= horizon] for kind, spans in self._silent.items()}
         self._silent = {kind: [s for s in spans if s[1] > horizon] for kind, spans in self._silent.items()}
         for start, end in _best_edges(ready["constant"], ready["quiet"]):
-            hole = self._judge(start, end, stop if over else None)
-            self._found += [hole] if hole else []
+            gap = self._judge(start, end, stop if over else None)
+            self._found += [gap] if gap else []
         told = self._tell(horizon - (CONTEXT_S + NEAR_PACKETS_S) * self._rate)
         waiting = [a for spans in self._silent.values() for a, b in spans if b - a <= LONGEST_S * self._rate]
         keep = int(min([horizon, stop, *waiting]) - (CONTEXT_S + 1) * self._rate) // self._frame
@@ -128,7 +128,7 @@ class HoleFinder:
         open_from = [s for kind in ("constant", "quiet") for s in self._spans[kind].starts() if s > oldest]
         return min([stop - CONTEXT_S * self._rate, *open_from])
 
-    def _judge(self, start: int, end: int, over_at: int | None) -> Hole | None:
+    def _judge(self, start: int, end: int, over_at: int | None) -> DetectedGap | None:
         if end - start > LONGEST_S * self._rate:
             return None
         offset, context = self._levels_from * self._frame, round(CONTEXT_S * self._rate)
@@ -139,9 +139,9 @@ class HoleFinder:
         if edges is None:
             return None
         first, last = edges
-        return Hole(max(0, start - first * self._frame), end + last * self._frame, "silence")
+        return DetectedGap(max(0, start - first * self._frame), end + last * self._frame, "silence")
 
-    def _tell(self, horizon: float) -> list[Hole]:
+    def _tell(self, horizon: float) -> list[DetectedGap]:
         """Those of the found that end before the horizon, joined where they touch, lost packets named so."""
         joined = _joined(sorted(self._found, key=lambda h: (h.start, h.end)), round(MERGE_S * self._rate))
         done = [h for h in joined if h.end < horizon]
@@ -177,16 +177,16 @@ class _Spans:
         return [start for start, _ in self._open]
 
 
-def _joined(found: list[Hole], gap: int) -> list[Hole]:
+def _joined(found: list[DetectedGap], gap: int) -> list[DetectedGap]:
     """Holes that touch as one, of the kind that is longest."""
-    joined: list[Hole] = []
-    for hole in found:
+    joined: list[DetectedGap] = []
+    for gap_mask in found:
         last = joined[-1] if joined else None
-        if last and hole.start <= last.end + gap:
-            kind = max((last, hole), key=lambda h: h.end - h.start).kind
-            joined[-1] = Hole(last.start, max(last.end, hole.end), kind)
+        if last and gap_mask.start <= last.end + gap:
+            kind = max((last, gap_mask), key=lambda h: h.end - h.start).kind
+            joined[-1] = DetectedGap(last.start, max(last.end, gap_mask.end), kind)
         else:
-            joined.append(hole)
+            joined.append(gap_mask)
     return joined
 
 
@@ -216,12 +216,12 @@ def silence_is_lost(levels: np.ndarray, start: float, end: float, at_ends: tuple
     adjacent = max(side[:near].max() for side in beside)
     speech = np.percentile(sounding, 95)
     if any(at_ends):
-        lost = last - first >= END_S / FRAME_S and beside[0][:2].max() > speech - END_CUT_DB
+        missing = last - first >= END_S / FRAME_S and beside[0][:2].max() > speech - END_CUT_DB
     else:
         cut = beside[0][:near].max() > speech - CUT_DB or beside[-1][:opening].max() > speech - CUT_DB
-        lost = cut or _is_missed_in_noise(levels, last - first, inside + DROP_DB, adjacent + NOISE_DB)
+        missing = cut or _is_missed_in_noise(levels, last - first, inside + DROP_DB, adjacent + NOISE_DB)
     quantum = levels[levels > FLOOR_DB].min()
-    return tuple(edge) if lost and adjacent > max(inside + DROP_DB, quantum + 12) else None
+    return tuple(edge) if missing and adjacent > max(inside + DROP_DB, quantum + 12) else None
 
 
 def _smeared(side: np.ndarray) -> int:

@@ -24,11 +24,14 @@ MAX_SHARE = 0.8  # of a clip that training may take away
 # ---- training: draw ------------------------------------------------------------------------------------------------------------
 
 
-def draw_gaps(key: jax.Array, length: jax.Array, *, max_count: int, total: str, low_ms: float, high_ms: float, min_ms: float):
+def draw_gaps(
+    key: jax.Array, length: jax.Array, *, max_count: int, total: str, min_ms: float, total_mean_ms: float = 0.0,
+    total_std_ms: float = 0.0, total_min_ms: float = 0.0, total_max_ms: float = 0.0,
+) -> jax.Array:  # fmt: skip
     """Random gaps for one clip of `length` record samples (scalar int) -> int32 (max_count, 2), unused rows empty (0, 0).
 
-    count ~ U{1..max_count}; the time lost in all is N(low_ms, high_ms) for total='normal' (the paper: 900, 300) or
-    U(low_ms, high_ms) for 'uniform', at least min_ms a gap and at most MAX_SHARE of the clip; it is shared out by sequential
+    count ~ U{1..max_count}; the time lost in all is N(total_mean_ms, total_std_ms) for total='normal' (the paper: 900, 300) or
+    U(total_min_ms, total_max_ms) for 'uniform', at least min_ms a gap and at most MAX_SHARE of the clip; it is shared out by sequential
     uniforms whose upper bound shrinks by exp(-(count-1)/6), as the paper's and Morrone's code do; places are uniform given that
     gaps neither overlap nor leave the clip (theirs lets the last gap overflow, which loses a ninth of the nominal time).
     """
@@ -39,12 +42,12 @@ def draw_gaps(key: jax.Array, length: jax.Array, *, max_count: int, total: str, 
     count = jax.random.randint(k_count, (), 1, max_count + 1)
     used = jnp.arange(max_count) < count
     if total == "normal":
-        wanted = low_ms + high_ms * jax.random.normal(k_total)
+        wanted = total_mean_ms + total_std_ms * jax.random.normal(k_total)
     else:
-        wanted = jax.random.uniform(k_total, (), minval=low_ms, maxval=high_ms)
+        wanted = jax.random.uniform(k_total, (), minval=total_min_ms, maxval=total_max_ms)
     smallest = min_ms * ms
-    lost = jnp.minimum(jnp.maximum(wanted * ms, smallest * count), MAX_SHARE * length)
-    lengths = _share_out(k_share, lost, count, jnp.minimum(smallest, lost / count), max_count)
+    missing = jnp.minimum(jnp.maximum(wanted * ms, smallest * count), MAX_SHARE * length)
+    lengths = _share_out(k_share, missing, count, jnp.minimum(smallest, missing / count), max_count)
     order = jnp.argsort(jnp.where(used, jax.random.uniform(k_order, (max_count,)), 2.0))  # used ones first, shuffled
     lengths = lengths[order]
     slack = jnp.maximum(length - lengths.sum(), 0)
@@ -54,11 +57,11 @@ def draw_gaps(key: jax.Array, length: jax.Array, *, max_count: int, total: str, 
     return jnp.where(used[:, None], gaps, 0)
 
 
-def _share_out(key, lost, count, smallest, max_count):
+def _share_out(key, missing, count, smallest, max_count):
     """int32 (max_count,): `lost` samples cut into `count` pieces of at least `smallest` samples each; the rest 0."""
     shrink = jnp.exp(-(count - 1) / 6.0)
     uniform = jax.random.uniform(key, (max_count,))
-    left, pieces = lost, []
+    left, pieces = missing, []
     for i in range(max_count):
         after = jnp.maximum(count - i - 1, 0)  # gaps still to come
         upper = jnp.maximum(smallest, (left - smallest * after) * shrink)
@@ -101,7 +104,7 @@ def hashed_uniform(text: str) -> float:
 # ---- damage --------------------------------------------------------------------------------------------------------------------
 
 
-def lost_samples(gaps: jax.Array, num_samples: int) -> jax.Array:
+def gap_samples(gaps: jax.Array, num_samples: int) -> jax.Array:
     """Gaps (..., G, 2) -> bool (..., num_samples), true where a sample is lost."""
     return inside(gaps, jnp.arange(num_samples))
 
@@ -112,24 +115,24 @@ def inside(gaps: jax.Array, positions: jax.Array) -> jax.Array:
     return ((positions >= gaps[..., :1]) & (positions < gaps[..., 1:])).any(-2)
 
 
-def damage(sound: jax.Array, lost: jax.Array) -> jax.Array:
+def damage(audio: jax.Array, missing: jax.Array) -> jax.Array:
     """The sound with its lost samples gone (zero); what stood there cannot be told from the result, not even NaN."""
-    return jnp.where(lost, jnp.zeros((), sound.dtype), sound)
+    return jnp.where(missing, jnp.zeros((), audio.dtype), audio)
 
 
-def lost_at_preset(lost: jax.Array, spec: Spec) -> jax.Array:
+def gap_at_preset(missing: jax.Array, spec: Spec) -> jax.Array:
     """bool (..., N record) -> (..., N preset): true where the decimating filter's support holds a lost record sample."""
     if spec.decimation == 1:
-        return lost
+        return missing
     support = np.ones(2 * stft.FIR_HALF_TAPS + 1, np.float32)
-    return stft.through_filter(lost.astype(jnp.float32), support, spec.decimation) > 0.5
+    return stft.through_filter(missing.astype(jnp.float32), support, spec.decimation) > 0.5
 
 
-def touched_frames(lost: jax.Array, spec: Spec) -> jax.Array:
+def touched_frames(missing: jax.Array, spec: Spec) -> jax.Array:
     """bool (..., N record) -> bool (..., F): frames of `stft.log_mel` that any lost sample reaches with a weight other than 0."""
-    at_preset = lost_at_preset(lost, spec)
+    at_preset = gap_at_preset(missing, spec)
     if spec.pre_emphasis:  # a sample also reaches its successor
-        at_preset = at_preset | jnp.pad(at_preset, [(0, 0)] * (lost.ndim - 1) + [(1, 0)])[..., :-1]
+        at_preset = at_preset | jnp.pad(at_preset, [(0, 0)] * (missing.ndim - 1) + [(1, 0)])[..., :-1]
     return stft.frames_holding(at_preset, spec)
 
 

@@ -20,7 +20,7 @@ from avsi_jax.presets import Spec
 from avsi_jax.runtime import cpu_batching
 
 ITERATIONS = 30  # in a gap, whose context holds the phases: more bring no better sound (docs/vocoder.md)
-WHOLE_ITERATIONS = 60  # of a clip where nothing is known
+WGAP_ITERATIONS = 60  # of a clip where nothing is known
 MOMENTUM = 0.99
 INVERSION_STEPS = 15  # leave less than 0.01 dB of a mel's error; more cost time and bring nothing that is heard
 EDGE_FLOOR = 0.25  # of the summed squared windows, which lie between 0.5 and 2 inside a clip: see stft.istft
@@ -100,7 +100,7 @@ def _spectrum(hops: jax.Array, spec: Spec) -> jax.Array:
     return jnp.fft.rfft(sum(map(placed, range(pieces)))[..., : spec.n_fft], axis=-1)
 
 
-def _sound(spectrum: jax.Array, spec: Spec) -> jax.Array:
+def _audio(spectrum: jax.Array, spec: Spec) -> jax.Array:
     """The least-squares inverse of `_spectrum`, faded where windows hardly reach: see stft.istft."""
     frames, window = spectrum.shape[1], _window(spec)
     cut = jnp.fft.irfft(spectrum, n=spec.n_fft, axis=-1)[..., : spec.window] * stft.along_last(window, 3)
@@ -148,18 +148,18 @@ def _iterate(wanted, phases, held, free, spec: Spec, iterations: int, momentum: 
     """Magnitudes and first phases (B, frames, bins), hops of sound with which of its samples are free -> those hops, filled."""
     share = momentum / (1 + momentum)
 
-    def to_sound(phases):
-        return jnp.where(free, _sound(wanted * phases, spec), held)
+    def to_audio(phases):
+        return jnp.where(free, _audio(wanted * phases, spec), held)
 
     def iterate(_, carry):
-        sound, before = carry
-        rebuilt = _spectrum(sound, spec)
+        audio, before = carry
+        rebuilt = _spectrum(audio, spec)
         if not share:  # nothing to carry over
-            return to_sound(_unit(rebuilt)), before
-        return to_sound(_unit(rebuilt - share * before)), rebuilt
+            return to_audio(_unit(rebuilt)), before
+        return to_audio(_unit(rebuilt - share * before)), rebuilt
 
     before = jnp.zeros_like(phases) if share else ()
-    return jax.lax.fori_loop(0, iterations, iterate, (to_sound(phases), before))[0]
+    return jax.lax.fori_loop(0, iterations, iterate, (to_audio(phases), before))[0]
 
 
 @cpu_batching.shared_out
@@ -170,7 +170,7 @@ def griffin_lim(
     *,
     length: int,
     seeds: jax.Array,
-    iterations: int = WHOLE_ITERATIONS,
+    iterations: int = WGAP_ITERATIONS,
     momentum: float = MOMENTUM,
 ) -> jax.Array:
     """Bin magnitudes (B, F, bins) -> (B, length): a sound whose STFT comes near them, from phases drawn by `seeds` (B,) uint32.
@@ -188,17 +188,17 @@ def griffin_lim(
 @cpu_batching.shared_out
 @functools.partial(jax.jit, static_argnames=("spec", "length", "iterations", "momentum"))
 def whole_clip(
-    level: jax.Array, spec: Spec, *, length: int, seeds: jax.Array, iterations: int = WHOLE_ITERATIONS, momentum: float = MOMENTUM
+    level: jax.Array, spec: Spec, *, length: int, seeds: jax.Array, iterations: int = WGAP_ITERATIONS, momentum: float = MOMENTUM
 ) -> jax.Array:
     """Levels (B, F, K) -> (B, length): Griffin-Lim of all of them, whatever is known, with the preset's pre-emphasis taken off."""
     magnitude = mel_to_magnitude(stft.magnitude_from_level(level, spec), spec)
-    sound = griffin_lim(magnitude, spec, length=length, seeds=seeds, iterations=iterations, momentum=momentum)
-    return stft.de_emphasise(sound, spec)
+    audio = griffin_lim(magnitude, spec, length=length, seeds=seeds, iterations=iterations, momentum=momentum)
+    return stft.de_emphasise(audio, spec)
 
 
-def splice(level: jax.Array, known: jax.Array, lost: jax.Array, spec: Spec, *, seeds: jax.Array, **options) -> jax.Array:
+def splice(level: jax.Array, known: jax.Array, missing: jax.Array, spec: Spec, *, seeds: jax.Array, **options) -> jax.Array:
     """As the peers do it: `whole_clip` of the level where `lost` (B, N), cut in hard; `known` (B, N) elsewhere."""
-    return jnp.where(lost, whole_clip(level, spec, length=known.shape[1], seeds=seeds, **options), known)
+    return jnp.where(missing, whole_clip(level, spec, length=known.shape[1], seeds=seeds, **options), known)
 
 
 # ---- the paper's inversion -----------------------------------------------------------------------------------------------------
@@ -223,8 +223,8 @@ def paper_inversion(
 
     Theirs starts from other phases every time; here `seeds` (B,) uint32 say from which. Only for the paper's protocol.
     """
-    sound = griffin_lim(paper_magnitude(level, spec), spec, length=length, seeds=seeds, iterations=iterations, momentum=0.0)
-    return stft.de_emphasise(sound, spec)
+    audio = griffin_lim(paper_magnitude(level, spec), spec, length=length, seeds=seeds, iterations=iterations, momentum=0.0)
+    return stft.de_emphasise(audio, spec)
 
 
 # ---- inside a gap --------------------------------------------------------------------------------------------------------------
@@ -232,10 +232,10 @@ def paper_inversion(
 
 @cpu_batching.shared_out
 @functools.partial(jax.jit, static_argnames=("spec", "iterations", "momentum"))
-def fill_gap(
+def inpaint_gap(
     level: jax.Array,
     known: jax.Array,
-    lost: jax.Array,
+    missing: jax.Array,
     spec: Spec,
     *,
     seeds: jax.Array,
@@ -251,12 +251,14 @@ def fill_gap(
     result is de-emphasised from the last known sample on, and the small step that leaves at the far edge is spread over the gap.
     """
     original = known
-    offset = jnp.where(lost, 0.0, known).sum(-1, keepdims=True) / jnp.maximum((~lost).sum(-1, keepdims=True), 1)
-    known = jnp.where(lost, 0.0, known - offset)  # a mel has no weight at 0 Hz: a constant offset is the context's, not the level's
-    sharp = jnp.where(lost, 0.0, stft.pre_emphasise(known, spec))  # true wherever sample and predecessor are known
-    unknown = lost | jnp.pad(lost, ((0, 0), (1, 0)))[:, :-1] if spec.pre_emphasis else lost
+    offset = jnp.where(missing, 0.0, known).sum(-1, keepdims=True) / jnp.maximum((~missing).sum(-1, keepdims=True), 1)
+    known = jnp.where(
+        missing, 0.0, known - offset
+    )  # a mel has no weight at 0 Hz: a constant offset is the context's, not the level's
+    sharp = jnp.where(missing, 0.0, stft.pre_emphasise(known, spec))  # true wherever sample and predecessor are known
+    unknown = missing | jnp.pad(missing, ((0, 0), (1, 0)))[:, :-1] if spec.pre_emphasis else missing
     sharp = _fill_span(level, sharp, unknown, spec, seeds, iterations, momentum)
-    return jnp.where(lost, _de_emphasise_inside(sharp, known, lost, spec) + offset, original)
+    return jnp.where(missing, _de_emphasise_inside(sharp, known, missing, spec) + offset, original)
 
 
 def _fill_span(level, sharp, unknown, spec: Spec, seeds, iterations: int, momentum: float) -> jax.Array:
@@ -313,7 +315,7 @@ def _window_energy(chosen: jax.Array, spec: Spec) -> jax.Array:
     return sum(parts[p, :, p : p + frames] for p in range(pieces))
 
 
-def _de_emphasise_inside(sharp: jax.Array, known: jax.Array, lost: jax.Array, spec: Spec) -> jax.Array:
+def _de_emphasise_inside(sharp: jax.Array, known: jax.Array, missing: jax.Array, spec: Spec) -> jax.Array:
     """y[n] = x[n] + a y[n-1] through the lost samples, every run of them starting from the known sample before it.
 
     The first known sample after a run would ask for another end value than the run arrives at; that difference is taken back
@@ -322,7 +324,7 @@ def _de_emphasise_inside(sharp: jax.Array, known: jax.Array, lost: jax.Array, sp
     a = spec.pre_emphasis
     if not a:
         return sharp
-    steps = [jnp.moveaxis(v, -1, 0) for v in (sharp, known, lost)]
+    steps = [jnp.moveaxis(v, -1, 0) for v in (sharp, known, missing)]
 
     def forward(y, t):
         x, k, gone = t

@@ -33,11 +33,11 @@ def decimation_filter(factor: int) -> np.ndarray:
     return (taps / taps.sum()).astype(np.float32)
 
 
-def decimate(sound: jax.Array, spec: Spec) -> jax.Array:
+def decimate(audio: jax.Array, spec: Spec) -> jax.Array:
     """(..., N) at RECORD_RATE -> (..., ceil(N / factor)) at the preset's rate; sample n is centred on record sample factor x n."""
     if spec.decimation == 1:
-        return sound
-    return through_filter(sound, decimation_filter(spec.decimation), spec.decimation)
+        return audio
+    return through_filter(audio, decimation_filter(spec.decimation), spec.decimation)
 
 
 def through_filter(x: jax.Array, taps: np.ndarray, factor: int) -> jax.Array:
@@ -59,25 +59,25 @@ def through_filter(x: jax.Array, taps: np.ndarray, factor: int) -> jax.Array:
     return out.reshape(*x.shape[:-1], -1)[..., :samples]
 
 
-def pre_emphasise(sound: jax.Array, spec: Spec) -> jax.Array:
+def pre_emphasise(audio: jax.Array, spec: Spec) -> jax.Array:
     """y[n] = x[n] - a x[n-1], silence before the first sample. (..., N) -> (..., N)."""
     if not spec.pre_emphasis:
-        return sound
-    before = jnp.concatenate([jnp.zeros_like(sound[..., :1]), sound[..., :-1]], -1)
-    return sound - spec.pre_emphasis * before
+        return audio
+    before = jnp.concatenate([jnp.zeros_like(audio[..., :1]), audio[..., :-1]], -1)
+    return audio - spec.pre_emphasis * before
 
 
-def de_emphasise(sound: jax.Array, spec: Spec, start: jax.Array | float = 0.0) -> jax.Array:
+def de_emphasise(audio: jax.Array, spec: Spec, start: jax.Array | float = 0.0) -> jax.Array:
     """The inverse of `pre_emphasise`: y[n] = x[n] + a y[n-1], y[-1] = start. (..., N) -> (..., N)."""
     if not spec.pre_emphasis:
-        return sound
-    steps = jnp.moveaxis(sound, -1, 0)
+        return audio
+    steps = jnp.moveaxis(audio, -1, 0)
 
     def step(last, x):
         y = x + spec.pre_emphasis * last
         return y, y
 
-    return jnp.moveaxis(jax.lax.scan(step, jnp.broadcast_to(start, steps.shape[1:]).astype(sound.dtype), steps)[1], 0, -1)
+    return jnp.moveaxis(jax.lax.scan(step, jnp.broadcast_to(start, steps.shape[1:]).astype(audio.dtype), steps)[1], 0, -1)
 
 
 # ---- short-time Fourier transform ----------------------------------------------------------------------------------------------
@@ -103,18 +103,18 @@ def _padding(num_samples: int, spec: Spec) -> tuple[int, int]:
     return left, max(0, (frames - 1) * spec.hop + spec.n_fft - left - num_samples)
 
 
-def _frames(sound: jax.Array, spec: Spec) -> jax.Array:
+def _frames(audio: jax.Array, spec: Spec) -> jax.Array:
     """(..., N) -> (..., F, n_fft), not windowed; put together from whole hops, which a TPU copies where it would gather samples."""
-    n, frames, pieces = sound.shape[-1], spec.frames_of(sound.shape[-1]), -(-spec.n_fft // spec.hop)
+    n, frames, pieces = audio.shape[-1], spec.frames_of(audio.shape[-1]), -(-spec.n_fft // spec.hop)
     left, total = _padding(n, spec)[0], (frames - 1 + pieces) * spec.hop
-    hops = jnp.pad(sound, [*[(0, 0)] * (sound.ndim - 1), (left, max(0, total - left - n))])[..., :total]
-    hops = hops.reshape(*sound.shape[:-1], -1, spec.hop)
+    hops = jnp.pad(audio, [*[(0, 0)] * (audio.ndim - 1), (left, max(0, total - left - n))])[..., :total]
+    hops = hops.reshape(*audio.shape[:-1], -1, spec.hop)
     return jnp.concatenate([hops[..., k : k + frames, :] for k in range(pieces)], -1)[..., : spec.n_fft]
 
 
-def stft(sound: jax.Array, spec: Spec) -> jax.Array:
+def stft(audio: jax.Array, spec: Spec) -> jax.Array:
     """(..., N) float32 at the preset's rate -> complex64 (..., F, n_fft // 2 + 1)."""
-    return jnp.fft.rfft(_frames(sound, spec) * along_last(hann(spec), sound.ndim + 1), axis=-1)
+    return jnp.fft.rfft(_frames(audio, spec) * along_last(hann(spec), audio.ndim + 1), axis=-1)
 
 
 def frames_holding(marked: jax.Array, spec: Spec) -> jax.Array:
@@ -133,9 +133,9 @@ def istft(spectrum: jax.Array, spec: Spec, num_samples: int, floor: float = 1e-8
     left, right = _padding(num_samples, spec)
     total = left + num_samples + right
     norm = _overlap_add(jnp.broadcast_to(hann(spec) ** 2, (spectrum.shape[-2], spec.n_fft)), spec, total)
-    sound = _overlap_add(frames, spec, total)
-    sound = sound * along_last(1.0 / jnp.maximum(norm, floor), sound.ndim)  # x * (1 / y) rounds alike in any batch, x / y doesn't
-    return sound[..., left : left + num_samples]
+    audio = _overlap_add(frames, spec, total)
+    audio = audio * along_last(1.0 / jnp.maximum(norm, floor), audio.ndim)  # x * (1 / y) rounds alike in any batch, x / y doesn't
+    return audio[..., left : left + num_samples]
 
 
 def _overlap_add(frames: jax.Array, spec: Spec, total: int) -> jax.Array:
@@ -181,9 +181,9 @@ def keep_mel_bases(specs) -> None:
     np.savez_compressed(MEL_BASES, **made)
 
 
-def band_magnitude(sound: jax.Array, spec: Spec) -> jax.Array:
+def band_magnitude(audio: jax.Array, spec: Spec) -> jax.Array:
     """(..., N) -> linear band magnitudes (..., F, K) of the pre-emphasised sound."""
-    magnitude = jnp.abs(stft(pre_emphasise(sound, spec), spec))
+    magnitude = jnp.abs(stft(pre_emphasise(audio, spec), spec))
     return magnitude if spec.scale == "linear" else jnp.matmul(magnitude, jnp.asarray(mel_basis(spec)).T, precision="highest")
 
 
@@ -219,14 +219,14 @@ def silence_level(spec: Spec) -> float:
     return 0.0 if spec.level == "db" else float(np.log(spec.log_floor))
 
 
-def log_mel(sound: jax.Array, spec: Spec) -> jax.Array:
+def log_mel(audio: jax.Array, spec: Spec) -> jax.Array:
     """(..., N) float32 in [-1, 1] at the preset's rate -> level (..., F, K)."""
-    return level_from_magnitude(band_magnitude(sound, spec), spec)
+    return level_from_magnitude(band_magnitude(audio, spec), spec)
 
 
-def log_mel_of_record(sound: jax.Array, spec: Spec) -> jax.Array:
+def log_mel_of_record(audio: jax.Array, spec: Spec) -> jax.Array:
     """(..., record_samples) float32 at RECORD_RATE -> level (..., F, K): decimation, then `log_mel`."""
     expected = spec.record_samples
-    if sound.shape[-1] != expected:
-        raise ValueError(f"preset {spec.name}: expected {expected} samples at {RECORD_RATE} Hz, found {sound.shape[-1]}")
-    return log_mel(decimate(sound, spec), spec)
+    if audio.shape[-1] != expected:
+        raise ValueError(f"preset {spec.name}: expected {expected} samples at {RECORD_RATE} Hz, found {audio.shape[-1]}")
+    return log_mel(decimate(audio, spec), spec)

@@ -26,14 +26,14 @@ MIRRORED[[a for a, _ in _SIDES]], MIRRORED[[b for _, b in _SIDES]] = map(list, z
 
 def augment(
     key: jax.Array, batch: dict, *, speed: float, gain_db: float, mirror: float, stretch: float, noise_px: float, jitter_ms: float,
-    lose_video: float, trim: float,
+    drop_video: float, trim: float,
 ) -> dict:  # fmt: skip
     """The batch (arrays of `input_pipeline`) changed clip by clip; audio becomes float32, in units of int16.
 
     speed: sound and picture run faster by a factor of U(1 - speed, 1 + speed), pitch and formants with it (Ko et al. 2015);
     gain_db: loudness by U(-gain_db, gain_db); mirror: probability that left and right of the face change sides; stretch: every
     movement larger by U(1 - stretch, 1 + stretch), across and down each; noise_px: deviation of Gaussian noise on every point and
-    picture, in pixels of a 360-wide picture; jitter_ms: the sound lags the picture by U(-jitter_ms, jitter_ms) more; lose_video:
+    picture, in pixels of a 360-wide picture; jitter_ms: the sound lags the picture by U(-jitter_ms, jitter_ms) more; drop_video:
     probability that no picture shows a face; trim: a share of trim x (1 - U(0, 1)^3) is cut off the silence before the words, and
     off that after them.
     """
@@ -65,8 +65,8 @@ def augment(
             points = points + unit * jax.random.normal(keys[4], points.shape)
         if jitter_ms:
             clip |= {"offset_s": clip["offset_s"] + between(keys[5], jitter_ms) / 1000}
-        if lose_video:
-            clip |= {"landmarks_valid": clip["landmarks_valid"] & (jax.random.uniform(keys[6]) >= lose_video)}
+        if drop_video:
+            clip |= {"landmarks_valid": clip["landmarks_valid"] & (jax.random.uniform(keys[6]) >= drop_video)}
         return clip | {"audio": audio, "landmarks": points}
 
     touched = ("audio", "audio_length", "fps", "offset_s", "landmarks", "frame_size", "landmarks_valid", "speech")
@@ -87,6 +87,6 @@ def faster(audio: jax.Array, length: jax.Array, rate: jax.Array) -> tuple[jax.Ar
     position = jnp.arange(total) * rate
     low = jnp.minimum(jnp.floor(position).astype(jnp.int32), total - 1)
     part = position - low
-    sound = audio[low] * (1 - part) + audio[jnp.minimum(low + 1, total - 1)] * part
+    waveform = audio[low] * (1 - part) + audio[jnp.minimum(low + 1, total - 1)] * part
     length = jnp.minimum(jnp.floor(length / rate).astype(jnp.int32), total)
-    return jnp.where(jnp.arange(total) < length, sound, 0.0), length
+    return jnp.where(jnp.arange(total) < length, waveform, 0.0), length

@@ -85,7 +85,7 @@ class Features(NamedTuple):
     valid: jax.Array  # (B, F) bool, frames of the clip (false: padding)
     num_frames: jax.Array  # (B,) int32, valid frames of each clip
     positions: jax.Array  # (B, F) the picture, with fraction, that belongs to each frame
-    num_pictures: jax.Array  # (B,) int32, valid pictures of each clip
+    num_video_frames: jax.Array  # (B,) int32, valid pictures of each clip
     id_hash: jax.Array  # (B,) uint32, what a clip's random numbers are drawn by
 
 
@@ -97,26 +97,26 @@ def make_features(batch: dict, gaps: jax.Array, config: FeatureConfig) -> Featur
 def hear(batch: dict, gaps: jax.Array, config: FeatureConfig) -> Features:
     """Raw batch and gaps (B, G, 2) in record samples -> Features, not standardised. The hidden samples reach `target` alone."""
     spec = config.spec
-    sound, length = record_sound(batch, spec)
-    lost = gaps_lib.lost_samples(gaps, spec.record_samples) & (jnp.arange(spec.record_samples)[None] < length[:, None])
-    target = stft.log_mel_of_record(sound, spec)
+    audio, length = record_audio(batch, spec)
+    missing = gaps_lib.gap_samples(gaps, spec.record_samples) & (jnp.arange(spec.record_samples)[None] < length[:, None])
+    target = stft.log_mel_of_record(audio, spec)
     num_frames = frames_of_length(length, spec)
     valid = jnp.arange(spec.num_frames)[None] < num_frames[:, None]
     if config.protocol == "paper":
         mask = gaps_lib.centred_frames(gaps, spec, spec.num_frames) & valid
-        seen = jnp.where(mask[..., None], hole_level(config), target)
+        seen = jnp.where(mask[..., None], gap_level(config), target)
     else:
-        mask = gaps_lib.touched_frames(lost, spec) & valid
-        seen = stft.log_mel_of_record(gaps_lib.damage(sound, lost), spec)
+        mask = gaps_lib.touched_frames(missing, spec) & valid
+        seen = stft.log_mel_of_record(gaps_lib.damage(audio, missing), spec)
     video, visible = lips(batch, config)
     return Features(
         spectrogram=seen, mask=mask, video=video, seen=visible, target=target, valid=valid, num_frames=num_frames,
-        positions=picture_positions(batch, spec), num_pictures=batch["num_frames"],
+        positions=video_positions(batch, spec), num_video_frames=batch["num_frames"],
         id_hash=batch["id_hash"],
     )  # fmt: skip
 
 
-def hole_level(config: FeatureConfig) -> jax.Array:
+def gap_level(config: FeatureConfig) -> jax.Array:
     """(1, 1, K or 1): what the paper's protocol leaves of a lost frame: silence; on a log level the mean spectrum, Morrone's hole.
 
     A network finds 0 there, unless it sees a 'db' level standardised: then silence, as in lost samples.
@@ -147,14 +147,14 @@ def to_level(standardised: jax.Array, config: FeatureConfig) -> jax.Array:
     return standardised * std + mean
 
 
-def record_sound(batch: dict, spec: Spec) -> tuple[jax.Array, jax.Array]:
+def record_audio(batch: dict, spec: Spec) -> tuple[jax.Array, jax.Array]:
     """int16 audio of the batch -> float32 (B, record_samples) in [-1, 1), cut or padded to the preset's clip, and lengths (B,)."""
     audio = batch["audio"]
     wanted = spec.record_samples
     audio = audio[:, :wanted] if audio.shape[1] >= wanted else jnp.pad(audio, ((0, 0), (0, wanted - audio.shape[1])))
     length = jnp.minimum(batch["audio_length"], wanted)
-    sound = audio.astype(jnp.float32) / 32768.0
-    return jnp.where(jnp.arange(wanted)[None] < length[:, None], sound, 0.0), length
+    waveform = audio.astype(jnp.float32) / 32768.0
+    return jnp.where(jnp.arange(wanted)[None] < length[:, None], waveform, 0.0), length
 
 
 def frames_of_length(record_samples: jax.Array, spec: Spec) -> jax.Array:
@@ -214,7 +214,7 @@ def _flat(points: jax.Array, config: FeatureConfig) -> jax.Array:
 
 def _at_rate(values: jax.Array, batch: dict, config: FeatureConfig) -> jax.Array:
     """(B, T, V) of the pictures -> (B, S, V)."""
-    return values if config.video_rate == "video" else interpolate(values, picture_positions(batch, config.spec))
+    return values if config.video_rate == "video" else interpolate(values, video_positions(batch, config.spec))
 
 
 def _first_difference(values: jax.Array) -> jax.Array:
@@ -222,7 +222,7 @@ def _first_difference(values: jax.Array) -> jax.Array:
     return jnp.pad(values[:, 1:] - values[:, :-1], ((0, 0), (1, 0), (0, 0)))
 
 
-def picture_positions(batch: dict, spec: Spec) -> jax.Array:
+def video_positions(batch: dict, spec: Spec) -> jax.Array:
     """(B, F): the picture index, with fraction, that belongs to the middle of each spectrogram frame; held at both ends."""
     first = 0 if spec.centred else spec.window // 2
     time_s = jnp.asarray((np.arange(spec.num_frames) * spec.hop + first) / spec.rate, jnp.float32)

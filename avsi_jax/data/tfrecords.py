@@ -364,7 +364,7 @@ def _example(found: dict) -> dict:
         "words": [{"word": word, "start_s": start, "end_s": end} for word, start, end in words],
     }
     if "mouth" in found:
-        example["mouth"] = np.stack([_picture(jpeg) for jpeg in found["mouth"][1]])
+        example["mouth"] = np.stack([_frame(jpeg) for jpeg in found["mouth"][1]])
     return example
 
 
@@ -390,11 +390,11 @@ def _numbers(kind: int, values: list[memoryview], dtype) -> np.ndarray:
     raise ValueError(f"found a list of kind {kind}, expected {dtype.name}")
 
 
-def _picture(jpeg: memoryview) -> np.ndarray:
+def _frame(jpeg: memoryview) -> np.ndarray:
     """(96, 96) uint8, grey."""
     import cv2
 
-    picture = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_UNCHANGED) if len(jpeg) else None
-    if picture is None or picture.shape != (96, 96):
+    image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_UNCHANGED) if len(jpeg) else None
+    if image is None or image.shape != (96, 96):
         raise ValueError("a picture of the mouth is no grey JPEG of 96 x 96 pixels")
-    return picture
+    return image

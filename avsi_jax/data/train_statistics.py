@@ -47,8 +47,8 @@ def clip_sums(record: dict) -> dict[str, np.ndarray]:
     sums = {}
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         for preset in presets.PRESETS.values():
-            sound, length = _sound(batch, preset)
-            made = _values(batch, _decimated(np.asarray(sound), preset), length, preset)
+            audio, length = _audio(batch, preset)
+            made = _values(batch, _decimated(np.asarray(audio), preset), length, preset)
             level, num_frames, motion, seen = (np.asarray(a)[0] for a in made)
             seen = seen & (np.arange(len(seen)) < num_frames)
             sums[f"{preset.name}.frames"] = np.int64(num_frames)
@@ -74,29 +74,29 @@ def _pose(batch: dict) -> tuple[jax.Array, jax.Array]:
     return features.lips(batch, FeatureConfig(presets.get("paper"), motion="pose", video_rate="video"))
 
 
-_sound = jax.jit(features.record_sound, static_argnums=1)
+_audio = jax.jit(features.record_audio, static_argnums=1)
 
 
-def _decimated(sound: np.ndarray, preset: Spec) -> np.ndarray:
+def _decimated(audio: np.ndarray, preset: Spec) -> np.ndarray:
     """`stft.decimate` in float64 by scipy: (B, record_samples) -> (B, N) float32.
 
     XLA's convolution rounds otherwise on another number of cores: small as that is, the metadata's bytes would show it.
     """
     step = preset.decimation
     if step == 1:
-        return sound
+        return audio
     from scipy import signal
 
     taps = stft.decimation_filter(step).astype(np.float64)
     first = stft.FIR_HALF_TAPS // step
-    return signal.upfirdn(taps, sound.astype(np.float64), down=step)[:, first : first + preset.num_samples].astype(np.float32)
+    return signal.upfirdn(taps, audio.astype(np.float64), down=step)[:, first : first + preset.num_samples].astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _values(batch: dict, sound: jax.Array, length: jax.Array, preset: Spec):
+def _values(batch: dict, audio: jax.Array, length: jax.Array, preset: Spec):
     """Level (B, F, K), valid frames (B,), motion (B, F, 136) and whether it was seen (B, F)."""
     num_frames = features.frames_of_length(length, preset)
-    return stft.log_mel(sound, preset), num_frames, *features.lips(batch, FeatureConfig(preset))
+    return stft.log_mel(audio, preset), num_frames, *features.lips(batch, FeatureConfig(preset))
 
 
 def _whole(sums: np.ndarray, record: dict) -> np.ndarray:
@@ -123,8 +123,8 @@ def finish(sums: dict[str, np.ndarray]) -> dict[str, dict]:
         level_frames, motion_frames = (int(sums[f"{name}.{count}"]) for count in ("frames", "motion_frames"))
         kept[name] = {"frames": level_frames, **_moments(sums, f"{name}.level", level_frames)}
         kept[name] |= {"motion_frames": motion_frames, **_moments(sums, f"{name}.motion", motion_frames)}
-    pictures = int(sums["pose.pictures"])
-    return kept | {"pose": {"pictures": pictures, **_moments(sums, "pose.pose", pictures)}}
+    video = int(sums["pose.pictures"])
+    return kept | {"pose": {"pictures": video, **_moments(sums, "pose.pose", video)}}
 
 
 def _moments(sums: dict[str, np.ndarray], key: str, count: int) -> dict[str, list[float]]:

@@ -121,7 +121,7 @@ def evaluate(
         "title": f"{restorer.name} on {config.split}, protocol {protocol.name}, suite {config.suite}",
         "system": restorer.name,
         "protocol": protocol.name,
-        "protocol_said": protocol.said,
+        "protocol_said": protocol.transcript,
         "split": config.split,
         "suite": config.suite,
         "command": command,
@@ -179,11 +179,11 @@ def folder_of(config, workdir) -> Path:
 
 def lineup(restorer, *, other_video: bool) -> list[dict]:
     """Names and kinds of every row of a clip, in the order of the tables."""
-    names = [{"name": "damaged", "kind": "damaged"}, {"name": "interpolation", "kind": "interpolation"}]
+    names = [{"name": "masked", "kind": "masked"}, {"name": "interpolation", "kind": "interpolation"}]
     names.append({"name": restorer.name, "kind": "system"})
     if restorer.system.uses_video and other_video:
         names.append({"name": f"{restorer.name}, another clip's video", "kind": "other_video"})
-    return [*names, {"name": "true mel (ceiling)", "kind": "ceiling"}]
+    return [*names, {"name": "true mel (ceiling)", "kind": "oracle_mel"}]
 
 
 def is_wanted(system: dict, case, references: bool) -> bool:
@@ -196,9 +196,9 @@ def is_wanted(system: dict, case, references: bool) -> bool:
 def find_judge(config):
     if not config.judge:
         return None
-    from avsi_jax.inference.recognizer import Recogniser
+    from avsi_jax.inference.recognizer import Recognizer
 
-    return Recogniser.from_workdir(config.judge)
+    return Recognizer.from_workdir(config.judge)
 
 
 # ---- another run ---------------------------------------------------------------------------------------------------------------
@@ -317,17 +317,19 @@ def example(folder: Path, case, made: list) -> dict:
     row = made[0].row
     stem = f"sounds/{row['clip_id']}-{case.gap_ms}{'-' + case.name.replace('=', '_') if case.name else ''}"
     names = [row["system"].replace(" ", "_").replace("'", "").replace(",", "") for row in (m.row for m in made)]
-    sounds = {"original": f"{stem}-original.flac"} | {m.row["system"]: f"{stem}-{n}.flac" for m, n in zip(made, names, strict=True)}
-    clip_io.write_sound(folder / sounds["original"], made[0].truth, made[0].rate)
+    waveforms = {"original": f"{stem}-original.flac"} | {
+        m.row["system"]: f"{stem}-{n}.flac" for m, n in zip(made, names, strict=True)
+    }
+    clip_io.write_audio(folder / waveforms["original"], made[0].truth, made[0].rate)
     for m in made:
-        clip_io.write_sound(folder / sounds[m.row["system"]], m.sound, m.rate)
+        clip_io.write_audio(folder / waveforms[m.row["system"]], m.audio, m.rate)
     said = {m.row["system"]: m.row["said"] for m in made if m.row["said"]}
     spoken = set(row["text"].split()) <= grid_text.PRONUNCIATIONS.keys() and any(map(str.isupper, said.values()))
     return {
         **{k: row[k] for k in ("clip_id", "case", "gap_ms", "start_s", "end_s", "gaps_s", "text")},
         "said": said,
         **({"phones": " ".join(grid_text.phones_of(row["text"]))} if spoken else {}),
-        "sounds": sounds,
+        "sounds": waveforms,
     }
 
 

@@ -65,13 +65,13 @@ HIDDEN = {  # painted on the pictures before the face is followed (evaluation/oc
         "turned_deg": ("head turned by, degrees", (15, 30, 45)),
     }.items()
 }
-SOUND = {"noise_db": Family("noise under the sound, dB of signal to noise", (20, 10, 0))}
+AUDIO = {"noise_db": Family("noise under the sound, dB of signal to noise", (20, 10, 0))}
 GAPS = {
     "gaps": Family("gaps that the lost time is cut into", (1, 2, 4, 8)),
     "whole_clip": Family("lips only: no sound at all", (1,)),
     "paper_gaps": Family("the paper's draw of gaps, at most", (8,)),
 }
-FAMILIES = VIDEO | HIDDEN | SOUND | GAPS
+FAMILIES = VIDEO | HIDDEN | AUDIO | GAPS
 
 
 def lengths(gap_ms: Sequence[int]) -> list[Case]:
@@ -83,7 +83,7 @@ def multigap(gap_ms: Sequence[int]) -> list[Case]:
 
 
 def robustness(gap_ms: Sequence[int]) -> list[Case]:
-    varied = {k: f for k, f in (VIDEO | SOUND).items() if k != "no_video"}
+    varied = {k: f for k, f in (VIDEO | AUDIO).items() if k != "no_video"}
     return [Case(ms, *change) for ms in gap_ms or (900,) for change in [(), *((k, v) for k, f in varied.items() for v in f.values)]]
 
 
@@ -138,7 +138,7 @@ def _first_sample(gap: np.ndarray) -> np.ndarray:
     return np.where(gap[..., 1] > gap[..., 0], gap[..., 0], np.iinfo(gap.dtype).max).min(-1)
 
 
-def _picture_at(batch: dict, samples: np.ndarray) -> np.ndarray:
+def _frame_at(batch: dict, samples: np.ndarray) -> np.ndarray:
     """(B,) record samples -> the picture, with fraction, that is seen then."""
     return (samples / RECORD_RATE - batch["offset_s"]) * batch["fps"]
 
@@ -151,13 +151,11 @@ def _lose_frames(batch, gap, value, donors):
     return batch | {"landmarks": _drawn_straight(batch["landmarks"], valid, batch["num_frames"]), "landmarks_valid": valid}
 
 
-def around_gap(batch: dict, gap: np.ndarray, pictures: float) -> list[tuple[int, int]]:
+def around_gap(batch: dict, gap: np.ndarray, video: float) -> list[tuple[int, int]]:
     """[(first, last), ...] so many pictures of each clip around the middle of its gaps, as far as it has them."""
-    middle = _picture_at(batch, (_first_sample(gap) + gap[..., 1].max(-1)) / 2)
-    firsts = [
-        int(np.clip(round(m - pictures / 2), 0, max(0, n - pictures))) for m, n in zip(middle, batch["num_frames"], strict=True)
-    ]
-    return [(first, min(first + round(pictures), int(n))) for first, n in zip(firsts, batch["num_frames"], strict=True)]
+    middle = _frame_at(batch, (_first_sample(gap) + gap[..., 1].max(-1)) / 2)
+    firsts = [int(np.clip(round(m - video / 2), 0, max(0, n - video))) for m, n in zip(middle, batch["num_frames"], strict=True)]
+    return [(first, min(first + round(video), int(n))) for first, n in zip(firsts, batch["num_frames"], strict=True)]
 
 
 def _drawn_straight(points: np.ndarray, valid: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
@@ -187,7 +185,7 @@ def _hide(batch, case: Case, donors):
 
 def _freeze(batch, gap, value, donors):
     """The face stands still for `value` ms from the first gap's start on, and is taken for a true one."""
-    start = _picture_at(batch, _first_sample(gap))
+    start = _frame_at(batch, _first_sample(gap))
     points = batch["landmarks"].copy()
     for b, frames in enumerate(batch["num_frames"]):
         first = int(np.clip(round(start[b]), 0, frames - 1))
@@ -219,7 +217,7 @@ def _no_video(batch, gap, value, donors):
 # ---- the sound -----------------------------------------------------------------------------------------------------------------
 
 
-def _noise_under_sound(batch, gap, value, donors):
+def _noise_under_audio(batch, gap, value, donors):
     """White noise `value` dB below the clip's own power between its first and last word."""
     audio = batch["audio"].astype(np.float64)
     for b, (first, last) in enumerate(np.rint(batch["speech"] * RECORD_RATE).astype(int)):
@@ -232,5 +230,5 @@ def _noise_under_sound(batch, gap, value, donors):
 
 _CHANGES = {
     "frames_lost": _lose_frames, "frozen_ms": _freeze, "noise_px": _noise_on_points, "shift_ms": _shift, "video_of": _video_of,
-    "no_video": _no_video, "noise_db": _noise_under_sound,
+    "no_video": _no_video, "noise_db": _noise_under_audio,
 }  # fmt: skip

@@ -24,7 +24,7 @@ CHANGE_CURVES = ("gap_l1_db", "estoi", "wer_gap")  # for every change of the pic
 OVER_GAP = {"no_video": "sound only", "whole_clip": "lips only"}  # changes that are lines over gap length, not curves of their own
 
 
-class Line(NamedTuple):
+class Curve(NamedTuple):
     name: str
     style: dict  # of `styled`
     points: dict  # position -> metric -> entry
@@ -73,7 +73,7 @@ def _over_gap(summary, systems, found, label) -> dict:
             places |= {f"{s['name']}, {name}": (cases, s["name"], s["kind"]) for s in systems if s["kind"] == "system"}
     looks = styled([{"name": name, "kind": kind} for name, (_, _, kind) in places.items()])
     points = [{g: found[case, g, system] for case, g in cases} for cases, system, _ in places.values()]
-    lines = [Line(look["name"], look, of) for look, of in zip(looks, points, strict=True)]
+    lines = [Curve(look["name"], look, of) for look, of in zip(looks, points, strict=True)]
     title = "Over the length of the gap" + (", by what is heard and seen" if len(lines) > len(systems) else "")
     ticks = {x: str(x) for line in lines for x in line.points}
     if len(ticks) < 2:
@@ -89,35 +89,35 @@ def _over_change(summary, systems, found, label, gap_ms: int, family: str, cases
         own = {at[c["value"]]: found[c["name"], gap_ms, system["name"]] for c in cases}
         if system["kind"] in tables.REFERENCES:
             own = {x: entries or found["", gap_ms, system["name"]] for x, entries in own.items()}
-        lines.append(Line(system["name"], system, own))
+        lines.append(Curve(system["name"], system, own))
     ticks = {x: tables.value_label(family, value) for value, x in sorted(at.items(), key=lambda item: item[1])}
     name = summary["families"][family]
     return _section(f"{name[0].upper()}{name[1:]}; gap of {gap_ms} ms", name, lines, ticks, CHANGE_CURVES, label)
 
 
-def _section(title: str, xlabel: str, lines: list[Line], ticks: dict, metrics, label: str) -> dict:
+def _section(title: str, xlabel: str, lines: list[Curve], ticks: dict, metrics, label: str) -> dict:
     drawn = [line for line in lines if any(line.points.values())]
-    pictures = []
+    video = []
     for metric in metrics:
         if any(metric in entries for line in drawn for entries in line.points.values()):
             says = f"{tables.METRICS[metric].label}, {title[0].lower()}{title[1:]}; its numbers are in the tables"
             inside = [line for line in drawn if not _is_far_above(line, drawn, metric)]
             above = [line.name for line in drawn if line not in inside]
-            picture = _curve(xlabel, inside, ticks, metric, label)
-            pictures.append({"metric": metric, "picture": picture, "alt": says, "above": tables.listed(above) if above else ""})
-    return {"title": title, "legend": [{"name": line.name, **line.style} for line in drawn], "pictures": pictures}
+            image = _curve(xlabel, inside, ticks, metric, label)
+            video.append({"metric": metric, "picture": image, "alt": says, "above": tables.listed(above) if above else ""})
+    return {"title": title, "legend": [{"name": line.name, **line.style} for line in drawn], "pictures": video}
 
 
-def _is_far_above(line: Line, lines: list[Line], metric: str) -> bool:
+def _is_far_above(line: Curve, lines: list[Curve], metric: str) -> bool:
     """Whether a line is that of the damaged sound, and so high that it would squeeze all others: silence is 30 dB off speech."""
     least, most = (
         [e[metric]["mean"] for other in lines for e in other.points.values() if metric in e and (other is line) == own]
         for own in (True, False)
     )
-    return line.style["kind"] == "damaged" and bool(least and most) and min(least) > 1.2 * max(most)
+    return line.style["kind"] == "masked" and bool(least and most) and min(least) > 1.2 * max(most)
 
 
-def _curve(xlabel: str, lines: list[Line], ticks: dict, metric: str, label: str) -> str:
+def _curve(xlabel: str, lines: list[Curve], ticks: dict, metric: str, label: str) -> str:
     """One picture: means with interval bands, a line a system."""
     from matplotlib.figure import Figure
 
@@ -131,7 +131,7 @@ def _curve(xlabel: str, lines: list[Line], ticks: dict, metric: str, label: str)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(label, fontsize=7, color="#59626d", loc="right")
-    return plots.picture(figure, 160)
+    return plots.figure_uri(figure, 160)
 
 
 def _line(axes, x, entries, style: dict) -> None:

@@ -280,11 +280,13 @@ def _gap_input(item: Item, seconds: int) -> tuple[np.ndarray, np.ndarray, np.nda
     from avsi_jax.audio import gap_masks
 
     preset = presets.get(GAP_PRESET)
-    sounds = [clip_io.resample(x, item.rate, preset.rate) for x in item[:2]]
+    waveforms = [clip_io.resample(x, item.rate, preset.rate) for x in item[:2]]
     length, frames = seconds * preset.rate, preset.frames_of(seconds * preset.rate)
     gap_samples = np.array([[round(t * presets.RECORD_RATE) for t in gap] for gap in item.gaps_s])
-    centred = np.asarray(gap_masks.centred_frames(gap_samples, preset, frames)) & (np.arange(frames) * preset.hop < len(sounds[0]))
-    return *(np.pad(x, (0, length - len(x))) for x in sounds), centred
+    centred = np.asarray(gap_masks.centred_frames(gap_samples, preset, frames)) & (
+        np.arange(frames) * preset.hop < len(waveforms[0])
+    )
+    return *(np.pad(x, (0, length - len(x))) for x in waveforms), centred
 
 
 # ---- many clips --------------------------------------------------------------------------------------------------------------
@@ -306,8 +308,8 @@ def score_many(
     """
     quality, errors = {}, []  # index -> of _quality; a gap error an item
     total = len(items) if hasattr(items, "__len__") else None
-    for i, result, lost in _outcomes(_noting_gap_errors(items, errors), workers, total, timeout_s):
-        quality[i] = result or {**dict.fromkeys(QUALITY), "reason": f"PESQ or STOI {lost}"}
+    for i, result, missing in _outcomes(_noting_gap_errors(items, errors), workers, total, timeout_s):
+        quality[i] = result or {**dict.fromkeys(QUALITY), "reason": f"PESQ or STOI {missing}"}
         if progress:
             progress(len(quality), total)
     return [_row(quality[i], error) for i, error in enumerate(errors)]

@@ -105,13 +105,13 @@ def _hand(centre, width: float, size, lean: float, side: int, away: float) -> np
     return np.clip(cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 0.8), 0, 1)
 
 
-def _skin(picture: np.ndarray, face: np.ndarray, size, rng: np.random.Generator) -> np.ndarray:
+def _skin(image: np.ndarray, face: np.ndarray, size, rng: np.random.Generator) -> np.ndarray:
     """(H, W, 3) float32: the colour of the cheeks, a little darker, with soft shadows and grain."""
     reach = max(2, int(0.04 * np.ptp(face[:, 0])))
     cheeks = []
     for jaw, nose in ((3, 31), (13, 35)):
         x, y = np.rint((face[jaw] + face[nose]) / 2).astype(int).clip(reach, np.array(size[::-1]) - reach - 1)
-        cheeks.append(picture[y - reach : y + reach, x - reach : x + reach].reshape(-1, 3))
+        cheeks.append(image[y - reach : y + reach, x - reach : x + reach].reshape(-1, 3))
     colour = np.median(np.concatenate(cheeks), axis=0) * rng.uniform(0.8, 1.05)
     shadows = cv2.GaussianBlur(rng.normal(size=size).astype(np.float32), (0, 0), 8)
     light = 1 + 0.1 * shadows / max(1e-6, float(shadows.std())) + 0.02 * rng.normal(size=size)
@@ -153,8 +153,8 @@ def track_all(jobs: list[tuple], num_workers: int, tick) -> list[dict]:
     made: list = [None] * len(jobs)
     outcomes = process_pool.run(track, jobs, workers=num_workers, timeout_s=TIMEOUT_S, memory_mb=MEMORY_MB, start=_start)
     for done, outcome in enumerate(outcomes):
-        if outcome.lost:
-            raise ValueError(f"{jobs[outcome.index][0]}: its painted pictures can't be tracked: {outcome.lost}")
+        if outcome.missing:
+            raise ValueError(f"{jobs[outcome.index][0]}: its painted pictures can't be tracked: {outcome.missing}")
         made[outcome.index] = outcome.result
         tick(done + 1, len(jobs))
     return made
@@ -172,7 +172,7 @@ def _tracker() -> landmarks.FaceTracker:
 
 def track(video: str, points: np.ndarray, clip_id: str, changes: list[tuple]) -> dict:
     """One job of `track_all`."""
-    rgb = clip_io.read_clip(video, sound=False).pictures.rgb
+    rgb = clip_io.read_clip(video, audio=False).video.rgb
     if len(rgb) != len(points):
         raise ValueError(f"{video}: found {len(rgb)} pictures, expected {len(points)} as in the dataset: another recording or rate")
     made = {}

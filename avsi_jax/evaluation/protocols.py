@@ -45,11 +45,11 @@ class Protocol(NamedTuple):
     cases: tuple[Case, ...]
     presets: tuple[str, ...]
     place: Callable[[dict, Case], np.ndarray]
-    sounds: Callable[[dict, dict, np.ndarray, str], dict]
+    waveforms: Callable[[dict, dict, np.ndarray, str], dict]
     truth: Callable[[dict, jax.Array, str], np.ndarray]
-    sound_rate: Callable[[Spec], int]
+    audio_rate: Callable[[Spec], int]
     score_rate: Callable[[Spec], int]
-    said: str  # in a report, what was done
+    transcript: str  # in a report, what was done
 
 
 def lengths_of(batch: dict, spec: Spec) -> np.ndarray:
@@ -94,7 +94,7 @@ def anywhere(batch: dict, case: Case) -> np.ndarray:
 
 def as_in_the_paper(batch: dict, case: Case) -> np.ndarray:
     """(B, 8, 2): the paper's draw, by the clip's id."""
-    wanted = {"max_count": case.count, "total": "normal", "low_ms": 900.0, "high_ms": 300.0, "min_ms": 60.0}
+    wanted = {"max_count": case.count, "total": "normal", "total_mean_ms": 900.0, "total_std_ms": 300.0, "min_ms": 60.0}
     return np.asarray(gap_masks.draw_batch(jax.random.key(0), batch["id_hash"], jnp.asarray(batch["audio_length"]), **wanted))
 
 
@@ -103,19 +103,19 @@ def as_in_the_paper(batch: dict, case: Case) -> np.ndarray:
 
 def joined(levels: dict, batch: dict, gap: np.ndarray, preset: str) -> dict:
     """The recording outside the gap, inside what joins it: restorer.fill."""
-    sounds = {kind: restorer.fill(level, batch, gap, preset) for kind, level in levels.items() if kind != "damaged"}
-    return sounds | _with_hole(batch, gap, preset)
+    waveforms = {kind: restorer.fill(level, batch, gap, preset) for kind, level in levels.items() if kind != "masked"}
+    return waveforms | _with_gap(batch, gap, preset)
 
 
 def spliced(levels: dict, batch: dict, gap: np.ndarray, preset: str) -> dict:
     """The recording outside the gap, inside the same stretch of Griffin-Lim of the whole clip, as it comes."""
     spec = get(preset)
-    lost = np.asarray(gap_masks.lost_samples(gap, spec.record_samples))
-    sounds = _with_hole(batch, gap, preset)
-    for kind in levels.keys() - {"damaged"}:
+    missing = np.asarray(gap_masks.gap_samples(gap, spec.record_samples))
+    waveforms = _with_gap(batch, gap, preset)
+    for kind in levels.keys() - {"masked"}:
         whole = restorer.at_record_rate(np.asarray(_whole(levels[kind], jnp.asarray(batch["id_hash"]), spec)), spec)
-        sounds[kind] = np.where(lost, whole, restorer.recording(batch, spec)).astype(np.float32)
-    return sounds
+        waveforms[kind] = np.where(missing, whole, restorer.recording(batch, spec)).astype(np.float32)
+    return waveforms
 
 
 def inverted(levels: dict, batch: dict, gap: np.ndarray, preset: str) -> dict:
@@ -129,11 +129,11 @@ def _inverted(level: jax.Array, batch: dict, preset: str, more: int) -> np.ndarr
     return np.asarray(griffin_lim.paper_inversion(level, spec, length=spec.record_samples // spec.decimation, seeds=seeds))
 
 
-def _with_hole(batch: dict, gap: np.ndarray, preset: str) -> dict:
-    """{"damaged": (B, N)}: the recording with zeros for what is lost."""
+def _with_gap(batch: dict, gap: np.ndarray, preset: str) -> dict:
+    """{"masked": (B, N)}: the recording with zeros for what is lost."""
     spec = get(preset)
-    lost = np.asarray(gap_masks.lost_samples(gap, spec.record_samples))
-    return {"damaged": np.where(lost, 0, restorer.recording(batch, spec)).astype(np.float32)}
+    missing = np.asarray(gap_masks.gap_samples(gap, spec.record_samples))
+    return {"masked": np.where(missing, 0, restorer.recording(batch, spec)).astype(np.float32)}
 
 
 def _whole(level, seeds, spec):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from avsi_jax.runtime import storage
 
-KINDS = ("damaged", "interpolation", "ceiling")
+KINDS = ("masked", "interpolation", "oracle_mel")
 MODULES = """presets media/clip_io data/grid_text audio/stft audio/gap_masks data/features models/ctc_decoding
 audio/griffin_lim inference/restorer inference/recognizer evaluation/metrics evaluation/conditions evaluation/protocols evaluation/run_systems""".split()
 

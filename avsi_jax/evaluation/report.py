@@ -145,13 +145,13 @@ def _cards(evaluation: Evaluation, example: dict, gaps_s: list[tuple[float, floa
     top_db = plots.decibel(*decoded["original"][:2]).max()
     label = f"{example['clip_id']}, {_label(evaluation.summary)}"
     cards = []
-    for name, (sound, rate, uri) in decoded.items():
+    for name, (audio, rate, uri) in decoded.items():
         row = _row_of(scores, example, name, kinds[name])
         shown = [f"{m.label} {tables.number(float(row[k]), m.digits)}" for k, m in METRICS.items() if row.get(k)]
         said = example["said"].get(name, "")
         said = compared(example.get("phones", "") if said.isupper() else example["text"], said)
-        picture = plots.spectrogram(sound, rate, top_db, gaps_s, f"{name}, {label}")
-        card = {"name": name, "kind": kinds[name], "picture": picture, "sound": uri, "scores": shown, "said": said}
+        image = plots.spectrogram(audio, rate, top_db, gaps_s, f"{name}, {label}")
+        card = {"name": name, "kind": kinds[name], "picture": image, "sound": uri, "scores": shown, "said": said}
         cards.append(card | {"heard": _heard(row)})
     return cards
 
@@ -175,8 +175,8 @@ def _decoded(folder: Path, name: str) -> tuple[np.ndarray, int, str]:
     path = folder / name
     if path.suffix not in MEDIA_TYPES or not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"summary.json names the sound {name!r}; expected a .wav or .flac inside {folder}")
-    sound = clip_io.read_clip(path).sound
-    return clip_io.mono(sound.samples), sound.rate, plots.data_uri(path.read_bytes(), MEDIA_TYPES[path.suffix])
+    audio = clip_io.read_clip(path).audio
+    return clip_io.mono(audio.samples), audio.rate, plots.data_uri(path.read_bytes(), MEDIA_TYPES[path.suffix])
 
 
 def compared(truth: str, said: str) -> list[tuple[str, bool]]:
@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             print(write_report(known.folders[0]))
     except (ValueError, OSError) as error:
-        print(f"avsi_jax.evaluation.report: {error}", file=sys.stderr)
+        print(f"avsi_jax.report: {error}", file=sys.stderr)
         return 2
     return 0
 

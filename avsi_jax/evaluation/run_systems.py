@@ -25,12 +25,12 @@ from avsi_jax.presets import RECORD_RATE
 VIDEO = ("landmarks", "landmarks_valid", "num_frames", "frame_size", "fps", "offset_s")  # the pictures' side of a batch
 
 
-class Made(NamedTuple):
+class SystemOutput(NamedTuple):
     """One sound: row, the cells of clips.csv known so far; item, for `metrics.score_many`; sound and truth (n,) at `rate`."""
 
     row: dict
     item: dict
-    sound: np.ndarray
+    audio: np.ndarray
     truth: np.ndarray
     rate: int
 
@@ -77,8 +77,8 @@ class Clips:
         batch["weight"] = np.asarray([1.0] * len(ids) + [0.0] * (size - len(ids)), np.float32)
         for key in ("speaker", "text", "words"):
             batch[key] = [self.raw[c][key] for c in filled]
-        batch["donors"] = {kind: self._pictures([of[c] for c in filled]) for kind, of in self.donors.items()}
-        batch["donors"] |= {key: _as_pictures([of[c] for c in filled], batch) for key, of in self.hidden.items()}
+        batch["donors"] = {kind: self._video([of[c] for c in filled]) for kind, of in self.donors.items()}
+        batch["donors"] |= {key: _as_frames([of[c] for c in filled], batch) for key, of in self.hidden.items()}
         return batch
 
     def hide(self, raw: Path, cases: Sequence[Case], protocol: Protocol, num_workers: int, tick) -> None:
@@ -92,11 +92,9 @@ class Clips:
             batch = self.batch([clip], 1)
             changes = []
             for gap_ms, family, value in keys:
-                pictures = value * float(batch["fps"][0]) / 1000
+                video = value * float(batch["fps"][0]) / 1000
                 span = (
-                    conditions.around_gap(batch, protocol.place(batch, Case(gap_ms)), pictures)[0]
-                    if "covered" in family
-                    else (0, 0)
+                    conditions.around_gap(batch, protocol.place(batch, Case(gap_ms)), video)[0] if "covered" in family else (0, 0)
                 )
                 changes.append(((gap_ms, family, value), family, value, *span))
             jobs.append((str(videos[clip]), batch["landmarks"][0, : batch["num_frames"][0]], clip, changes))
@@ -104,12 +102,12 @@ class Clips:
             for key, made in found.items():
                 self.hidden.setdefault(key, {})[clip] = made
 
-    def _pictures(self, ids: list[str]) -> dict:
+    def _video(self, ids: list[str]) -> dict:
         batch = _stack([input_pipeline.to_example(self.raw[c]) for c in ids])
         return {k: batch[k] for k in VIDEO}
 
 
-def _as_pictures(found: list[tuple], batch: dict) -> dict:
+def _as_frames(found: list[tuple], batch: dict) -> dict:
     """[(points (T, 68, 2), valid (T,), mouth (T,)), ...] -> arrays of the batch's own T."""
     points, valid = batch["landmarks"].copy(), {k: np.zeros_like(batch["landmarks_valid"]) for k in ("landmarks_valid", "mouth")}
     for b, (seen_at, *seen) in enumerate(found):
@@ -146,7 +144,7 @@ def other_speakers(speakers: dict[str, str]) -> dict[str, str]:
 # ---- one batch -----------------------------------------------------------------------------------------------------------------
 
 
-def restore_case(batch: dict, case: Case, protocol: Protocol, restorer, lineup: list[dict], judge=None) -> list[Made]:
+def restore_case(batch: dict, case: Case, protocol: Protocol, restorer, lineup: list[dict], judge=None) -> list[SystemOutput]:
     """The sound of every system of the lineup for every clip of a batch in one case, clip by clip in the order of the lineup.
 
     lineup: [{"name", "kind"}] with kinds damaged, interpolation, system, other_video, ceiling. judge: a `recognizer.Recogniser`.
@@ -157,18 +155,18 @@ def restore_case(batch: dict, case: Case, protocol: Protocol, restorer, lineup: 
     levels, said = restore_levels(batch, given, gap, restorer, kinds)
     clean = restorer.hear(batch, gap)
     error = _level_errors(levels, clean, gap, spec)
-    sounds = protocol.sounds(levels, given, gap, restorer.config.preset)
+    waveforms = protocol.waveforms(levels, given, gap, restorer.config.preset)
     truth = protocol.truth(batch, clean.target, restorer.config.preset)
-    rate, score_rate = protocol.sound_rate(spec), protocol.score_rate(spec)
+    rate, score_rate = protocol.audio_rate(spec), protocol.score_rate(spec)
     ends = lengths_of(batch, spec) * rate // RECORD_RATE
-    verdicts = {k: _judged(judge, sounds[k], ends, rate, batch, gap) for k in sounds if k in kinds} if judge else {}
+    verdicts = {k: _judged(judge, waveforms[k], ends, rate, batch, gap) for k in waveforms if k in kinds} if judge else {}
     made = []
     for b in np.flatnonzero(batch["weight"]):
         here = [(s / RECORD_RATE, min(e, batch["audio_length"][b]) / RECORD_RATE) for s, e in gap[b].tolist() if e > s]
         reference = clip_io.resample(truth[b, : ends[b]], rate, score_rate)
         for system in lineup:
             kind = system["kind"]
-            sound = sounds[kind][b, : ends[b]]
+            audio = waveforms[kind][b, : ends[b]]
             row = {
                 **row_head(batch, b, case, here),
                 "system": system["name"],
@@ -177,9 +175,9 @@ def restore_case(batch: dict, case: Case, protocol: Protocol, restorer, lineup: 
                 **heard(said.get(kind), restorer.config.ctc_units, batch["text"][b], b),
                 **{k: v[b] for k, v in verdicts.get(kind, {}).items()},
             }
-            degraded = clip_io.resample(sound, rate, score_rate)
+            degraded = clip_io.resample(audio, rate, score_rate)
             item = {"reference": reference, "degraded": degraded, "rate": score_rate, "gaps_s": tuple(here)}
-            made.append(Made(row, item, sound, truth[b, : ends[b]], rate))
+            made.append(SystemOutput(row, item, audio, truth[b, : ends[b]], rate))
     return made
 
 
@@ -204,20 +202,20 @@ def restore_levels(batch: dict, given: dict, gap: np.ndarray, restorer, kinds: s
     if "other_video" in kinds:
         results["other_video"] = restorer.restore(given | batch["donors"]["clip"], gap)
     levels = {kind: r.level for kind, r in results.items()}
-    if kinds & {"damaged", "interpolation", "ceiling"}:
+    if kinds & {"masked", "interpolation", "oracle_mel"}:
         features = restorer.hear(given, gap)
         levels["interpolation"] = restorer_lib.interpolate_level(features.spectrogram, features.mask, features.valid)
-        levels["damaged"] = features.spectrogram
-        levels["ceiling"] = restorer.hear(batch, gap).target
+        levels["masked"] = features.spectrogram
+        levels["oracle_mel"] = restorer.hear(batch, gap).target
     reads = restorer.system.reads
-    return {k: v for k, v in levels.items() if k in kinds}, {k: r.said for k, r in results.items() if reads}
+    return {k: v for k, v in levels.items() if k in kinds}, {k: r.transcript for k, r in results.items() if reads}
 
 
 def _level_errors(levels: dict, clean, gap: np.ndarray, spec) -> dict:
     """By kind: mean |difference| (B,) from the clean level in dB, over all bands of the frames centred in the gap."""
     inside = np.asarray(gap_masks.centred_frames(gap, spec, spec.num_frames) & clean.valid)
     count = np.maximum(inside.sum(-1), 1)
-    off = {kind: np.abs(np.asarray(level - clean.target)).mean(-1) for kind, level in levels.items() if kind != "damaged"}
+    off = {kind: np.abs(np.asarray(level - clean.target)).mean(-1) for kind, level in levels.items() if kind != "masked"}
     return {kind: stft.db_per_level(spec) * (e * inside).sum(-1) / count for kind, e in off.items()}
 
 
@@ -233,12 +231,12 @@ def heard(texts: list[str] | None, units: str, spoken: str, b: int) -> dict:
     return cells | {name: None if math.isnan(error) else error, "said": texts[b]}
 
 
-def _judged(judge: recognizer.Recogniser, sound: np.ndarray, ends: np.ndarray, rate: int, batch: dict, gap: np.ndarray) -> dict:
+def _judged(judge: recognizer.Recognizer, waveform: np.ndarray, ends: np.ndarray, rate: int, batch: dict, gap: np.ndarray) -> dict:
     """Cells wer_gap, heard and touched of B sounds at `rate` Hz; the words' times are the judge's own where the clip has none."""
     size = judge.spec.record_samples
     lengths = np.minimum(batch["audio_length"], size)
-    audio = np.zeros((len(sound), size), np.float32)
-    for row, x, end in zip(audio, sound, ends, strict=True):
+    audio = np.zeros((len(waveform), size), np.float32)
+    for row, x, end in zip(audio, waveform, ends, strict=True):
         x = clip_io.resample(x[:end], rate, RECORD_RATE)[:size]
         row[: len(x)] = x
     timed = all(len(words) == len(grid_text.SLOTS) for words in batch["words"])

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-KINDS = ("damaged", "interpolation", "baseline", "system", "other_video", "ceiling")  # in the order of every table
-REFERENCES = ("damaged", "interpolation", "ceiling")  # what no system has a part in
+KINDS = ("masked", "interpolation", "baseline", "system", "other_video", "oracle_mel")  # in the order of every table
+REFERENCES = ("masked", "interpolation", "oracle_mel")  # what no system has a part in
 COLUMNS = set("clip_id speaker case gap_ms gaps_s in_words system kind reason".split())  # that every clips.csv has
 KEYS = set(
     """title system protocol protocol_said split suite command date metric_rate num_clips systems gap_ms cases families

@@ -33,7 +33,7 @@ class Word(NamedTuple):
     system: str
     cluster: str  # the clip, or the speaker where intervals speak of speakers
     slot: int
-    said: str
+    transcript: str
     heard: str  # '' where the judge heard none
 
 
@@ -61,10 +61,10 @@ def estimates(summary: dict, words: list[Word]) -> Iterator[dict]:
     clusters = sorted({w.cluster for w in words})
     counts: dict = collections.defaultdict(lambda: {c: [0, 0] for c in clusters})
     for word in words:
-        wrong = word.said != word.heard
+        wrong = word.transcript != word.heard
         _count(counts, word, ("word", SLOTS[word.slot]), wrong)
         _count(counts, word, ("word", "all"), wrong)
-        for phone, missed in wrong_phones(word.said, word.heard):
+        for phone, missed in wrong_phones(word.transcript, word.heard):
             _count(counts, word, ("phone", phone), missed)
             _count(counts, word, ("phone", place_of(phone)), missed)
     items = [("word", k) for k in (*SLOTS, "all")]
@@ -129,8 +129,8 @@ def _rates(title: str, first: str, summary: dict, found: list[dict], rows: list[
 
 def confusions_table(summary: dict, words: list[Word]) -> dict:
     """The pairs (spoken, heard) that the systems are most often misheard with, and how often the others are."""
-    spoken = collections.Counter((w.system, w.slot, w.said) for w in words)
-    pairs = collections.Counter((w.system, w.slot, w.said, w.heard) for w in words if w.heard != w.said)
+    spoken = collections.Counter((w.system, w.slot, w.transcript) for w in words)
+    pairs = collections.Counter((w.system, w.slot, w.transcript, w.heard) for w in words if w.heard != w.transcript)
     ours = {s["name"] for s in summary["systems"] if s["kind"] == "system"}
     total: collections.Counter = collections.Counter()
     for (system, *pair), times in pairs.items():

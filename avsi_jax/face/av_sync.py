@@ -25,7 +25,7 @@ SURE = 0.64  # certainty from which on a correction may be made: docs/sync.md
 WINDOW_S = 0.04
 BANDS_HZ = (80, 300, 700, 1300, 2200, 3200, 4000)
 FLOOR = 1e-4  # of a band's loudest: what lies 40 dB below is silence
-MOUTH_STEPS, SOUND_STEPS = (-4, -2, 0, 2, 4), (-2, 0, 2)  # what goes into one frame, in steps from it
+MOUTH_STEPS, AUDIO_STEPS = (-4, -2, 0, 2, 4), (-2, 0, 2)  # what goes into one frame, in steps from it
 EYES, NOSE = (slice(36, 42), slice(42, 48)), slice(27, 36)  # of iBUG-68
 BLOCK = 1000  # frames of sound at a time
 
@@ -46,13 +46,13 @@ class Model(NamedTuple):
     """mouth (D, K), sound (E, K): the weights of the sums; likeness (K,): their correlations in step; the rest: `evidence`."""
 
     mouth: np.ndarray
-    sound: np.ndarray
+    audio: np.ndarray
     likeness: np.ndarray
     sharpness: float
     other: float
 
 
-def measure(points, valid, times, samples, rate: int, lost, lag_s: float, model: Model | None = None) -> Sync:
+def measure(points, valid, times, samples, rate: int, missing, lag_s: float, model: Model | None = None) -> Sync:
     """By how much the sound is later than `lag_s` says, and how sure that is.
 
     points (T, 68, 2) px, valid (T,) bool, times (T,) s of each picture; samples (N, C), the first of them heard at 0 s, so that
@@ -64,15 +64,15 @@ def measure(points, valid, times, samples, rate: int, lost, lag_s: float, model:
     _check(points, valid, times, samples)
     if valid.sum() < 2:
         return Sync(0.0, 0.0)
-    mouth, seen, sound, heard = features(points, valid, times, samples, rate, lost, lag_s)
-    return decide(*correlations(mouth @ model.mouth, seen, sound @ model.sound, heard), model)
+    mouth, seen, audio, heard = features(points, valid, times, samples, rate, missing, lag_s)
+    return decide(*correlations(mouth @ model.mouth, seen, audio @ model.audio, heard), model)
 
 
-def features(points, valid, times, samples, rate, lost, lag_s):
+def features(points, valid, times, samples, rate, missing, lag_s):
     """mouth (G, D), seen (G,) at the pictures' G steps; sound (G + 2 R, E), heard (G + 2 R,), R = reach() more to each side."""
     grid = np.arange(times[0], times[-1] + STEP_S / 2, STEP_S)
     around = np.arange(-reach(), len(grid) + reach()) * STEP_S + times[0] + lag_s
-    return *mouth_features(points, valid, times, grid), *sound_features(samples, rate, lost, around)
+    return *mouth_features(points, valid, times, grid), *audio_features(samples, rate, missing, around)
 
 
 def reach() -> int:
@@ -100,17 +100,17 @@ def mouth_lengths(points, valid):
     return np.stack([inner, sides, outer, x[54] - x[48], x[64] - x[60], y[8], y[51], (y[48] + y[54]) / 2, y[57] - y[66]], 1)
 
 
-def sound_features(samples, rate, lost, centres):
+def audio_features(samples, rate, missing, centres):
     """((G, E) deviations from the clip's mean, of log energies at G times `centres`, s; (G,) whether all of it was heard)."""
     size = round(WINDOW_S * rate)
     starts = np.round(centres * rate - size / 2).astype(int)
     heard = (starts >= 0) & (starts + size <= len(samples))
-    for start_s, end_s in lost:
+    for start_s, end_s in missing:
         heard &= (starts + size <= start_s * rate) | (starts >= end_s * rate)
     energy = np.zeros((len(centres), len(BANDS_HZ) - 1))
     if heard.any():
         energy[heard] = _energies(np.asarray(samples), rate, starts[heard], size)
-    return _around(np.log(energy + np.maximum(FLOOR * energy.max(0), 1e-12)), heard, SOUND_STEPS)
+    return _around(np.log(energy + np.maximum(FLOOR * energy.max(0), 1e-12)), heard, AUDIO_STEPS)
 
 
 def _energies(samples, rate, starts, size):
@@ -135,12 +135,12 @@ def _around(x, there, steps):
     return np.where(there[:, None], x[places].reshape(len(x), -1), 0.0), there
 
 
-def correlations(mouth, seen, sound, heard):
+def correlations(mouth, seen, audio, heard):
     """mouth (G, K), sound (G + 2 R, K) -> (2 R + 1, K) correlations over frames seen and heard, and how many (2 R + 1,)."""
-    mouth, sound = _standard(mouth, seen), _standard(sound, heard)
+    mouth, audio = _standard(mouth, seen), _standard(audio, heard)
     found, frames = [], []
     for first in range(2 * reach() + 1):
-        other, both = sound[first : first + len(mouth)], seen & heard[first : first + len(mouth)]
+        other, both = audio[first : first + len(mouth)], seen & heard[first : first + len(mouth)]
         power = np.sqrt((mouth[both] ** 2).sum(0) * (other[both] ** 2).sum(0))
         found.append((mouth[both] * other[both]).sum(0) / np.maximum(power, 1e-9))
         frames.append(both.sum())
@@ -209,7 +209,7 @@ LEARNED = Model(
          -0.368, -0.337, 0.598, 0.497, -0.491, -0.389, -0.223, 0.303, -0.569,
          -0.165, -0.416, 0.805, -0.596, 1, -0.304, -0.058, -0.307, 0.173],
     ]).T,
-    sound=np.array([
+    audio=np.array([
         [0.019, 0.085, -0.555, -0.042, -0.585, 0.009,
          -0.139, 0.265, -0.289, -0.003, -0.504, -0.031,
          -0.436, 1, -0.421, -0.26, -0.389, -0.369],

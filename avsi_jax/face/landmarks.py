@@ -52,7 +52,7 @@ COUNT_EVERY = 25  # frames between two looks for a second face
 
 GREY, GREY_WITHIN = 128.0, 16.0  # mean luma of an intra picture without data, and how far from it one may lie
 FLAT_STD = 5.0  # luma standard deviation below which a picture is plain; 0.0 in the damaged clips, above 30 in clean ones
-REPAIR_JUMP = 6.0  # mean |luma difference| of neighbouring frames: the picture is whole again (docs/landmarks.md)
+RECOVERY_JUMP = 6.0  # mean |luma difference| of neighbouring frames: the picture is whole again (docs/landmarks.md)
 
 MOUTH_SIZE = 96  # px
 MOUTH_SPAN = 1.5  # side of the mouth crop over the distance of the eye centres
@@ -94,7 +94,7 @@ class FaceTracker:
         found again only about where it was. Raises NoFaceError when no frame shows a face, ValueError when there are fewer faces.
         """
         _check_rgb(rgb)
-        num_frames, start = len(rgb), damaged_until(rgb)
+        num_frames, start = len(rgb), corrupt_until(rgb)
         mesh = np.full((num_frames, NUM_MESH_POINTS, 2), np.nan, np.float32)
         self._follow_forward(rgb, mesh, start) if face is None else self._follow_chosen(rgb, mesh, start, face)
         self._follow_backward(rgb, mesh, start)
@@ -136,11 +136,11 @@ class FaceTracker:
                 if seen := points is not None:
                     mesh[t], square = points, _square_of_mesh(points)
 
-    def _again(self, picture, square, seen: bool):
+    def _again(self, image, square, seen: bool):
         """(468, 2) points of the face that was last in `square`, looked for with the detectors where it was not `seen`, or None."""
-        found = [self._mesh(picture, square) if seen else None]
+        found = [self._mesh(image, square) if seen else None]
         if found[0] is None:
-            found = [self._mesh(picture, _square_of_mesh(points)) for points in self._faces(picture)]
+            found = [self._mesh(image, _square_of_mesh(points)) for points in self._faces(image)]
         near = {_overlap(square, _square_of_mesh(points)): points for points in found if points is not None}
         return near[max(near)] if near and max(near) > SAME_FACE_IOU else None
 
@@ -152,20 +152,20 @@ class FaceTracker:
                 if points is not None:
                     mesh[t] = points
 
-    def _find(self, picture):
+    def _find(self, image):
         """(468, 2) points of the largest face that a detector finds and the mesh confirms, or None."""
         for detector in self._detectors:
-            for square in detector(picture):
-                points = self._mesh(picture, square)
+            for square in detector(image):
+                points = self._mesh(image, square)
                 if points is not None:
-                    points = self._mesh(picture, _square_of_mesh(points))  # a second look from the mesh's own square
+                    points = self._mesh(image, _square_of_mesh(points))  # a second look from the mesh's own square
                 if points is not None:
                     return points
         return None
 
-    def _faces(self, picture) -> list[np.ndarray]:
+    def _faces(self, image) -> list[np.ndarray]:
         """(468, 2) points of every face, left to right: of the detector that finds the most which the mesh confirms."""
-        found = ([self._mesh(picture, square) for square in detector(picture)] for detector in self._detectors)
+        found = ([self._mesh(image, square) for square in detector(image)] for detector in self._detectors)
         faces = max(([points for points in several if points is not None] for several in found), key=len)
         return sorted(faces, key=lambda points: points[:, 0].mean())
 
@@ -183,7 +183,7 @@ class FaceTracker:
         return tuple(found)
 
 
-def damaged_until(rgb: np.ndarray) -> int:
+def corrupt_until(rgb: np.ndarray) -> int:
     """Number of opening pictures without a scene, of rgb (T, H, W, 3) uint8.
 
     Some Grid files begin with an intra picture coded as plain grey; what follows is motion residue on grey, or a smeared face,
@@ -193,19 +193,19 @@ def damaged_until(rgb: np.ndarray) -> int:
     first = luma(rgb[0]) if len(rgb) else np.zeros(1)
     if first.std() >= FLAT_STD or abs(first.mean() - GREY) >= GREY_WITHIN:
         return 0
-    jumps = np.flatnonzero(luma_jumps(rgb) > REPAIR_JUMP)
+    jumps = np.flatnonzero(luma_jumps(rgb) > RECOVERY_JUMP)
     return int(jumps[-1]) + 1 if len(jumps) else len(rgb)
 
 
-def luma(picture: np.ndarray) -> np.ndarray:
+def luma(image: np.ndarray) -> np.ndarray:
     """(H, W, 3) -> every second pixel's luma, int16."""
-    return cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)[::2, ::2].astype(np.int16)
+    return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[::2, ::2].astype(np.int16)
 
 
 def luma_jumps(rgb: np.ndarray) -> np.ndarray:
     """rgb (T, H, W, 3) uint8 -> (T - 1,) mean |luma difference| of neighbouring frames, grey levels."""
-    pictures = [luma(picture) for picture in rgb]
-    return np.array([np.abs(b - a).mean() for a, b in zip(pictures, pictures[1:])])
+    video = [luma(image) for image in rgb]
+    return np.array([np.abs(b - a).mean() for a, b in zip(video, video[1:])])
 
 
 def mouth_crops(rgb: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -253,13 +253,13 @@ class _Detector:
         self._model = _Model(data)
         self._anchors = _anchors(self._model.size, layers)
 
-    def __call__(self, picture: np.ndarray) -> list[np.ndarray]:
+    def __call__(self, image: np.ndarray) -> list[np.ndarray]:
         """Squares (centre x, centre y, side, angle) for the mesh, the largest face first."""
         size = self._model.size
-        scale = size / max(picture.shape[:2])
-        shift = (size - scale * np.array(picture.shape[1::-1])) / 2  # letterbox
+        scale = size / max(image.shape[:2])
+        shift = (size - scale * np.array(image.shape[1::-1])) / 2  # letterbox
         to_input = np.float32([[scale, 0, shift[0]], [0, scale, shift[1]]])
-        x = cv2.warpAffine(picture, to_input, (size, size), flags=cv2.INTER_LINEAR)
+        x = cv2.warpAffine(image, to_input, (size, size), flags=cv2.INTER_LINEAR)
         values, logits = sorted(self._model(x / 127.5 - 1.0), key=lambda out: -out.shape[-1])
         scores = _sigmoid(logits[:, 0])
         keep = np.flatnonzero(scores >= FACE_SCORE)
@@ -281,14 +281,14 @@ class _Mesh:
     def __init__(self, data: bytes):
         self._model = _Model(data)
 
-    def __call__(self, picture: np.ndarray, square: np.ndarray):
+    def __call__(self, image: np.ndarray, square: np.ndarray):
         """(468, 2) px, or None where the square shows no face."""
-        crop, to_picture = _crop(picture, square, self._model.size)
+        crop, to_image = _crop(image, square, self._model.size)
         outputs = sorted((out.reshape(-1) for out in self._model(crop / 255.0)), key=lambda out: -out.size)
         points, logit = outputs[:2]
         if _sigmoid(logit[0]) < FACE_SCORE:
             return None
-        return points.reshape(-1, 3)[:, :2] @ to_picture[:, :2].T + to_picture[:, 2]
+        return points.reshape(-1, 3)[:, :2] @ to_image[:, :2].T + to_image[:, 2]
 
 
 def _anchors(size: int, layers) -> np.ndarray:
@@ -317,8 +317,8 @@ def _merge(faces: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 def _square_of_detection(face: np.ndarray) -> np.ndarray:
     """(8, 2) px -> (centre x, centre y, side, angle), turned so that the eyes are level."""
-    eyes = face[3] - face[2]
-    return np.array([*face[0], SQUARE_SCALE * face[1].max(), np.arctan2(eyes[1], eyes[0])])
+    face_models = face[3] - face[2]
+    return np.array([*face[0], SQUARE_SCALE * face[1].max(), np.arctan2(face_models[1], face_models[0])])
 
 
 def _square_of_mesh(points: np.ndarray) -> np.ndarray:
@@ -343,13 +343,13 @@ def _mouth_square(pose: np.ndarray) -> np.ndarray:
     return np.array([*pose[:2], MOUTH_SPAN * np.hypot(*pose[2:]), np.arctan2(pose[3], pose[2])])
 
 
-def _crop(picture: np.ndarray, square: np.ndarray, size: int):
+def _crop(image: np.ndarray, square: np.ndarray, size: int):
     """(size, size[, 3]) pixels of a turned square, and the 2x3 matrix that takes crop pixels back to the picture."""
     x, y, side, angle = square
     c, s = np.cos(angle) * side / size, np.sin(angle) * side / size
-    to_picture = np.float32([[c, -s, x - (c - s) * size / 2], [s, c, y - (s + c) * size / 2]])
+    to_image = np.float32([[c, -s, x - (c - s) * size / 2], [s, c, y - (s + c) * size / 2]])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(picture, to_picture, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE), to_picture
+    return cv2.warpAffine(image, to_image, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE), to_image
 
 
 def _fill(points: np.ndarray, valid: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ CELL, BINS, CUT = 8, 9, 0.2  # px, directions, as Dalal & Triggs
 SMOOTH = 5  # pictures: the middle of so many scores counts, so that no single picture is lost or found
 
 
-class Line(NamedTuple):
+class LinearClassifier(NamedTuple):
     """weights (D,) and bias of the logarithm of the odds that the mouth is seen; above `threshold` it counts as seen."""
 
     weights: np.ndarray
@@ -31,9 +31,9 @@ class Line(NamedTuple):
 
 
 @functools.cache
-def learned() -> Line:
+def learned() -> LinearClassifier:
     with np.load(WEIGHTS) as file:
-        return Line(file["weights"].astype(np.float32), float(file["bias"]), float(file["threshold"]))
+        return LinearClassifier(file["weights"].astype(np.float32), float(file["bias"]), float(file["threshold"]))
 
 
 def mouth_seen(rgb: np.ndarray, points: np.ndarray) -> np.ndarray:

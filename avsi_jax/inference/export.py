@@ -59,17 +59,17 @@ def program(run: Run) -> Callable[[dict], dict]:
     predict = lambda way: lambda *a: restorer.predict(of(way), feature_config, *a)[1:]
 
     def filled(clip):  # one by one: the vocoder takes several at a time by their number, which is free here
-        level, sound, length, gaps, seed = (a[None] for a in clip)
-        return restorer.fill_at_preset(level, sound * FULL_SCALE, length, gaps, seed, preset)[0]
+        level, audio, length, gaps, seed = (a[None] for a in clip)
+        return restorer.inpaint_at_preset(level, audio * FULL_SCALE, length, gaps, seed, preset)[0]
 
     def repair(x: dict) -> dict:
         batch = {IN_BATCH.get(k, k): v for k, v in x.items()} | {"audio": x["sound"] * FULL_SCALE}
         whole = jax.tree.map(lambda p: jnp.asarray(p).astype(jnp.float32), params)
         arguments = whole, batch, x["gaps"]
         level, logits, steps = jax.lax.platform_dependent(*arguments, cpu=predict("separate"), default=predict("joined"))
-        sound = jax.lax.map(filled, (level, x["sound"], x["length"], x["gaps"], x["seed"]))
+        audio = jax.lax.map(filled, (level, x["sound"], x["length"], x["gaps"], x["seed"]))
         read = {} if logits is None else {"logits": logits, "num_steps": steps}
-        return {"sound": sound, "level": level, **read}
+        return {"sound": audio, "level": level, **read}
 
     return repair
 

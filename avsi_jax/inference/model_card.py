@@ -18,7 +18,7 @@ SPLITS = {HEARD: "heard speakers", UNSEEN: "unseen speakers"}
 METRICS = {
     "gap_l1_db": "error in the gap, dB", "stoi_gap": "STOI in the gap", "stoi": "STOI", "pesq_nb": "PESQ nb", "pesq_wb": "PESQ wb",
 }  # fmt: skip
-KINDS = ("system", "damaged", "interpolation", "other_video", "ceiling")
+KINDS = ("system", "masked", "interpolation", "other_video", "oracle_mel")
 STREAMS = {"": "sound and lips", "no_video=1": "sound", "whole_clip=1": "lips"}  # cases of suite `streams` -> what was there
 DIGITS = 5
 LICENSE = "Apache-2.0"
@@ -249,7 +249,7 @@ def _table(e: dict, streams: dict[str, str]) -> str:
         f"| gap, ms | there | {' | '.join(METRICS[m] for m in metrics)} |", "|---|---|" + "---|" * len(metrics),
     ]  # fmt: skip
     for case, ms in dict.fromkeys((case, ms) for case, ms, *_ in cell):
-        for kind, there in (("system", streams.get(case, case)), ("damaged", "damaged")):
+        for kind, there in (("system", streams.get(case, case)), ("masked", "masked")):
             cells = [_cell(cell.get((case, ms, kind, m))) for m in metrics]
             if any(cells) and (kind == "system" or not case):
                 lines.append(f"| {ms} | {there} | {' | '.join(cells)} |")
@@ -259,8 +259,8 @@ def _table(e: dict, streams: dict[str, str]) -> str:
 def _cell(row: dict | None) -> str:
     if row is None:
         return ""
-    lost = f", {row['missing']} without a value" if row["missing"] else ""
-    return f"{row['mean']:.3g} [{row['low']:.3g}, {row['high']:.3g}]{lost}"
+    missing = f", {row['missing']} without a value" if row["missing"] else ""
+    return f"{row['mean']:.3g} [{row['low']:.3g}, {row['high']:.3g}]{missing}"
 
 
 def _limits(facts: dict) -> str:

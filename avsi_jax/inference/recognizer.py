@@ -21,26 +21,26 @@ import numpy as np
 
 from avsi_jax.audio import stft
 from avsi_jax.data import grid_text
-from avsi_jax.data.features import FeatureConfig, frames_of_length, record_sound, standardise
+from avsi_jax.data.features import FeatureConfig, frames_of_length, record_audio, standardise
 from avsi_jax.inference import restorer
 from avsi_jax.models import build, ctc_decoding, systems
 from avsi_jax.presets import RECORD_RATE, get
 from avsi_jax.training.checkpoints import CheckpointError
 
 
-class Heard(NamedTuple):
+class Recognition(NamedTuple):
     """What was heard in B sounds.
 
     A sound with too few steps for any sentence (some 0.4 s) has no words, spans of 0 and -inf.
     """
 
-    said: list[str]  # B texts of the run's units ("B IH N ..."), without a grammar
+    transcript: list[str]  # B texts of the run's units ("B IH N ..."), without a grammar
     words: list[tuple[str, ...]]  # B times six: the sentence with the most likely alignment
     span_s: np.ndarray  # (B, 6, 2) [start, end) of each word: from its first label to its last, which CTC says short and late
     log_probability: np.ndarray  # (B,) of that alignment, natural, a step of the network
 
 
-class Judged(NamedTuple):
+class RecognitionErrors(NamedTuple):
     """What was heard in B sounds with gaps, and which of the words that a gap touches came out wrong."""
 
     words: list[str]  # B sentences of six words, '' where nothing was heard or judged
@@ -55,7 +55,7 @@ class Judged(NamedTuple):
             return self.wrong.sum(1) / self.touched.sum(1)
 
 
-class Recogniser:
+class Recognizer:
     """A trained recogniser. `which`: 'best' by validation, 'last', or a step."""
 
     def __init__(self, run: restorer.Run):
@@ -66,7 +66,7 @@ class Recogniser:
         self._read = jax.jit(functools.partial(_read, build.make_model(run.config), feature_config, nothing))
 
     @classmethod
-    def from_workdir(cls, workdir: str | Path, which: str = "best") -> Recogniser:
+    def from_workdir(cls, workdir: str | Path, which: str = "best") -> Recognizer:
         """The checkpoint of a training; CheckpointError says what is missing, or that the system is no recogniser."""
         run = restorer.read_run(workdir, which)
         if systems.get(run.config.system).restores:
@@ -90,30 +90,32 @@ class Recogniser:
     def units(self) -> str:
         return self.config.ctc_units
 
-    def hear(self, sound: np.ndarray, lengths: np.ndarray) -> Heard:
+    def hear(self, audio: np.ndarray, lengths: np.ndarray) -> Recognition:
         """Sound (B, N) at RECORD_RATE, int16 or float in [-1, 1], and how many samples (B,) of each are the clip's.
 
         What stands behind them is not heard. ValueError for another shape or type, sound that isn't finite, or clips longer than
         those of the run's preset (3 s).
         """
-        sound, lengths = _checked(sound, lengths, self.spec.record_samples)
-        logits, num_steps = map(np.asarray, self._read(self.params, sound, lengths))
+        audio, lengths = _checked(audio, lengths, self.spec.record_samples)
+        logits, num_steps = map(np.asarray, self._read(self.params, audio, lengths))
         sentences = ctc_decoding.best_sentences(logits, num_steps, self.units)
         said = ctc_decoding.greedy(logits, num_steps, self.units)
-        return Heard(said, sentences.words, self._seconds(sentences.span, lengths), sentences.log_probability / num_steps)
+        return Recognition(said, sentences.words, self._seconds(sentences.span, lengths), sentences.log_probability / num_steps)
 
-    def judge(self, sound: np.ndarray, lengths: np.ndarray, true: Sequence[str], span_s: np.ndarray, gap: np.ndarray) -> Judged:
+    def judge(
+        self, audio: np.ndarray, lengths: np.ndarray, true: Sequence[str], span_s: np.ndarray, gap: np.ndarray
+    ) -> RecognitionErrors:
         """`judged` of what is heard in sound (B, N) of lengths (B,), as `hear` takes them; the first call of a shape compiles.
 
         A sound that isn't finite is not judged (no words, nothing touched): scores of it have their reason, and others go on.
         """
         if self.units != "phones":
             raise ValueError(f"the judge hears {self.units}; expected a recogniser of phones (config.ctc_units)")
-        inside = np.arange(np.shape(sound)[-1]) < np.reshape(lengths, (-1, 1))
-        finite = (np.isfinite(sound) | ~inside).all(-1)
-        found = judged(self.hear(np.where(finite[:, None], sound, 0).astype(np.asarray(sound).dtype), lengths), true, span_s, gap)
+        inside = np.arange(np.shape(audio)[-1]) < np.reshape(lengths, (-1, 1))
+        finite = (np.isfinite(audio) | ~inside).all(-1)
+        found = judged(self.hear(np.where(finite[:, None], audio, 0).astype(np.asarray(audio).dtype), lengths), true, span_s, gap)
         words, phones = ([said if known else "" for said, known in zip(of, finite)] for of in (found.words, found.phones))
-        return Judged(words, phones, found.touched & finite[:, None], found.wrong & finite[:, None])
+        return RecognitionErrors(words, phones, found.touched & finite[:, None], found.wrong & finite[:, None])
 
     def _seconds(self, span: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Steps [start, end) -> seconds in the clip: a step begins half a hop before the centre of its first frame."""
@@ -122,29 +124,29 @@ class Recogniser:
         return np.where(span.any(-1, keepdims=True), np.clip(at, 0, lengths[:, None, None] / RECORD_RATE), 0.0)
 
 
-def _checked(sound, lengths, longest: int) -> tuple[np.ndarray, np.ndarray]:
+def _checked(audio, lengths, longest: int) -> tuple[np.ndarray, np.ndarray]:
     """Sound as float32 in units of int16, which is what `features` take, and int32 lengths."""
-    sound, lengths = np.asarray(sound), np.asarray(lengths)
-    if sound.ndim != 2 or not sound.size or not (sound.dtype == np.int16 or np.issubdtype(sound.dtype, np.floating)):
-        raise ValueError(f"sound: found {sound.dtype} {sound.shape}, expected (B, N) of int16, or of floats in [-1, 1]")
-    if lengths.shape != sound.shape[:1] or not np.issubdtype(lengths.dtype, np.integer):
-        raise ValueError(f"lengths: found {lengths.dtype} {lengths.shape}, expected {sound.shape[:1]} whole numbers, one a sound")
-    if lengths.min() < 0 or lengths.max() > (most := min(sound.shape[1], longest)):
+    audio, lengths = np.asarray(audio), np.asarray(lengths)
+    if audio.ndim != 2 or not audio.size or not (audio.dtype == np.int16 or np.issubdtype(audio.dtype, np.floating)):
+        raise ValueError(f"sound: found {audio.dtype} {audio.shape}, expected (B, N) of int16, or of floats in [-1, 1]")
+    if lengths.shape != audio.shape[:1] or not np.issubdtype(lengths.dtype, np.integer):
+        raise ValueError(f"lengths: found {lengths.dtype} {lengths.shape}, expected {audio.shape[:1]} whole numbers, one a sound")
+    if lengths.min() < 0 or lengths.max() > (most := min(audio.shape[1], longest)):
         raise ValueError(f"lengths: found {lengths.min()} to {lengths.max()} samples, expected 0 to {most} at {RECORD_RATE} Hz")
-    inside = np.arange(sound.shape[1]) < lengths[:, None]
-    scale = 1 if sound.dtype == np.int16 else 32768
-    sound = np.where(inside, sound, 0).astype(np.float32) * np.float32(scale)
-    if bad := int((~np.isfinite(sound)).any(1).sum()):
-        raise ValueError(f"sound: {bad} of {len(sound)} hold NaN or infinite samples; expected finite ones")
-    return sound, lengths.astype(np.int32)
+    inside = np.arange(audio.shape[1]) < lengths[:, None]
+    scale = 1 if audio.dtype == np.int16 else 32768
+    audio = np.where(inside, audio, 0).astype(np.float32) * np.float32(scale)
+    if bad := int((~np.isfinite(audio)).any(1).sum()):
+        raise ValueError(f"sound: {bad} of {len(audio)} hold NaN or infinite samples; expected finite ones")
+    return audio, lengths.astype(np.int32)
 
 
 def _read(model, config: FeatureConfig, nothing, params, audio, lengths) -> tuple[jax.Array, jax.Array]:
     """Logits (B, S, L) and true steps (B,) by the way that training hears a clean clip; `nothing` stands in for the pictures."""
-    sound, lengths = record_sound({"audio": audio, "audio_length": lengths}, config.spec)
+    waveform, lengths = record_audio({"audio": audio, "audio_length": lengths}, config.spec)
     num_frames = frames_of_length(lengths, config.spec)
     features = nothing._replace(
-        spectrogram=stft.log_mel_of_record(sound, config.spec),
+        spectrogram=stft.log_mel_of_record(waveform, config.spec),
         valid=jnp.arange(config.spec.num_frames)[None] < num_frames[:, None],
         num_frames=num_frames,
     )
@@ -155,7 +157,7 @@ def _read(model, config: FeatureConfig, nothing, params, audio, lengths) -> tupl
 # ---- right or wrong ------------------------------------------------------------------------------------------------------------
 
 
-def judged(heard: Heard, true: Sequence[str], span_s: np.ndarray, gap: np.ndarray) -> Judged:
+def judged(heard: Recognition, true: Sequence[str], span_s: np.ndarray, gap: np.ndarray) -> RecognitionErrors:
     """Which words a gap touches, and which of them are wrong: true B texts ("bin blue ..."), span_s (B, 6, 2) as of `word_spans`,
     gap (B, G, 2) in record samples."""
     b, shapes = len(heard.words), (len(true), np.shape(span_s), np.shape(gap))
@@ -164,7 +166,7 @@ def judged(heard: Heard, true: Sequence[str], span_s: np.ndarray, gap: np.ndarra
     known = np.array([_is_sentence(said) for said in true], bool)
     touched = touched_words(span_s, gap) & known[:, None]
     said = [sentence.split() if k else [""] * len(grid_text.SLOTS) for sentence, k in zip(true, known)]
-    return Judged([*map(" ".join, heard.words)], heard.said, touched, wrong_words(heard.words, said) & touched)
+    return RecognitionErrors([*map(" ".join, heard.words)], heard.transcript, touched, wrong_words(heard.words, said) & touched)
 
 
 def _is_sentence(said: str) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 
 from avsi_jax.audio import gap_masks, griffin_lim, stft
 from avsi_jax.data import grid_text
-from avsi_jax.data.features import Features, Normalisation, hear, record_sound, standardise, to_level
+from avsi_jax.data.features import Features, Normalisation, hear, record_audio, standardise, to_level
 from avsi_jax.inference import trained_run, weights
 from avsi_jax.inference.trained_run import Run
 from avsi_jax.media import clip_io
@@ -36,7 +36,7 @@ class Restored(NamedTuple):
     """
 
     level: jax.Array
-    said: list[str]
+    transcript: list[str]
     features: Features
     logits: jax.Array | None = None
     num_steps: jax.Array | None = None
@@ -113,16 +113,16 @@ class Restorer:
         read without the help of a grammar, which makes a sentence of anything.
         """
         if restored.logits is None:
-            return list(restored.said)
+            return list(restored.transcript)
         units = self.config.ctc_units
         found = ctc_decoding.best_sentences(restored.logits, restored.num_steps, units)
         sentences = [" ".join(words) for words in found.words]
         spelled = [" ".join(grid_text.phones_of(s)) if units == "phones" else s for s in sentences]
         measure = ctc_decoding.phone_error_rate if units == "phones" else ctc_decoding.character_error_rate
-        wrong = measure(list(zip(restored.said, spelled, strict=True))).rates
+        wrong = measure(list(zip(restored.transcript, spelled, strict=True))).rates
         return [s if share <= MOST_MISREAD else "" for s, share in zip(sentences, wrong, strict=True)]
 
-    def to_sound(self, level: jax.Array, batch: dict, gap: np.ndarray) -> np.ndarray:
+    def to_audio(self, level: jax.Array, batch: dict, gap: np.ndarray) -> np.ndarray:
         """Levels (B, F, K) -> the batch's sound (B, record_samples) float32 at RECORD_RATE with its lost samples filled in."""
         return fill(level, batch, gap, self.config.preset)
 
@@ -142,15 +142,15 @@ def fill(level: jax.Array, batch: dict, gap: np.ndarray, preset: str) -> np.ndar
     """Levels -> sound (B, record_samples) at RECORD_RATE: the batch's own outside the gaps, Griffin-Lim with it held inside."""
     spec = get(preset)
     at_preset = np.asarray(
-        fill_at_preset(jnp.asarray(level), batch["audio"], batch["audio_length"], jnp.asarray(gap), batch["id_hash"], spec)
+        inpaint_at_preset(jnp.asarray(level), batch["audio"], batch["audio_length"], jnp.asarray(gap), batch["id_hash"], spec)
     )
-    sound, lost = _record_view(batch["audio"], batch["audio_length"], jnp.asarray(gap), spec)
-    return np.where(lost, at_record_rate(at_preset, spec), np.asarray(sound))
+    audio, missing = _record_view(batch["audio"], batch["audio_length"], jnp.asarray(gap), spec)
+    return np.where(missing, at_record_rate(at_preset, spec), np.asarray(audio))
 
 
-def at_record_rate(sounds: np.ndarray, spec: Spec) -> np.ndarray:
+def at_record_rate(waveforms: np.ndarray, spec: Spec) -> np.ndarray:
     """(B, n) at the preset's rate -> (B, record_samples) at RECORD_RATE."""
-    return np.stack([fit(clip_io.resample(x, spec.rate, RECORD_RATE), spec.record_samples) for x in sounds])
+    return np.stack([fit(clip_io.resample(x, spec.rate, RECORD_RATE), spec.record_samples) for x in waveforms])
 
 
 def recording(batch: dict, spec: Spec) -> np.ndarray:
@@ -165,24 +165,24 @@ def fit(x: np.ndarray, length: int) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _recording(audio, length, spec):
-    return record_sound({"audio": audio, "audio_length": length}, spec)[0]
+    return record_audio({"audio": audio, "audio_length": length}, spec)[0]
 
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _record_view(audio, length, gap, spec):
     """Sound (B, record_samples) and which samples are lost; padding never is."""
-    sound, length = record_sound({"audio": audio, "audio_length": length}, spec)
+    waveform, length = record_audio({"audio": audio, "audio_length": length}, spec)
     inside = jnp.arange(spec.record_samples)[None] < length[:, None]
-    return sound, gap_masks.lost_samples(gap, spec.record_samples) & inside
+    return waveform, gap_masks.gap_samples(gap, spec.record_samples) & inside
 
 
 @cpu_batching.shared_out
 @functools.partial(jax.jit, static_argnames="spec")
-def fill_at_preset(level, audio, length, gap, seeds, spec):
+def inpaint_at_preset(level, audio, length, gap, seeds, spec):
     """Levels (B, F, K), audio (B, N) int16 or of its values, lengths, gaps (B, G, 2), seeds (B,) -> sound at the preset's rate."""
-    sound, lost = _record_view(audio, length, gap, spec)
-    known = stft.decimate(gap_masks.damage(sound, lost), spec)
-    return griffin_lim.fill_gap(level, known, gap_masks.lost_at_preset(lost, spec), spec, seeds=seeds)
+    waveform, missing = _record_view(audio, length, gap, spec)
+    known = stft.decimate(gap_masks.damage(waveform, missing), spec)
+    return griffin_lim.inpaint_gap(level, known, gap_masks.gap_at_preset(missing, spec), spec, seeds=seeds)
 
 
 @jax.jit

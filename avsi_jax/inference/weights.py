@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from avsi_jax.inference import trained_run
 from avsi_jax.inference.trained_run import Run
 from avsi_jax.runtime import storage
+from avsi_jax.training import old_names
 from avsi_jax.training import run_directory as workdir_files
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def read(folder: str | Path) -> Weights:
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise WeightsError(f"{folder / CONFIG}: {_one_line(error)}") from error
     tensors = _read_tensors(folder / TENSORS, shapes, told["sha256"])
-    return Weights(config, _nested(tensors), told["step"], normalisation, told["facts"])
+    return Weights(config, _nested(tensors), told["step"], normalisation, old_names.current_kinds(told["facts"]))
 
 
 def _read_config(path: Path) -> dict:
@@ -145,7 +146,7 @@ def check_config(told: dict) -> ml_collections.ConfigDict:
     for group in (k for k, v in usual.items() if isinstance(v, ml_collections.ConfigDict)):
         if not isinstance(told.get(group, {}), dict):
             raise ValueError(f"config.{group}: found {_short(told[group])}, expected fields")
-    told = workdir_files.filled_up(told, workdir_files.LATER_FIELDS) | {"lstm": "auto"}  # how it ran is no part of what was learned
+    told = workdir_files.filled_up(old_names.current_config(told), workdir_files.LATER_FIELDS) | {"lstm": "auto"}  # not learned
     _check_fields(told, usual, "")
     config = ml_collections.ConfigDict(told)
     if config.feedback and config.feedback >= config.layers:
@@ -348,12 +349,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         facts, folder = pack(known.workdir, known.out, known.checkpoint, known.facts, known.overwrite)
     except (ValueError, OSError) as error:
-        print(f"avsi_jax.inference.weights: {_one_line(error)}", file=sys.stderr)
+        print(f"avsi_jax.weights: {_one_line(error)}", file=sys.stderr)
         return 2
     if not facts["measured"]:
         told = "avsi-evaluate --workdir=RUN --config.split=test --config.suite=lengths, then streams"
         print(
-            f"avsi_jax.inference.weights: no evaluation of unseen speakers at this step, so no measured quality; {told}",
+            f"avsi_jax.weights: no evaluation of unseen speakers at this step, so no measured quality; {told}",
             file=sys.stderr,
         )
     print(f"{folder}: {', '.join(f'{n} {(folder / n).stat().st_size} bytes' for n in (TENSORS, CONFIG, CARD))}")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from avsi_jax.inference.restorer import Restorer
-    from avsi_jax.inpainting.clip_inpainter import Eyes, Mending
+    from avsi_jax.inpainting.clip_inpainter import ClipInpainter, FaceModels
     from avsi_jax.media.clip_io import Clip
     from avsi_jax.media.clip_source import Source
 
@@ -42,7 +42,7 @@ class Gap:
     start_s: float
     end_s: float
     confidence: float
-    said: str
+    transcript: str
     by: str
 
 
@@ -68,14 +68,14 @@ class Repair:
     frame_s: float
     landmarks: np.ndarray | None
     landmarks_valid: np.ndarray | None
-    picture_times: np.ndarray | None
-    sync_s: float | None
+    frame_times: np.ndarray | None
+    av_offset_s: float | None
     seconds: dict[str, float]
     lag_s: float | None = None
 
     @property
-    def said(self) -> tuple[str, ...]:
-        return tuple(gap.said for gap in self.gaps)
+    def transcript(self) -> tuple[str, ...]:
+        return tuple(gap.transcript for gap in self.gaps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class FileRepair:
 
     gaps: tuple[Gap, ...]
     warnings: tuple[str, ...]
-    sync_s: float | None
+    av_offset_s: float | None
     seconds: dict[str, float]
     target: str
     duration_s: float
@@ -106,13 +106,13 @@ def clip_of(samples, rate: int, *, rgb=None, fps: float = 25.0) -> Clip:
     samples = np.asarray(samples.reshape(len(samples), -1), np.float32)
     if not (rate == int(rate) and rate > 0 and fps > 0):
         raise ValueError(f"found {rate} Hz and {fps} pictures a second, expected a whole number of hertz, both above 0")
-    pictures = None
+    video = None
     if rgb is not None:
         rgb = np.asarray(rgb)
         if rgb.ndim != 4 or rgb.shape[-1] != 3 or rgb.dtype != np.uint8 or not rgb.size:
             raise ValueError(f"found pictures of shape {rgb.shape} {rgb.dtype}, expected (T, H, W, 3) uint8")
-        pictures = clip_io.Pictures(rgb, float(fps), 0.0, np.arange(len(rgb)) / fps)
-    return clip_io.Clip("the clip", pictures, clip_io.Sound(samples, int(rate), 0.0, "FLOAT", "arrays"))
+        video = clip_io.Video(rgb, float(fps), 0.0, np.arange(len(rgb)) / fps)
+    return clip_io.Clip("the clip", video, clip_io.Audio(samples, int(rate), 0.0, "FLOAT", "arrays"))
 
 
 class Inpainter:
@@ -193,9 +193,9 @@ class Inpainter:
         no sound, or lacks the pictures that the system needs; landmarks.NoFaceError where it needs a face.
         """
         with self._opened(clip) as source:
-            mending = self._mending(source, gaps, face, sync)
-            mending.begin()
-            return _repair_of(mending)
+            inpainter = self._inpainter(source, gaps, face, sync)
+            inpainter.begin()
+            return _repair_of(inpainter)
 
     def inpaint_batch(
         self, clips: Sequence[str | Path | Clip | Source], gaps: Sequence[Gaps], *, face: int | None = None, sync: Step = "off"
@@ -210,17 +210,17 @@ class Inpainter:
 
         with contextlib.ExitStack() as stack:
             sources = [stack.enter_context(self._opened(clip)) for clip in clips]
-            all_of_them = [self._mending(source, of, face, sync) for source, of in zip(sources, gaps, strict=True)]
-            for mending in all_of_them:
-                mending.begin()
+            all_of_them = [self._inpainter(source, of, face, sync) for source, of in zip(sources, gaps, strict=True)]
+            for inpainter in all_of_them:
+                inpainter.begin()
             shared = {"model": 0.0, "vocoder": 0.0}
-            window_inpainter.run(self.restorer, [f for mending in all_of_them for f in mending.fillings], shared)
-            for mending in all_of_them:  # what the network took is shared out evenly
+            window_inpainter.run(self.restorer, [f for inpainter in all_of_them for f in inpainter.window_inpainters], shared)
+            for inpainter in all_of_them:  # what the network took is shared out evenly
                 for key, seconds in shared.items():
-                    mending.seconds[key] += seconds / len(all_of_them)
-            return [_repair_of(mending) for mending in all_of_them]
+                    inpainter.seconds[key] += seconds / len(all_of_them)
+            return [_repair_of(inpainter) for inpainter in all_of_them]
 
-    def repair_file(
+    def inpaint_file(
         self, source_path: str | Path, target_path: str | Path, gaps: Gaps, *, face: int | None = None, sync: Step = "off",
         overwrite: bool = False, progress: Callable[[float], None] | None = None,
     ) -> FileRepair:  # fmt: skip
@@ -232,20 +232,20 @@ class Inpainter:
         from avsi_jax.media import clip_io, clip_source
 
         began = time.perf_counter()
-        film = Path(target_path).suffix.lower() not in clip_io.SOUND_SUFFIXES
+        video_file = Path(target_path).suffix.lower() not in clip_io.AUDIO_SUFFIXES
         if Path(target_path).exists() and not overwrite:
             raise FileExistsError(f"{target_path} exists; take overwrite (--overwrite) to replace it, or another name")
-        with clip_source.open_source(source_path, pictures=film or self.restorer.system.uses_video) as source:
+        with clip_source.open_source(source_path, video=video_file or self.restorer.system.uses_video) as source:
             opened = time.perf_counter() - began
-            mending = self._mending(source, gaps, face, sync, forgets=True)
-            mending.seconds["decode"] += opened
-            mending.began = began
-            mending.begin()
-            blocks = _told(mending.blocks(), source.num_samples, progress)
+            inpainter = self._inpainter(source, gaps, face, sync, forgets=True)
+            inpainter.seconds["decode"] += opened
+            inpainter.began = began
+            inpainter.begin()
+            blocks = _told(inpainter.blocks(), source.num_samples, progress)
             more = clip_source.write_clip(source, target_path, blocks, overwrite=overwrite)
-            filled, warnings, seconds = mending.finish()
+            filled, warnings, seconds = inpainter.finish()
             told = _gaps_of(filled, source.rate)
-            return FileRepair(told, warnings + more, mending.sync_s, seconds, str(target_path), source.duration_s)
+            return FileRepair(told, warnings + more, inpainter.av_offset_s, seconds, str(target_path), source.duration_s)
 
     @contextlib.contextmanager
     def _opened(self, clip) -> Iterator[Source]:
@@ -256,11 +256,11 @@ class Inpainter:
             yield clip
             return
         in_memory = isinstance(clip, clip_io.Clip)
-        pictures = self.restorer.system.uses_video
-        with clip_source.source_of(clip) if in_memory else clip_source.open_source(clip, pictures=pictures) as source:
+        video = self.restorer.system.uses_video
+        with clip_source.source_of(clip) if in_memory else clip_source.open_source(clip, video=video) as source:
             yield source
 
-    def _mending(self, source: Source, gaps, face, sync, forgets: bool = False) -> Mending:
+    def _inpainter(self, source: Source, gaps, face, sync, forgets: bool = False) -> ClipInpainter:
         from avsi_jax.inpainting import clip_inpainter
         from avsi_jax.media import clip_io
 
@@ -269,20 +269,22 @@ class Inpainter:
         if isinstance(gaps, str):
             if gaps != "auto":
                 raise ValueError(f"gaps {gaps!r}: expected (start, end) pairs in seconds, or 'auto'")
-            spans = clip_inpainter.found_gaps(source)
+            spans = clip_inpainter.detected_gaps(source)
         else:
             spans = clip_inpainter.check_gaps(gaps, source.num_samples, source.rate)
-        eyes = self._eyes(source) if self.restorer.system.uses_video else None
-        return clip_inpainter.Mending(source, spans, self.restorer, eyes, self.measured, face=face, step=sync, forgets=forgets)
+        face_models = self._face_models(source) if self.restorer.system.uses_video else None
+        return clip_inpainter.ClipInpainter(
+            source, spans, self.restorer, face_models, self.measured, face=face, step=sync, forgets=forgets
+        )
 
-    def _eyes(self, source: Source) -> Eyes:
+    def _face_models(self, source: Source) -> FaceModels:
         from avsi_jax.face import landmarks, mouth_visibility
         from avsi_jax.inpainting import clip_inpainter
 
         with self._lock:
-            if self._tracker is None and source.has_pictures:
+            if self._tracker is None and source.has_video:
                 self._tracker = landmarks.FaceTracker()
-        return clip_inpainter.Eyes(self._tracker, self._mouth_seen or mouth_visibility.mouth_seen, self._lock)
+        return clip_inpainter.FaceModels(self._tracker, self._mouth_seen or mouth_visibility.mouth_seen, self._lock)
 
 
 def _told(blocks, num_samples: int, progress):
@@ -299,25 +301,25 @@ def _gaps_of(filled, rate: int) -> tuple[Gap, ...]:
     return tuple(Gap(start / rate, end / rate, *more) for start, end, *more in filled)
 
 
-def _repair_of(mending: Mending) -> Repair:
+def _repair_of(inpainter: ClipInpainter) -> Repair:
     import numpy as np
 
     from avsi_jax.media import channels
 
-    source, damaged = mending.source, mending.damaged
-    samples = np.concatenate(list(mending.blocks()))
-    filled, warnings, seconds = mending.finish()
+    source, masked = inpainter.source, inpainter.masked
+    samples = np.concatenate(list(inpainter.blocks()))
+    filled, warnings, seconds = inpainter.finish()
     before, after = (None, None)
     if source.duration_s <= LONGEST_MEL_S:
-        known = damaged.own(0, source.num_samples)
+        known = masked.own(0, source.num_samples)
         weights = channels.weights_of(known)
         before, after = _mels(np.stack([_mono(x, source.rate, weights) for x in (known, samples)]))
-    watcher = mending.watcher
-    seen = watcher.all() if watcher else (None, None, None)
-    seconds["all"] = time.perf_counter() - mending.began
+    tracks = inpainter.tracks
+    seen = tracks.all() if tracks else (None, None, None)
+    seconds["all"] = time.perf_counter() - inpainter.began
     return Repair(
         samples, source.rate, source.subtype, _gaps_of(filled, source.rate), warnings, before, after, _frame_s(), *seen,
-        mending.sync_s, seconds, watcher.lag_s if watcher else None,
+        inpainter.av_offset_s, seconds, tracks.lag_s if tracks else None,
     )  # fmt: skip
 
 
@@ -335,17 +337,17 @@ def _mono(samples, rate: int, weights):
     return clip_io.resample(channels.one(samples, weights), rate, RECORD_RATE)
 
 
-def _mels(sounds) -> np.ndarray:
+def _mels(waveforms) -> np.ndarray:
     """(B, N) at RECORD_RATE -> (B, F, 64) log-mel in dB, by the paper's front end."""
     import numpy as np
 
     from avsi_jax.presets import RECORD_RATE, get
 
     spec, room = get("paper"), round(MEL_S * RECORD_RATE)
-    while room < sounds.shape[1]:
+    while room < waveforms.shape[1]:
         room *= 2
-    filled_up = np.pad(sounds, ((0, 0), (0, room - sounds.shape[1])))
-    return np.asarray(_front_end()(filled_up))[:, : spec.frames_of(-(-sounds.shape[1] // spec.decimation))]
+    filled_up = np.pad(waveforms, ((0, 0), (0, room - waveforms.shape[1])))
+    return np.asarray(_front_end()(filled_up))[:, : spec.frames_of(-(-waveforms.shape[1] // spec.decimation))]
 
 
 @functools.cache

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, NoReturn
 
 from avsi_jax.inpainting import cli_jobs
 from avsi_jax.inpainting.cli_jobs import AUTO, Job
-from avsi_jax.inpainting.cli_output import NAME, Outcome, Teller, say, shown, told
+from avsi_jax.inpainting.cli_output import NAME, ClipOutcome, ProgressReporter, say, shown, told
 
 if TYPE_CHECKING:
     from avsi_jax.inpainting.api import Inpainter
 
 PAGE = "repair.html"
-NO_HOLE = "no hole found"  # in the error of a clip in which clip_inpainter.found_gaps finds none
+NO_GAP = "no hole found"  # in the error of a clip in which clip_inpainter.found_gaps finds none
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 NO_ROOM = 2**20  # bytes left on a disk that count as none: libsndfile doesn't say why it can't write
 
@@ -172,23 +172,25 @@ class FullDiskError(OSError):
     """There is no room for what comes next: no further clip is tried."""
 
 
-def repaired(painter: Inpainter, job: Job, known: argparse.Namespace, progress: Callable[[float], None]) -> Outcome:
+def repaired(inpainter: Inpainter, job: Job, known: argparse.Namespace, progress: Callable[[float], None]) -> ClipOutcome:
     """One job, done or told why not; FullDiskError."""
     path, target = str(job.source), str(job.target)
     gaps = job.gaps if job.gaps == AUTO else list(job.gaps)
     try:
         with folder_of(job.target):
-            done = painter.repair_file(
+            done = inpainter.inpaint_file(
                 job.source, job.target, gaps, face=known.face, sync=known.sync, overwrite=known.overwrite, progress=progress
             )
     except Exception as error:  # whatever it is: the other clips don't suffer for it
         why = told(error)
-        if job.gaps == AUTO and isinstance(error, ValueError) and NO_HOLE in why:
-            return Outcome(path, None, "no hole found")
+        if job.gaps == AUTO and isinstance(error, ValueError) and NO_GAP in why:
+            return ClipOutcome(path, None, "no hole found")
         if is_full(error, job.target):
             raise FullDiskError(f"no room left for {target} ({why}); make room and go on with --resume") from error
-        return Outcome(path, None, "failed", error=why)
-    return Outcome(path, target, "restored", done.gaps, done.warnings, done.sync_s, done.seconds, done.duration_s, gaps == AUTO)
+        return ClipOutcome(path, None, "failed", error=why)
+    return ClipOutcome(
+        path, target, "restored", done.gaps, done.warnings, done.av_offset_s, done.seconds, done.duration_s, gaps == AUTO
+    )
 
 
 @contextlib.contextmanager
@@ -236,35 +238,35 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def run(known: argparse.Namespace, command: str, outcomes: list[Outcome]) -> int:
+def run(known: argparse.Namespace, command: str, outcomes: list[ClipOutcome]) -> int:
     """Does the jobs, adding to `outcomes`; the exit code."""
     try:
         jobs, page = plan(known)
         todo = [job for job in jobs if not job.there and not job.problem]
-        painter = _load(known.checkpoint) if todo else None
+        inpainter = _load(known.checkpoint) if todo else None
     except (ValueError, OSError) as error:
         say(told(error))
         return 2
-    teller = Teller(len(todo), quiet=known.quiet, as_json=known.json)
+    reporter = ProgressReporter(len(todo), quiet=known.quiet, as_json=known.json)
     full = False
     try:
         for job in jobs:
             began = time.monotonic()
             if job.there or job.problem:
                 there = job.there
-                outcome = Outcome(
+                outcome = ClipOutcome(
                     str(job.source), str(job.target) if there else None, "there already" if there else "failed",
                     error=None if there else job.problem,
                 )  # fmt: skip
             else:
-                outcome = repaired(painter, job, known, teller.tick)
+                outcome = repaired(inpainter, job, known, reporter.tick)
             outcomes.append(outcome)
-            teller.outcome(outcome, time.monotonic() - began)
+            reporter.outcome(outcome, time.monotonic() - began)
     except FullDiskError as error:
         full = True
         say(str(error))
     finally:
-        teller.close()
+        reporter.close()
     written = page is None or full or write_page(page, outcomes, known, command)
     failed = sum(o.status == "failed" for o in outcomes)
     if not failed and not full and written:
@@ -278,7 +280,7 @@ def _load(checkpoint: str) -> Inpainter:
     return Inpainter.load(checkpoint)
 
 
-def write_page(path: Path, outcomes: Sequence[Outcome], known: argparse.Namespace, command: str) -> bool:
+def write_page(path: Path, outcomes: Sequence[ClipOutcome], known: argparse.Namespace, command: str) -> bool:
     """Whether the report could be written; said either way."""
     from avsi_jax.inpainting import html_report
 

@@ -18,8 +18,8 @@ from pathlib import Path
 AUTO = "auto"
 MARK = ".restored"  # of what is written: STEM.restored.SUFFIX; never looked for in a folder
 WRITTEN = (".wav", ".flac", ".mkv", ".mp4", ".mov", ".mpg", ".mpeg")
-WHOLE = (".wav", ".flac", ".mkv", ".mp4", ".mov")  # hold sound without loss; a clip of another kind becomes a .mkv
-SOUND = (".wav", ".flac")
+WGAP = (".wav", ".flac", ".mkv", ".mp4", ".mov")  # hold sound without loss; a clip of another kind becomes a .mkv
+AUDIO = (".wav", ".flac")
 NOT_WRITTEN = (".avi", ".mp3", ".m4a", ".aac", ".ogg", ".opus", ".webm", ".wmv", ".aiff")  # no folder is meant
 FORMATS = ("same", "wav", "flac", "mkv", "mp4", "mov", "mpg")
 COLUMNS = ("path", "start_s", "end_s")  # of a table of gaps
@@ -129,7 +129,7 @@ def _in_folder(folder: Path) -> list[tuple[Path, Path]]:
     """The clips below a folder, by name, and their places in it; not those that are hidden, or that were restored."""
     from avsi_jax.media import clip_io
 
-    known, found = clip_io.VIDEO_SUFFIXES + clip_io.SOUND_SUFFIXES, []
+    known, found = clip_io.VIDEO_SUFFIXES + clip_io.AUDIO_SUFFIXES, []
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in JUNK)
         for name in sorted(files):
@@ -216,7 +216,7 @@ def _suffix_of(clip: Path, form: str) -> str:
     own = clip.suffix.lower()
     if form != "same":
         return f".{form}"
-    return own if own in WHOLE else ".mkv"
+    return own if own in WGAP else ".mkv"
 
 
 def _gaps_of(clip: Path, gaps: Spans | str, table: Mapping[str, Spans]) -> Spans | str:
@@ -234,8 +234,8 @@ def _problem_of(clip: Path, target: Path) -> str:
         clip_io.check_file(clip)
     except (ValueError, OSError) as error:
         return str(error)
-    if clip.suffix.lower() in SOUND and target.suffix.lower() not in SOUND:
-        return f"{clip}: holds no pictures for a {target.suffix}; expected a target of {' or '.join(SOUND)}"
+    if clip.suffix.lower() in AUDIO and target.suffix.lower() not in AUDIO:
+        return f"{clip}: holds no pictures for a {target.suffix}; expected a target of {' or '.join(AUDIO)}"
     return ""
 
 

@@ -20,7 +20,7 @@ MOST_TOLD = 3  # gaps and sentences, in an outcome's line
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class ClipOutcome:
     """How a job came out. status: 'restored', 'no hole found', 'there already' or 'failed', then `error` says why.
 
     gaps: of api.Gap; sync_s, seconds, duration_s as in api.FileRepair. found: the gaps were found, not given.
@@ -31,7 +31,7 @@ class Outcome:
     status: str
     gaps: tuple = ()
     warnings: tuple[str, ...] = ()
-    sync_s: float | None = None
+    av_offset_s: float | None = None
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     duration_s: float | None = None
     found: bool = False
@@ -74,7 +74,7 @@ def told(error: BaseException) -> str:
 # ---- lines ----------------------------------------------------------------------------------------------------------------------
 
 
-class Teller:
+class ProgressReporter:
     """Outcomes on stdout; warnings, failures and how far it is on stderr: a bar on a terminal, else a line now and then."""
 
     def __init__(self, total: int, *, quiet: bool, as_json: bool):
@@ -102,7 +102,7 @@ class Teller:
         left = f"{(self.total - done) * seconds / done:.0f} s left" if done else "? s left"
         print(f"{done:.1f}/{self.total} clips, {seconds / max(done, 1e-9):.1f} s each, {left}", file=sys.stderr, flush=True)
 
-    def outcome(self, outcome: Outcome, seconds: float = 0.0) -> None:
+    def outcome(self, outcome: ClipOutcome, seconds: float = 0.0) -> None:
         with self._lines():
             if outcome.error:
                 say(whose(outcome.path, outcome.error))
@@ -139,7 +139,7 @@ def whose(path: str, text: str) -> str:
     return text if text.startswith(path) else f"{path}: {text}"
 
 
-def line_of(outcome: Outcome, seconds: float) -> str:
+def line_of(outcome: ClipOutcome, seconds: float) -> str:
     """'whole.wav: filled 0.93-1.73 s by sound and lips, confidence 0.71; likeliest sentence ... (4.3 s)'."""
     if outcome.status == "no hole found":
         return f"{outcome.path}: no hole found, nothing written; --gap START-END tells where one is"
@@ -148,6 +148,6 @@ def line_of(outcome: Outcome, seconds: float) -> str:
     gaps = outcome.gaps[:MOST_TOLD]
     parts = [f"{g.start_s:.2f}-{g.end_s:.2f} s by {g.by}, confidence {g.confidence:.2f}" for g in gaps]
     parts += [f"{len(outcome.gaps) - MOST_TOLD} more"] * (len(outcome.gaps) > MOST_TOLD)
-    if said := [f'"{text}"' for text in dict.fromkeys(g.said for g in outcome.gaps if g.said)]:
+    if said := [f'"{text}"' for text in dict.fromkeys(g.transcript for g in outcome.gaps if g.transcript)]:
         parts.append(f"likeliest sentence of Grid {', '.join(said[:MOST_TOLD])}")
     return f"{outcome.output}: {'found and ' * outcome.found}filled {'; '.join(parts)} ({seconds:.1f} s)"

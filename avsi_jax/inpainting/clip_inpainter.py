@@ -11,7 +11,7 @@ import numpy as np
 
 from avsi_jax.face import av_sync
 from avsi_jax.inpainting import confidence, face_tracks, window_inpainter, window_plan
-from avsi_jax.inpainting.masked_audio import Damaged
+from avsi_jax.inpainting.masked_audio import MaskedAudio
 from avsi_jax.media import clip_io
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ CANCELLED = "channels of opposite phase cancel each other in their mean: the lou
 MOST_SHIFT_S = 5.0  # that a caller may tell sound and picture to be out of step
 
 
-class Eyes(NamedTuple):
+class FaceModels(NamedTuple):
     """What looks at pictures: landmarks.FaceTracker, mouth_visibility.mouth_seen, and the lock that the tracker is used under."""
 
     tracker: object
@@ -32,17 +32,17 @@ class Eyes(NamedTuple):
     lock: threading.Lock
 
 
-class Filled(NamedTuple):
+class InpaintedGap(NamedTuple):
     """A gap [start, end) in samples of the clip's rate: api.Gap without its seconds."""
 
     start: int
     end: int
     confidence: float
-    said: str
+    transcript: str
     by: str
 
 
-class Mending:
+class ClipInpainter:
     """A source whose gaps, `spans` in samples of its own rate, are being filled.
 
     eyes: None for a system without pictures; forgets: whether what is done with may be given up, for files of any length.
@@ -50,25 +50,25 @@ class Mending:
     """
 
     def __init__(
-        self, source: Source, spans, restorer: Restorer, eyes: Eyes | None, measured, *, face=None, step="off", forgets=False,
+        self, source: Source, spans, restorer: Restorer, face_models: FaceModels | None, measured, *, face=None, step="off", forgets=False,
     ):  # fmt: skip
         self.began = time.perf_counter()
         self.seconds = dict.fromkeys(("decode", "landmarks", "model", "vocoder", "all"), 0.0)
         self.source, self.restorer, self.measured = source, restorer, measured
-        self.damaged = Damaged(source, spans)
-        self.watcher, self.sync_s, self._step = None, None, _checked_step(step)
+        self.masked = MaskedAudio(source, spans)
+        self.tracks, self.av_offset_s, self._step = None, None, _checked_step(step)
         self._forgets, self._filled, self._notes, self._cancelled = forgets, {}, [], False
-        if eyes is not None:
-            self._watch(eyes, face)
+        if face_models is not None:
+            self._watch(face_models, face)
         spec = restorer.spec
-        plans = window_plan.plan(self.damaged.lost, spec.record_samples, self.damaged.length, spec.hop * spec.decimation)
-        self.fillings = [window_inpainter.Filling(plan, self.damaged, self.watcher, spec) for plan in plans]
+        plans = window_plan.plan(self.masked.missing, spec.record_samples, self.masked.length, spec.hop * spec.decimation)
+        self.window_inpainters = [window_inpainter.WindowInpainter(plan, self.masked, self.tracks, spec) for plan in plans]
         self._place = [i for i, plan in enumerate(plans) for _ in plan.gaps]
 
-    def _watch(self, eyes: Eyes, face) -> None:
+    def _watch(self, face_models: FaceModels, face) -> None:
         drops = self.restorer.system.drops
-        if self.source.has_pictures:
-            self.watcher = face_tracks.Watcher(self.source, *eyes, self.seconds, face=face, must_see=not drops)
+        if self.source.has_video:
+            self.tracks = face_tracks.FaceTracks(self.source, *face_models, self.seconds, face=face, must_see=not drops)
         elif drops:
             self._notes.append("no pictures: repaired by the sound alone")
         else:
@@ -78,17 +78,17 @@ class Mending:
 
     def begin(self) -> None:
         """Looks at the first windows' pictures and settles by how much the sound comes after them."""
-        if self.watcher is None:
+        if self.tracks is None:
             return
         if isinstance(self._step, float):
-            self.watcher.lag_s += self._step
-        window_inpainter.look(self.fillings[: window_inpainter.BUCKETS[-1]])
+            self.tracks.lag_s += self._step
+        window_inpainter.look(self.window_inpainters[: window_inpainter.BUCKETS[-1]])
         began = time.perf_counter()
-        found = face_tracks.measured_sync(self.watcher, self.damaged)
+        found = face_tracks.measured_sync(self.tracks, self.masked)
         self.seconds["landmarks"] += time.perf_counter() - began
         if found.certainty >= av_sync.SURE:
             told = self._step if isinstance(self._step, float) else 0.0
-            self.sync_s = float(found.offset_s + told)
+            self.av_offset_s = float(found.offset_s + told)
             self._in_step(found, told)
 
     def _in_step(self, found: av_sync.Sync, told: float) -> None:
@@ -98,34 +98,34 @@ class Mending:
         if abs(found.offset_s) <= av_sync.WORTH_S:
             return
         if self._step == "auto":
-            self.watcher.lag_s += found.correction_s
+            self.tracks.lag_s += found.correction_s
             self._notes.append(f"{apart}: corrected for the repair")
         elif told:
             self._notes.append(f"{apart}, by what was measured after the {told:g} s told")
         else:
             self._notes.append(f"{apart}: repaired as it is; sync 'auto' corrects it")
 
-    def gap(self, number: int) -> Filled:
+    def gap(self, number: int) -> InpaintedGap:
         """A gap, when its filling is done; ValueError where there was nothing to go by in the whole clip."""
         if number in self._filled:
             return self._filled[number]
-        of = self.fillings[self._place[number]]
-        (start, end), rate = self.damaged.spans[number], self.damaged.rate
-        seen = self.watcher.share_seen(start / rate, end / rate) if self.watcher else 0.0
+        of = self.window_inpainters[self._place[number]]
+        (start, end), rate = self.masked.spans[number], self.masked.rate
+        seen = self.tracks.share_seen(start / rate, end / rate) if self.tracks else 0.0
         heard = of.heard and not self.restorer.name.startswith("v_")
         if not heard and not seen and end - start == self.source.num_samples:
             raise ValueError(f"{self.source.path}: the gap takes the whole sound and no face is seen: there is nothing to go by")
         sure = confidence.confidence((end - start) / rate, heard, seen, self.measured)
-        said = ", ".join(dict.fromkeys(filter(None, of.said)))
-        self._filled[number] = found = Filled(start, end, sure, said, confidence.by(heard, seen))
+        said = ", ".join(dict.fromkeys(filter(None, of.transcript)))
+        self._filled[number] = found = InpaintedGap(start, end, sure, said, confidence.by(heard, seen))
         self._warn(found, bool(heard or seen))
         if of.cancelled and not self._cancelled:
             self._cancelled = True
             self._notes.append(f"around {start / rate:.2f} s {CANCELLED}")
         return found
 
-    def _warn(self, gap: Filled, known: bool) -> None:
-        rate, length_s = self.damaged.rate, (gap.end - gap.start) / self.damaged.rate
+    def _warn(self, gap: InpaintedGap, known: bool) -> None:
+        rate, length_s = self.masked.rate, (gap.end - gap.start) / self.masked.rate
         name = f"gap {gap.start / rate:.2f}-{gap.end / rate:.2f} s"
         if not known:
             self._notes.append(f"{name}: neither sound nor lips around it, so what is filled in is a guess")
@@ -137,38 +137,38 @@ class Mending:
     def blocks(self) -> Iterator[np.ndarray]:
         """The whole sound, (n, C) one after another, filled in on the way; what is not in a gap is the source's own."""
         at = 0
-        for number, (start, end) in enumerate(self.damaged.spans):
+        for number, (start, end) in enumerate(self.masked.spans):
             yield from self._untouched(at, start)
             of = self._done(number)
-            yield from self.damaged.pieces(number, of.fill)
+            yield from self.masked.pieces(number, of.fill)
             at = end
             if self._forgets and number + 1 == of.plan.gaps.stop:
                 of.fill = None
         yield from self._untouched(at, self.source.num_samples)
 
     def _untouched(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        size = max(1, round(BLOCK_S * self.damaged.rate))
+        size = max(1, round(BLOCK_S * self.masked.rate))
         for at in range(start, stop, size):
-            yield self.damaged.own(at, min(at + size, stop))
+            yield self.masked.own(at, min(at + size, stop))
 
-    def _done(self, number: int) -> window_inpainter.Filling:
+    def _done(self, number: int) -> window_inpainter.WindowInpainter:
         """The filling of a gap, done: together with the next ones, where it is not yet."""
         i = self._place[number]
-        if not self.fillings[i].done:
-            now = self.fillings[i : i + window_inpainter.BUCKETS[-1]]
+        if not self.window_inpainters[i].done:
+            now = self.window_inpainters[i : i + window_inpainter.BUCKETS[-1]]
             window_inpainter.run(self.restorer, now, self.seconds)
             for f in now:
                 for each in f.plan.gaps:
                     self.gap(each)
-            if self._forgets and self.watcher:  # only now: gaps that are filled together may lie hours apart
-                self.watcher.forget(self.damaged.spans[now[-1].plan.gaps[-1]][1] / self.damaged.rate)
-        return self.fillings[i]
+            if self._forgets and self.tracks:  # only now: gaps that are filled together may lie hours apart
+                self.tracks.forget(self.masked.spans[now[-1].plan.gaps[-1]][1] / self.masked.rate)
+        return self.window_inpainters[i]
 
-    def finish(self) -> tuple[tuple[Filled, ...], tuple[str, ...], dict[str, float]]:
+    def finish(self) -> tuple[tuple[InpaintedGap, ...], tuple[str, ...], dict[str, float]]:
         """Gaps, warnings and seconds, when all is done."""
         self.seconds["all"] = time.perf_counter() - self.began
-        gaps = tuple(self.gap(i) for i in range(len(self.damaged.spans)))
-        return gaps, tuple(self._notes) + (self.watcher.warnings if self.watcher else ()), dict(self.seconds)
+        gaps = tuple(self.gap(i) for i in range(len(self.masked.spans)))
+        return gaps, tuple(self._notes) + (self.tracks.warnings if self.tracks else ()), dict(self.seconds)
 
 
 def _checked_step(step):
@@ -205,13 +205,13 @@ def check_gaps(gaps, num_samples: int, rate: int) -> list[tuple[int, int]]:
     return merged
 
 
-def found_gaps(source: Source) -> list[tuple[int, int]]:
+def detected_gaps(source: Source) -> list[tuple[int, int]]:
     """The holes that nobody named, in samples of the clip's own rate; ValueError where there are none."""
     from avsi_jax.audio import gap_detection
 
-    finder = gap_detection.HoleFinder(source.rate)
-    found = [hole for _, block in source.blocks(max(1, round(BLOCK_S * source.rate))) for hole in finder.feed(block)]
-    spans = [(hole.start, hole.end) for hole in (*found, *finder.end())]
+    finder = gap_detection.GapDetector(source.rate)
+    found = [gap for _, block in source.blocks(max(1, round(BLOCK_S * source.rate))) for gap in finder.feed(block)]
+    spans = [(gap.start, gap.end) for gap in (*found, *finder.end())]
     if not spans:
         raise ValueError(
             f"{source.path}: no hole found; expected digital silence, lost or repeated packets or clipped bursts in speech; "

@@ -29,7 +29,7 @@ def loudest_db(samples: np.ndarray, rate: int) -> float:
     return float(plots.decibel(*_drawn(samples, rate)).max())
 
 
-def sound(samples: np.ndarray, rate: int, gaps: Sequence, top_db: float, *, first_s: float = 0.0, waveform: bool = False) -> str:
+def audio(samples: np.ndarray, rate: int, gaps: Sequence, top_db: float, *, first_s: float = 0.0, waveform: bool = False) -> str:
     """Sound (N,) as spectrogram, over 80 dB below top_db, its waveform above it if wanted; gaps: [(start_s, end_s)].
 
     first_s: the time of the first sample, where a piece of a clip is drawn.
@@ -46,7 +46,7 @@ def sound(samples: np.ndarray, rate: int, gaps: Sequence, top_db: float, *, firs
         above = figure.add_axes((0.085, height, 0.885, 0.97 - height), sharex=axes)
         _waveform(above, x, first_s, last_s, gaps)
     axes.set_xlim(first_s, last_s)
-    return plots.picture(figure, DPI)
+    return plots.figure_uri(figure, DPI)
 
 
 def _drawn(samples: np.ndarray, rate: int) -> tuple[np.ndarray, int]:
@@ -84,19 +84,19 @@ def _waveform(axes, x, first_s, last_s, gaps) -> None:
 # ---- faces -------------------------------------------------------------------------------------------------------------------
 
 
-def face(picture: np.ndarray, points: np.ndarray, seen: bool, square: tuple[int, int, int, int]) -> str:
+def face(image: np.ndarray, points: np.ndarray, seen: bool, square: tuple[int, int, int, int]) -> str:
     """A picture (H, W, 3) uint8 cut to the square, the face's points (68, 2) drawn; grey where it was not seen."""
     from matplotlib.figure import Figure
 
     x0, y0, x1, y1 = square
     figure = Figure(figsize=(FACE, FACE * (y1 - y0) / (x1 - x0)))
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.imshow(picture[y0:y1, x0:x1], extent=(x0, x1, y1, y0), interpolation="bilinear")
+    axes.imshow(image[y0:y1, x0:x1], extent=(x0, x1, y1, y0), interpolation="bilinear")
     _draw_points(axes, points, OURS if seen else DIM)
     axes.set_axis_off()
     axes.set_xlim(x0, x1)
     axes.set_ylim(y1, y0)
-    return plots.picture(figure, DPI)
+    return plots.figure_uri(figure, DPI)
 
 
 def face_square(points: np.ndarray, shape: tuple) -> tuple[int, int, int, int]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-BOTH, SOUND, LIPS = "sound and lips", "sound", "lips"
+BOTH, AUDIO, LIPS = "sound and lips", "sound", "lips"
 METRIC = "stoi_gap"
 FALLBACK_S = 1.0
 BEYOND_S = 1.5  # behind the longest gap measured, quality halves in this time
@@ -22,13 +22,13 @@ def by(heard: bool, share_seen: float) -> str:
     """What there was to go by; 'sound' too where there was nothing."""
     if share_seen >= SEEN:
         return BOTH if heard else LIPS
-    return SOUND
+    return AUDIO
 
 
 def confidence(length_s: float, heard: bool, share_seen: float, measured: Mapping) -> float:
     """0..1 of a gap of length_s; measured: facts['measured'] of the weights, or {}."""
     lips = BOTH if heard else LIPS
-    found = share_seen * _of(length_s, lips, measured) + (1 - share_seen) * (_of(length_s, SOUND, measured) if heard else 0.0)
+    found = share_seen * _of(length_s, lips, measured) + (1 - share_seen) * (_of(length_s, AUDIO, measured) if heard else 0.0)
     return float(np.clip(found, 0.0, 1.0))
 
 
@@ -45,7 +45,7 @@ def at_longest(measured: Mapping, of: str) -> float:
 
 def _of(length_s: float, of: str, measured: Mapping) -> float:
     """By one kind of what was there; where that was not measured by the nearest that was."""
-    for kind in dict.fromkeys((of, BOTH, SOUND, LIPS)):
+    for kind in dict.fromkeys((of, BOTH, AUDIO, LIPS)):
         known = sorted((int(ms) / 1000, found[METRIC]) for ms, found in measured.get(kind, {}).items() if METRIC in found)
         if known:
             lengths, quality = zip(*known)

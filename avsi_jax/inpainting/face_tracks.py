@@ -28,7 +28,7 @@ ROOM = 16  # a window's pictures are filled up to a multiple of this: few shapes
 NOTES = 6  # warnings of one kind that are told
 
 
-class Seen(NamedTuple):
+class TrackedFrames(NamedTuple):
     """Face points (T, 68, 2) px of the pictures at `times` (T,) s, and which of them show the mouth (T,)."""
 
     points: np.ndarray
@@ -36,10 +36,10 @@ class Seen(NamedTuple):
     times: np.ndarray
 
 
-NOTHING = Seen(np.zeros((0, NUM_LANDMARKS, 2), np.float32), np.zeros(0, bool), np.zeros(0))
+NOTHING = TrackedFrames(np.zeros((0, NUM_LANDMARKS, 2), np.float32), np.zeros(0, bool), np.zeros(0))
 
 
-class Watcher:
+class FaceTracks:
     """Looks at one source. `tracker`, `mouth_seen`: landmarks.FaceTracker, mouth_visibility.mouth_seen, or what stands for them; `lock`
     is held while the tracker works, which holds interpreters. must_see: NoFaceError where the first pictures show no face.
     seconds: where time is added under 'decode' and 'landmarks'.
@@ -49,7 +49,7 @@ class Watcher:
         self.source, self.face, self.must_see = source, face, must_see
         self.lag_s = source.lag_s  # what is seen at t is heard at t + lag_s
         self._tracker, self._mouth_seen, self._lock, self._seconds = tracker, mouth_seen, lock, seconds
-        self._pieces: list[tuple[float, float, Seen]] = []
+        self._pieces: list[tuple[float, float, TrackedFrames]] = []
         self._notes: list[str] = []
         self.ever_seen = False
 
@@ -73,43 +73,43 @@ class Watcher:
         cuts = np.linspace(start, end, count + 1).tolist()
         for a, b in zip(cuts, cuts[1:]):
             with self._timed("decode"):
-                pictures = self.source.pictures(a, b)
-            if len(pictures.times):
+                video = self.source.video(a, b)
+            if len(video.times):
                 with self._timed("landmarks"):
-                    self._pieces.append((a, b, self._track(pictures)))
+                    self._pieces.append((a, b, self._track(video)))
             else:
                 self._pieces.append((a, b, NOTHING))
         self._pieces.sort(key=lambda piece: piece[:2])
 
-    def _track(self, pictures) -> Seen:
+    def _track(self, video) -> TrackedFrames:
         from avsi_jax.face import landmarks
 
         chosen = {} if self.face is None else {"face": self.face}
         try:
             with self._lock:
-                track = self._tracker(pictures.rgb, **chosen)
+                track = self._tracker(video.rgb, **chosen)
         except landmarks.NoFaceError:
             if self.must_see and not self.ever_seen:
                 raise
-            return self._unseen(pictures, "no face in the pictures: repaired by the sound alone")
+            return self._unseen(video, "no face in the pictures: repaired by the sound alone")
         except ValueError as error:
             if not self.ever_seen:
                 raise
-            return self._unseen(pictures, str(error))
-        hidden = track.valid & ~self._mouth_seen(pictures.rgb, track.points)
+            return self._unseen(video, str(error))
+        hidden = track.valid & ~self._mouth_seen(video.rgb, track.points)
         if hidden.any():
             track = track.without(hidden, "something hides the mouth")
         self.ever_seen |= bool(track.valid.any())
-        self._notes.extend(self._where(pictures, warning) for warning in track.warnings)
-        return Seen(track.points.astype(np.float32), track.valid, pictures.times)
+        self._notes.extend(self._where(video, warning) for warning in track.warnings)
+        return TrackedFrames(track.points.astype(np.float32), track.valid, video.times)
 
-    def _unseen(self, pictures, why: str) -> Seen:
-        self._notes.append(self._where(pictures, why))
-        count = len(pictures.times)
-        return Seen(np.zeros((count, NUM_LANDMARKS, 2), np.float32), np.zeros(count, bool), pictures.times)
+    def _unseen(self, video, why: str) -> TrackedFrames:
+        self._notes.append(self._where(video, why))
+        count = len(video.times)
+        return TrackedFrames(np.zeros((count, NUM_LANDMARKS, 2), np.float32), np.zeros(count, bool), video.times)
 
-    def _where(self, pictures, note: str) -> str:
-        return note if pictures.times[0] < LEAST_S else f"from {pictures.times[0]:.1f} s on: {note}"
+    def _where(self, video, note: str) -> str:
+        return note if video.times[0] < LEAST_S else f"from {video.times[0]:.1f} s on: {note}"
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -122,15 +122,15 @@ class Watcher:
         }
         return tuple(note + more.get(note, "") for notes in kinds.values() for note in notes[:NOTES])
 
-    def all(self) -> Seen:
+    def all(self) -> TrackedFrames:
         """Of every picture looked at and still known, in order."""
         return _joined([seen for _, _, seen in self._pieces])
 
-    def seen(self, start_s: float, end_s: float) -> Seen:
+    def seen(self, start_s: float, end_s: float) -> TrackedFrames:
         """Of the pictures with start_s <= time < end_s that were looked at."""
         found = _joined([seen for a, b, seen in self._pieces if a < end_s and b > start_s])
         inside = (found.times >= start_s) & (found.times < end_s)
-        return Seen(*(x[inside] for x in found))
+        return TrackedFrames(*(x[inside] for x in found))
 
     def share_seen(self, start_s: float, end_s: float) -> float:
         """Of a stretch of the sound, the share in which the mouth is seen."""
@@ -142,13 +142,13 @@ class Watcher:
         near = np.abs(moments - found.times[nearest]) <= max(UNSEEN_S / 2, 0.75 / max(self.source.fps, 1.0))
         return float((near & found.valid[nearest]).mean())
 
-    def longest(self) -> Seen:
+    def longest(self) -> TrackedFrames:
         """Of the longest run of pictures without a break."""
         found = self.all()
         breaks = np.flatnonzero(np.diff(found.times) > 2.5 / max(self.source.fps, 1.0)) + 1
         edges = [0, *breaks.tolist(), len(found.times)]
         a, b = max(zip(edges, edges[1:]), key=lambda run: run[1] - run[0])
-        return Seen(*(x[a:b] for x in found))
+        return TrackedFrames(*(x[a:b] for x in found))
 
     def interval(self, start_s: float, end_s: float) -> tuple[float, float]:
         """The picture's times that a window of the sound looks at, with one picture more at either side."""
@@ -162,29 +162,29 @@ class Watcher:
         self._seconds[what] += time.perf_counter() - began
 
 
-def measured_sync(watcher: Watcher, damaged) -> av_sync.Sync:
+def measured_sync(tracks: FaceTracks, masked) -> av_sync.Sync:
     """av_sync.measure of the longest run of pictures looked at, without a break, and the sound around it."""
-    found, reach = watcher.longest(), 1.0
+    found, reach = tracks.longest(), 1.0
     if not found.valid.any():
         return av_sync.Sync(0.0, 0.0)
-    start = max(0, round((found.times[0] + watcher.lag_s - reach) * damaged.rate))
-    stop = max(start, round((found.times[-1] + watcher.lag_s + reach) * damaged.rate))
-    samples, start_s = damaged.own(start, stop), start / damaged.rate
+    start = max(0, round((found.times[0] + tracks.lag_s - reach) * masked.rate))
+    stop = max(start, round((found.times[-1] + tracks.lag_s + reach) * masked.rate))
+    samples, start_s = masked.own(start, stop), start / masked.rate
     if channels.cancel(samples):
         samples = channels.one(samples)[:, None]
-    lost = [(a / damaged.rate - start_s, b / damaged.rate - start_s) for a, b in damaged.spans if a < stop and b > start]
-    return av_sync.measure(found.points, found.valid, found.times, samples, damaged.rate, lost, watcher.lag_s - start_s)
+    missing = [(a / masked.rate - start_s, b / masked.rate - start_s) for a, b in masked.spans if a < stop and b > start]
+    return av_sync.measure(found.points, found.valid, found.times, samples, masked.rate, missing, tracks.lag_s - start_s)
 
 
-def window(watcher: Watcher | None, start_s: float, end_s: float) -> dict[str, np.ndarray]:
+def window(tracks: FaceTracks | None, start_s: float, end_s: float) -> dict[str, np.ndarray]:
     """The pictures' side of a raw batch's row for a window of the sound; nothing is seen without a watcher."""
     found, fps, lag_s, size = NOTHING, GRID_FPS, 0.0, (360, 288)
-    if watcher is not None:
-        lag_s, size = watcher.lag_s, watcher.source.size
-        found, fps = at_even_rate(watcher.seen(*watcher.interval(start_s, end_s)), watcher.source.fps)
+    if tracks is not None:
+        lag_s, size = tracks.lag_s, tracks.source.size
+        found, fps = at_even_rate(tracks.seen(*tracks.interval(start_s, end_s)), tracks.source.fps)
         found = _ended(found, start_s - lag_s, end_s - lag_s, fps)
     if not len(found.times):
-        found = Seen(np.zeros((1, NUM_LANDMARKS, 2), np.float32), np.zeros(1, bool), np.asarray([start_s - lag_s]))
+        found = TrackedFrames(np.zeros((1, NUM_LANDMARKS, 2), np.float32), np.zeros(1, bool), np.asarray([start_s - lag_s]))
     room = -(-int(np.ceil((end_s - start_s) * fps) + 5) // ROOM) * ROOM
     count = min(room, len(found.times))
     return {
@@ -197,7 +197,7 @@ def window(watcher: Watcher | None, start_s: float, end_s: float) -> dict[str, n
     }
 
 
-def at_even_rate(found: Seen, fps: float) -> tuple[Seen, float]:
+def at_even_rate(found: TrackedFrames, fps: float) -> tuple[TrackedFrames, float]:
     """The same pictures at an even rate, and that rate: unchanged where they are even already."""
     times = found.times
     if not len(times):
@@ -212,19 +212,19 @@ def at_even_rate(found: Seen, fps: float) -> tuple[Seen, float]:
     nearest = np.minimum(np.abs(times[after - 1] - even), np.abs(times[after % len(times)] - even))
     near = nearest <= max(UNSEEN_S, 1.5 / max(fps, 1.0)) / 2
     valid = (np.interp(even, times, found.valid.astype(float)) == 1) & near
-    return Seen(points.astype(np.float32), valid, even), GRID_FPS
+    return TrackedFrames(points.astype(np.float32), valid, even), GRID_FPS
 
 
-def _ended(found: Seen, start_s: float, end_s: float, fps: float) -> Seen:
+def _ended(found: TrackedFrames, start_s: float, end_s: float, fps: float) -> TrackedFrames:
     """With a picture that shows nothing beyond either end, where the window goes further than the pictures do."""
     if not len(found.times):
         return found
     before, after = found.times[0] - start_s > 1.5 / fps, end_s - found.times[-1] > 2.5 / fps
     for at, side in [(0, -1)] * bool(before) + [(-1, 1)] * bool(after):
-        extra = Seen(found.points[at][None], np.zeros(1, bool), found.times[at][None] + side / fps)
+        extra = TrackedFrames(found.points[at][None], np.zeros(1, bool), found.times[at][None] + side / fps)
         found = _joined([extra, found] if side < 0 else [found, extra])
     return found
 
 
-def _joined(parts: list[Seen]) -> Seen:
-    return Seen(*(np.concatenate(x) for x in zip(NOTHING, *parts)))
+def _joined(parts: list[TrackedFrames]) -> TrackedFrames:
+    return TrackedFrames(*(np.concatenate(x) for x in zip(NOTHING, *parts)))

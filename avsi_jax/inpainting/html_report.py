@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from avsi_jax.inpainting import clip_plots
-from avsi_jax.inpainting.cli_output import Outcome, shown
+from avsi_jax.inpainting.cli_output import ClipOutcome, shown
 from avsi_jax.media import channels, clip_io, clip_source, plots
 
 SHORT_S = 12.0  # a clip up to here is shown whole
@@ -28,7 +28,7 @@ MOST_BYTES = 40_000_000  # of pictures and sounds in the page
 MOST_RATE, MOST_CHANNELS = 48_000, 2  # that every browser plays
 
 
-def write(path: Path, outcomes: Sequence[Outcome], *, command: str, checkpoint: str) -> None:
+def write(path: Path, outcomes: Sequence[ClipOutcome], *, command: str, checkpoint: str) -> None:
     """Writes the page, whole or not at all. OSError; what can't be shown of a clip is told in its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{secrets.token_hex(6)}.part.html")
@@ -39,7 +39,7 @@ def write(path: Path, outcomes: Sequence[Outcome], *, command: str, checkpoint: 
         part.unlink(missing_ok=True)
 
 
-def page(outcomes: Sequence[Outcome], *, command: str, checkpoint: str) -> str:
+def page(outcomes: Sequence[ClipOutcome], *, command: str, checkpoint: str) -> str:
     import jinja2
 
     environment = jinja2.Environment(
@@ -73,7 +73,7 @@ def clock(seconds: float) -> str:
 # ---- clips -------------------------------------------------------------------------------------------------------------------
 
 
-def _clips(outcomes: Sequence[Outcome]) -> list[dict]:
+def _clips(outcomes: Sequence[ClipOutcome]) -> list[dict]:
     """Of each clip that was restored its outcome and stretches, as long as there is room for them; why a clip is not shown."""
     clips, size = [], 0
     for number, outcome in enumerate(outcomes, 1):
@@ -94,7 +94,7 @@ def _clips(outcomes: Sequence[Outcome]) -> list[dict]:
     return clips
 
 
-def stretches_of(outcome: Outcome) -> list[tuple[float, float]]:
+def stretches_of(outcome: ClipOutcome) -> list[tuple[float, float]]:
     """[(start_s, end_s)] that are shown: the whole of a short clip, else what is around its gaps."""
     if outcome.duration_s <= SHORT_S:
         return [(0.0, outcome.duration_s)]
@@ -108,12 +108,12 @@ def stretches_of(outcome: Outcome) -> list[tuple[float, float]]:
     return stretches
 
 
-def _stretches(outcome: Outcome, wanted: Sequence[tuple[float, float]]) -> list[dict]:
+def _stretches(outcome: ClipOutcome, wanted: Sequence[tuple[float, float]]) -> list[dict]:
     """Each with its place and two cards: the clip as it came, and as it was written."""
     gaps = [(g.start_s, g.end_s) for g in outcome.gaps]
     with (
-        clip_source.open_source(outcome.path, pictures=False) as before,
-        clip_source.open_source(outcome.output, pictures=False) as after,
+        clip_source.open_source(outcome.path, video=False) as before,
+        clip_source.open_source(outcome.output, video=False) as after,
     ):
         return [
             {"start_s": start, "end_s": end, "cards": _cards([_piece(s, start, end) for s in (before, after)], start, end, gaps)}
@@ -124,7 +124,7 @@ def _stretches(outcome: Outcome, wanted: Sequence[tuple[float, float]]) -> list[
 def _piece(source: clip_source.Source, start_s: float, end_s: float) -> tuple[np.ndarray, int]:
     """(sound (N, C), rate): what is played and drawn; fewer samples or channels than the clip has where browsers play no more."""
     first, last = (min(round(t * source.rate), source.num_samples) for t in (start_s, end_s))
-    samples, rate = source.sound(first, last), min(source.rate, MOST_RATE)
+    samples, rate = source.audio(first, last), min(source.rate, MOST_RATE)
     samples = np.nan_to_num(samples, posinf=0.0, neginf=0.0)
     samples = samples if source.channels <= MOST_CHANNELS else channels.one(samples)[:, None]
     return clip_io.resample(samples, source.rate, rate), rate
@@ -139,15 +139,15 @@ def _cards(pieces: Sequence[tuple[np.ndarray, int]], start_s: float, end_s: floa
         {
             "name": name,
             "kind": kind,
-            "picture": clip_plots.sound(*mono, near, top_db, first_s=start_s),
+            "picture": clip_plots.audio(*mono, near, top_db, first_s=start_s),
             "sound": plots.data_uri(_flac(*piece), "audio/flac"),
         }
-        for name, kind, mono, piece in zip(("Before", "After"), ("damaged", "system"), mixed, pieces, strict=True)
+        for name, kind, mono, piece in zip(("Before", "After"), ("masked", "system"), mixed, pieces, strict=True)
     ]
 
 
 def _flac(samples: np.ndarray, rate: int) -> bytes:
     with tempfile.TemporaryDirectory(prefix="avsi-") as folder:
         path = Path(folder, "piece.flac")
-        clip_io.write_sound(path, samples, rate)
+        clip_io.write_audio(path, samples, rate)
         return path.read_bytes()

@@ -29,7 +29,7 @@ LITTLE_S, LITTLE_DB = 0.4, 12.0  # of less voice than this the loudest was likel
 AROUND_S, FRAME = 5.0, 320  # of the sound around gaps that tells how loud it is; record samples of a frame
 
 
-class Damaged:
+class MaskedAudio:
     """A clip_source.Source whose gaps, `spans` of [start, end) in samples of its own rate, are silent.
 
     lost (G, 2): the gaps in record samples, with their guards; length: of the sound in record samples.
@@ -42,18 +42,18 @@ class Damaged:
         self.own_unit, self.record_unit = self.rate // shared, RECORD_RATE // shared
         self.length = max(1, source.num_samples * RECORD_RATE // self.rate)
         scale = RECORD_RATE / self.rate
-        lost = [[int(a * scale) - GUARD, math.ceil(b * scale) + GUARD] for a, b in spans]
-        self.lost = np.asarray(lost, np.int64).reshape(-1, 2).clip(0, self.length)
+        missing = [[int(a * scale) - GUARD, math.ceil(b * scale) + GUARD] for a, b in spans]
+        self.missing = np.asarray(missing, np.int64).reshape(-1, 2).clip(0, self.length)
 
     def own(self, start: int, stop: int) -> np.ndarray:
         """(n, C) of the clip's own samples, as many of [start, stop) as it has; MediaError where they are not finite."""
         start, stop = (min(max(0, x), self.source.num_samples) for x in (start, stop))
-        x = self.source.sound(start, stop)
+        x = self.source.audio(start, stop)
         from_, to = np.searchsorted(self._ends, start, "right"), np.searchsorted(self._starts, stop)
         for a, b in self.spans[from_:to]:
             x[max(0, a - start) : max(0, b - start)] = 0.0
-        if not (sound := np.abs(x) <= LOUDEST).all():
-            at = (start + int(np.argmin(sound.all(1)))) / self.rate
+        if not (audio := np.abs(x) <= LOUDEST).all():
+            at = (start + int(np.argmin(audio.all(1)))) / self.rate
             raise clip_io.MediaError(
                 f"{self.source.path}: the sound holds NaN or infinite samples, the first at {at:.3f} s; expected numbers up to "
                 f"{LOUDEST:g}: name that stretch as a gap too, or write the clip anew"
@@ -77,17 +77,17 @@ class Damaged:
         """What the sound around record samples [start, stop) is to be multiplied by, to be as loud as networks know it."""
         known = []
         for a, b in _around(start, stop):
-            sound, lost = self.record(a, b - a, weights), self.lost - a
-            for c, d in lost[(lost[:, 1] > 0) & (lost[:, 0] < b - a)]:
-                sound[max(0, c) : d] = 0.0
-            known.append(sound)
+            audio, missing = self.record(a, b - a, weights), self.missing - a
+            for c, d in missing[(missing[:, 1] > 0) & (missing[:, 0] < b - a)]:
+                audio[max(0, c) : d] = 0.0
+            known.append(audio)
         if (heard := voice(np.concatenate(known))) is None:
             return 1.0
         level, seconds = heard
         quietest = LOUD_DB[0] - LITTLE_DB * max(0.0, 1 - seconds / LITTLE_S)
         return float(10 ** ((np.clip(level, quietest, LOUD_DB[1]) - level) / 20))
 
-    def pieces(self, gap: int, fill: Fill):
+    def pieces(self, gap: int, fill: InpaintedSpan):
         """(n, C) one after another, the own samples of a gap: the fill, as loud in each channel as that is around the gap."""
         start, end = self.spans[gap]
         gains, size = self._gains(start, end, fill.weights), PIECE_S * self.rate
@@ -101,7 +101,7 @@ class Damaged:
                     piece[::side][:joint] += (beside[0] - made[::side][0]) * _decay(joint)[: len(piece)]
             yield piece
 
-    def _to_own(self, start: int, stop: int, fill: Fill) -> np.ndarray:
+    def _to_own(self, start: int, stop: int, fill: InpaintedSpan) -> np.ndarray:
         """(stop - start, 1) of the clip's own rate: the sound at RECORD_RATE with a fill in its place."""
         if self.rate == RECORD_RATE:
             return fill.laid_over(self.record(start, stop - start, fill.weights), start)[:, None]
@@ -109,8 +109,8 @@ class Damaged:
         unit = max(0, start // self.own_unit - margin)
         last = -(-stop // self.own_unit) + margin
         first, count = unit * self.record_unit, (last - unit) * self.record_unit
-        sound = fill.laid_over(self.record(first, count, fill.weights), first)
-        own = clip_io.resample(sound, RECORD_RATE, self.rate)
+        audio = fill.laid_over(self.record(first, count, fill.weights), first)
+        own = clip_io.resample(audio, RECORD_RATE, self.rate)
         return window_of(own, start - unit * self.own_unit, stop - start)[:, None]
 
     def _gains(self, start: int, end: int, weights: np.ndarray | None) -> np.ndarray:
@@ -123,28 +123,28 @@ class Damaged:
         return alike
 
 
-class Fill:
+class InpaintedSpan:
     """What was made up for [start, end) in record samples; silence at first. weights (C,): of the sound that it goes on from, as
     channels.weights_of; None is their mean."""
 
     def __init__(self, start: int, end: int):
         self.start, self.samples, self.weights = start, _room(end - start), None
 
-    def put(self, start: int, sound: np.ndarray) -> None:
-        self.samples[start - self.start : start - self.start + len(sound)] = sound
+    def put(self, start: int, audio: np.ndarray) -> None:
+        self.samples[start - self.start : start - self.start + len(audio)] = audio
 
-    def laid_over(self, sound: np.ndarray, first: int) -> np.ndarray:
+    def laid_over(self, audio: np.ndarray, first: int) -> np.ndarray:
         """A sound (n,) from record sample `first` on with the fill in its place."""
-        sound = sound.copy()
-        a, b = (min(max(first, x), first + len(sound)) for x in (self.start, self.start + len(self.samples)))
-        sound[a - first : b - first] = self.samples[a - self.start : b - self.start]
-        return sound
+        audio = audio.copy()
+        a, b = (min(max(first, x), first + len(audio)) for x in (self.start, self.start + len(self.samples)))
+        audio[a - first : b - first] = self.samples[a - self.start : b - self.start]
+        return audio
 
 
-def voice(sound: np.ndarray) -> tuple[float, float] | None:
+def voice(audio: np.ndarray) -> tuple[float, float] | None:
     """Of a sound (N,) at RECORD_RATE: where the loudest 2 % of its frames begin, dB of full scale, and how many seconds of it lie
     VOICE_DB above its rests; None where no voice is heard."""
-    power = np.square(sound[: len(sound) // FRAME * FRAME].reshape(-1, FRAME), dtype=np.float64).mean(1)
+    power = np.square(audio[: len(audio) // FRAME * FRAME].reshape(-1, FRAME), dtype=np.float64).mean(1)
     power = power[power > 1e-9]  # others are lost
     if not len(power):
         return None

@@ -11,7 +11,7 @@ import time
 import numpy as np
 
 from avsi_jax.inpainting import face_tracks, window_plan
-from avsi_jax.inpainting.masked_audio import Damaged, Fill, window_of
+from avsi_jax.inpainting.masked_audio import InpaintedSpan, MaskedAudio, window_of
 from avsi_jax.media import channels, clip_io
 from avsi_jax.presets import RECORD_RATE, Spec
 
@@ -19,16 +19,16 @@ BUCKETS = (1, 2, 4, 8)  # windows at once
 GAP_ROWS = 8  # a window's gaps are filled up to this, twice this, ...
 
 
-class Filling:
+class WindowInpainter:
     """One plan at work. `fill`: what was made up so far; `said`: the sentences read, one a window; `heard`: whether there was sound
     beside the gaps; `cancelled`: whether its channels cancel each other in their mean; `done`: nothing is left to do."""
 
-    def __init__(self, plan: window_plan.Plan, damaged: Damaged, watcher: face_tracks.Watcher | None, spec: Spec):
-        self.plan, self.watcher, self._damaged, self._spec = plan, watcher, damaged, spec
+    def __init__(self, plan: window_plan.Plan, masked: MaskedAudio, tracks: face_tracks.FaceTracks | None, spec: Spec):
+        self.plan, self.tracks, self._damaged, self._spec = plan, tracks, masked, spec
         self._hop = spec.hop * spec.decimation
-        lost = damaged.lost[plan.gaps.start : plan.gaps.stop]
-        self.fill = Fill(int(lost[0, 0]), int(lost[-1, 1]))
-        self.said: list[str] = []
+        missing = masked.missing[plan.gaps.start : plan.gaps.stop]
+        self.fill = InpaintedSpan(int(missing[0, 0]), int(missing[-1, 1]))
+        self.transcript: list[str] = []
         self.heard = self.cancelled = False
         self._at, self._level, self._gain = 0, None, 1.0
 
@@ -50,22 +50,22 @@ class Filling:
         first, size = self.step.first, self._spec.record_samples
         if not self._at:
             self._listen()
-        damaged, length = self._damaged, min(size, self._damaged.length - self.step.first)
-        sound = damaged.record(first, size, self.fill.weights)
-        sound = self.fill.laid_over(sound, first) if self._at else sound
-        lost = damaged.lost.copy()
+        masked, length = self._damaged, min(size, self._damaged.length - self.step.first)
+        audio = masked.record(first, size, self.fill.weights)
+        audio = self.fill.laid_over(audio, first) if self._at else audio
+        missing = masked.missing.copy()
         if self._at:
-            own = lost[self.plan.gaps.start]  # a plan of several windows has one gap
+            own = missing[self.plan.gaps.start]  # a plan of several windows has one gap
             own[:] = (own[0], self.step.end) if self.plan.backwards else (self.step.start, own[1])
-        lost = np.clip(lost - first, 0, length)
-        lost = lost[lost[:, 0] < lost[:, 1]]
-        self.heard |= _is_heard(sound, lost)
-        row = face_tracks.window(self.watcher, *self.interval)
+        missing = np.clip(missing - first, 0, length)
+        missing = missing[missing[:, 0] < missing[:, 1]]
+        self.heard |= _is_heard(audio, missing)
+        row = face_tracks.window(self.tracks, *self.interval)
         return row | {
-            "audio": clip_io.to_int16(sound * self._gain),
+            "audio": clip_io.to_int16(audio * self._gain),
             "audio_length": np.int32(length),
             "id_hash": np.uint32(0),
-        }, lost
+        }, missing
 
     def _listen(self) -> None:
         """Settles by what is known around the gaps how the channels are heard, and how loud."""
@@ -90,25 +90,25 @@ class Filling:
         self._level = level
         return level
 
-    def take(self, sound: np.ndarray, said: str) -> None:
+    def take(self, audio: np.ndarray, said: str) -> None:
         """The window's sound (record_samples,), filled in, and the sentence read in it."""
         first, start, end = self.step
-        self.fill.put(start, window_of(sound, start - first, end - start) / np.float32(self._gain))
-        self.said.append(said)
+        self.fill.put(start, window_of(audio, start - first, end - start) / np.float32(self._gain))
+        self.transcript.append(said)
         self._at += 1
 
 
-def _is_heard(sound: np.ndarray, lost: np.ndarray) -> bool:
+def _is_heard(audio: np.ndarray, missing: np.ndarray) -> bool:
     """Whether a window holds any sound beside its gaps: 50 ms that are no digital silence."""
-    known = np.ones(len(sound), bool)
-    for a, b in lost:
+    known = np.ones(len(audio), bool)
+    for a, b in missing:
         known[a:b] = False
-    return int((np.abs(sound[known]) > 1e-4).sum()) > RECORD_RATE // 20
+    return int((np.abs(audio[known]) > 1e-4).sum()) > RECORD_RATE // 20
 
 
-def run(restorer, fillings: list[Filling], seconds: dict[str, float]) -> None:
+def run(restorer, window_inpainters: list[WindowInpainter], seconds: dict[str, float]) -> None:
     """Works all of them to their end; adds the time to seconds['model'] and ['vocoder']."""
-    waiting = [filling for filling in fillings if not filling.done]
+    waiting = [filling for filling in window_inpainters if not filling.done]
     while waiting:
         look(waiting[: BUCKETS[-1]])
         batch = [(filling, *filling.row()) for filling in waiting[: BUCKETS[-1]]]
@@ -117,17 +117,17 @@ def run(restorer, fillings: list[Filling], seconds: dict[str, float]) -> None:
         waiting = [filling for filling in waiting if not filling.done]
 
 
-def look(fillings: list[Filling]) -> None:
+def look(window_inpainters: list[WindowInpainter]) -> None:
     """Has the pictures of their next windows looked at, those of one clip at once."""
-    for watcher in {id(f.watcher): f.watcher for f in fillings if f.watcher is not None}.values():
-        watcher.look([watcher.interval(*f.interval) for f in fillings if f.watcher is watcher])
+    for tracks in {id(f.tracks): f.tracks for f in window_inpainters if f.tracks is not None}.values():
+        tracks.look([tracks.interval(*f.interval) for f in window_inpainters if f.tracks is tracks])
 
 
 def _alike(batch) -> list[list]:
     """Windows with equally many pictures and room for gaps, together."""
     kinds: dict[tuple, list] = {}
-    for filling, row, lost in batch:
-        kinds.setdefault((row["landmarks"].shape, _rows(len(lost))), []).append((filling, row, lost))
+    for filling, row, missing in batch:
+        kinds.setdefault((row["landmarks"].shape, _rows(len(missing))), []).append((filling, row, missing))
     return list(kinds.values())
 
 
@@ -145,8 +145,8 @@ def _restore(restorer, batch: list, seconds: dict[str, float]) -> None:
     count = next(size for size in BUCKETS if size >= len(batch))
     filled_up = batch + batch[:1] * (count - len(batch))
     raw = {key: np.stack([row[key] for _, row, _ in filled_up]) for key in batch[0][1]}
-    rows = _rows(max(len(lost) for *_, lost in batch))
-    gap = np.stack([np.pad(lost, ((0, rows - len(lost)), (0, 0))) for *_, lost in filled_up])
+    rows = _rows(max(len(missing) for *_, missing in batch))
+    gap = np.stack([np.pad(missing, ((0, rows - len(missing)), (0, 0))) for *_, missing in filled_up])
     began = time.perf_counter()
     restored = jax.block_until_ready(restorer.restore(raw, gap))
     said = restorer.sentences(restored)
@@ -154,7 +154,7 @@ def _restore(restorer, batch: list, seconds: dict[str, float]) -> None:
     seconds["model"] += time.perf_counter() - began
     level = np.stack([filling.blend(of) for (filling, *_), of in zip(batch, level)] + [*level[len(batch) :]])
     began = time.perf_counter()
-    sound = restorer.to_sound(level, raw, gap)
+    audio = restorer.to_audio(level, raw, gap)
     seconds["vocoder"] += time.perf_counter() - began
-    for (filling, *_), made, text in zip(batch, sound, said):
+    for (filling, *_), made, text in zip(batch, audio, said):
         filling.take(made, text)

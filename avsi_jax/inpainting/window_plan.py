@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 OVERLAP = 6400  # 0.4 s that two windows of a long gap both predict
-MOST_LOST = 0.8  # of a window: what training takes away at most (gap_masks.MAX_SHARE)
+MOST_MISSING = 0.8  # of a window: what training takes away at most (gap_masks.MAX_SHARE)
 SHARED = 0.6  # of a window that gaps may span to share it
 LEAST_KNOWN = 1600  # 0.1 s of sound before a long gap, to begin there rather than behind it
 
@@ -33,29 +33,29 @@ class Plan(NamedTuple):
     backwards: bool  # from the last window to the first in time
 
 
-def plan(lost: np.ndarray, size: int, length: int, hop: int) -> list[Plan]:
+def plan(missing: np.ndarray, size: int, length: int, hop: int) -> list[Plan]:
     """Gaps (G, 2), sorted, of a sound of `length`, and windows of `size` -> what to do, in the order of the gaps.
 
     The windows of a long gap lie whole `hop`s (samples from frame to frame) from each other, so that their frames meet.
     """
-    return [_plan_of(group, lost, size, length, hop) for group in _groups(lost, size, length)]
+    return [_plan_of(group, missing, size, length, hop) for group in _groups(missing, size, length)]
 
 
-def _groups(lost, size: int, length: int) -> list[range]:
+def _groups(missing, size: int, length: int) -> list[range]:
     """Gaps that share a window: all of a clip that fits into one, else those that span no more than SHARED of it."""
     most = size if length <= size else SHARED * size
     groups: list[range] = []
-    for i, (_, end) in enumerate(lost):
-        if groups and end - lost[groups[-1].start][0] <= most:
+    for i, (_, end) in enumerate(missing):
+        if groups and end - missing[groups[-1].start][0] <= most:
             groups[-1] = range(groups[-1].start, i + 1)
         else:
             groups.append(range(i, i + 1))
     return groups
 
 
-def _plan_of(group: range, lost, size: int, length: int, hop: int) -> Plan:
-    start, end = int(lost[group.start][0]), int(lost[group.stop - 1][1])
-    if length <= size or end - start <= MOST_LOST * size:
+def _plan_of(group: range, missing, size: int, length: int, hop: int) -> Plan:
+    start, end = int(missing[group.start][0]), int(missing[group.stop - 1][1])
+    if length <= size or end - start <= MOST_MISSING * size:
         first = int(np.clip((start + end) // 2 - size // 2, 0, max(0, length - size)))
         return Plan(group, (Step(first, start, end),), False)
     if start >= LEAST_KNOWN or start >= length - end:
@@ -66,7 +66,7 @@ def _plan_of(group: range, lost, size: int, length: int, hop: int) -> Plan:
 
 def _steps(start: int, end: int, size: int, length: int, hop: int):
     """Windows through one long gap from its start on."""
-    known = round((1 - MOST_LOST) * size)  # samples of a window that are to be known before it goes on, and after the last one
+    known = round((1 - MOST_MISSING) * size)  # samples of a window that are to be known before it goes on, and after the last one
     begin, first, origin = start, max(0, start - known), max(0, start - known)
     last = max(origin, min(end + known, length) - size)  # a window that begins here sees what follows the gap
     last += (origin - last) % hop

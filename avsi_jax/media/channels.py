@@ -44,9 +44,9 @@ def one(samples: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
 
 def gains(known: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """(C,) by what the one sound is to be multiplied to be as loud as each channel, negative where that holds it reversed."""
-    sound, power = one(known, weights).astype(np.float64), _power(known)
-    level = max(np.square(sound).mean(), 1e-18)
-    alike = (known * sound[:, None]).mean(0) / np.sqrt(np.maximum(power * level, 1e-36))
+    audio, power = one(known, weights).astype(np.float64), _power(known)
+    level = max(np.square(audio).mean(), 1e-18)
+    alike = (known * audio[:, None]).mean(0) / np.sqrt(np.maximum(power * level, 1e-36))
     return (np.where(alike < REVERSED, -1, 1) * np.sqrt(power / level).clip(0, MOST_GAIN)).astype(np.float32)
 
 

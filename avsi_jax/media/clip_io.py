@@ -16,15 +16,15 @@ import numpy as np
 from avsi_jax import presets
 
 VIDEO_SUFFIXES = (".mpg", ".mpeg", ".mp4", ".avi", ".mov", ".mkv")
-SOUND_SUFFIXES = (".wav", ".flac")
+AUDIO_SUFFIXES = (".wav", ".flac")
 MOST_POINTS = 4096 * 2304  # of a picture; few bytes can hold a film of pictures that take gigabytes
-MAX_PICTURE_BYTES = 6 * 2**30  # decoded; 75 Grid pictures take 23 MB, one minute of 1080p 9 GB
+MAX_VIDEO_BYTES = 6 * 2**30  # decoded; 75 Grid pictures take 23 MB, one minute of 1080p 9 GB
 PCM_BITS = {"PCM_U8": 8, "PCM_S8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
 MAX_SAMPLES_A_BYTE = 65_535  # FLAC's longest block, of silence, takes more than a byte
 SAME_START_S = 1e-4  # two streams start together within this
 # What is looked for inside a file, whatever its suffix: a play list (concat, hls, dash, sdp) would open what it names.
 VIDEO_FORMATS = "mpeg,mpegts,mpegvideo,m4v,h264,hevc,mov,matroska,avi,flv,asf,ogg"
-PICTURE_FORMATS = "image2,png_pipe,jpeg_pipe,bmp_pipe,tiff_pipe,webp_pipe,gif_pipe,pgm_pipe,ppm_pipe"
+IMAGE_FORMATS = "image2,png_pipe,jpeg_pipe,bmp_pipe,tiff_pipe,webp_pipe,gif_pipe,pgm_pipe,ppm_pipe"
 
 
 class MediaError(ValueError):
@@ -32,7 +32,7 @@ class MediaError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pictures:
+class Video:
     rgb: np.ndarray  # (T, H, W, 3) uint8
     fps: float
     start_s: float  # time of the first frame in the container
@@ -40,7 +40,7 @@ class Pictures:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sound:
+class Audio:
     samples: np.ndarray  # (N, C) float32 as decoded (16-bit / 32768); lossy codecs may pass 1.0
     rate: int  # Hz
     start_s: float  # time of the first sample in the container
@@ -51,30 +51,30 @@ class Sound:
 @dataclasses.dataclass(frozen=True)
 class Clip:
     path: str
-    pictures: Pictures | None
-    sound: Sound | None
+    video: Video | None
+    audio: Audio | None
 
 
-def read_clip(path, *, pictures: bool = True, sound: bool = True, max_bytes: int = MAX_PICTURE_BYTES) -> Clip:
+def read_clip(path, *, video: bool = True, audio: bool = True, max_bytes: int = MAX_VIDEO_BYTES) -> Clip:
     """Decodes a clip; what is not asked for, or not in the file, is None. max_bytes: of all pictures, decoded.
 
     FileNotFoundError; MediaError where the suffix is unknown, or the file can't be decoded, holds nothing asked for or too much.
     """
     file = check_file(path)
-    if file.suffix.lower() in SOUND_SUFFIXES:
-        return Clip(str(file), None, _read_sound_file(file) if sound else None)
-    clip = _read_video_file(file, pictures, sound, max_bytes)
-    wanted = (pictures and clip.pictures is not None) or (sound and clip.sound is not None)
-    if (pictures or sound) and not wanted:
-        raise nothing_in(file, pictures, sound)
+    if file.suffix.lower() in AUDIO_SUFFIXES:
+        return Clip(str(file), None, _read_audio_file(file) if audio else None)
+    clip = _read_video_file(file, video, audio, max_bytes)
+    wanted = (video and clip.video is not None) or (audio and clip.audio is not None)
+    if (video or audio) and not wanted:
+        raise nothing_in(file, video, audio)
     return clip
 
 
 def check_file(path) -> pathlib.Path:
     """A clip's path; FileNotFoundError, or MediaError for a folder or a suffix that is not known."""
-    file, known = pathlib.Path(path), " ".join(VIDEO_SUFFIXES + SOUND_SUFFIXES)
+    file, known = pathlib.Path(path), " ".join(VIDEO_SUFFIXES + AUDIO_SUFFIXES)
     suffix = file.suffix.lower()
-    if suffix not in VIDEO_SUFFIXES + SOUND_SUFFIXES:
+    if suffix not in VIDEO_SUFFIXES + AUDIO_SUFFIXES:
         raise MediaError(f"{file}: found suffix {suffix!r}, expected one of {known}; convert the clip to one of them")
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file; expected a clip ({known})")
@@ -83,9 +83,9 @@ def check_file(path) -> pathlib.Path:
     return file
 
 
-def nothing_in(file, pictures: bool, sound: bool) -> MediaError:
+def nothing_in(file, video: bool, audio: bool) -> MediaError:
     """What to raise where nothing that was asked for can be decoded."""
-    asked = " or ".join(name for name, on in (("pictures", pictures), ("sound", sound)) if on)
+    asked = " or ".join(name for name, on in (("pictures", video), ("sound", audio)) if on)
     return MediaError(f"{file}: found no {asked} that can be decoded; check that the file plays, or fetch it again")
 
 
@@ -100,23 +100,23 @@ def open_container(file, formats: str = VIDEO_FORMATS):
         raise MediaError(f"{file}: found a play list or another unknown kind of file inside, expected a clip; convert it") from e
 
 
-def read_pictures(paths, numbers=None, fps: float = presets.GRID_FPS, *, max_bytes: int = MAX_PICTURE_BYTES) -> Pictures:
+def read_frames(paths, numbers=None, fps: float = presets.GRID_FPS, *, max_bytes: int = MAX_VIDEO_BYTES) -> Video:
     """Single pictures (.png .jpg ...), in this order, as a film of `fps`; MediaError as read_clip.
 
     numbers: of each picture, ascending, where some are missing: a missing one leaves its time free.
     """
     import av
 
-    reader = PictureReader(paths[0], max_bytes)
+    reader = FrameReader(paths[0], max_bytes)
     numbers = range(len(paths)) if numbers is None else numbers
     for path, number in zip(paths, numbers, strict=True):
         try:
-            with open_container(path, PICTURE_FORMATS) as container:
+            with open_container(path, IMAGE_FORMATS) as container:
                 reader.check_size(container.streams.video[0])
                 reader.add(next(container.decode(video=0)), seconds=(number - numbers[0]) / fps)
         except (av.FFmpegError, IndexError, StopIteration) as e:
             raise MediaError(f"{path}: cannot be decoded as a picture ({one_line(e)}); fetch it again") from e
-    return Pictures(np.stack(reader.rgb), fps, 0.0, np.array(reader.seconds))
+    return Video(np.stack(reader.rgb), fps, 0.0, np.array(reader.seconds))
 
 
 def mono(samples: np.ndarray) -> np.ndarray:
@@ -144,27 +144,27 @@ def from_int16(x: np.ndarray) -> np.ndarray:
     return np.asarray(x, np.float32) / np.float32(32768)
 
 
-def sound_lag_s(clip: Clip) -> float:
+def audio_lag_s(clip: Clip) -> float:
     """Seconds by which sound lags the pictures: what is seen t after the first frame is heard t + lag after the first sample.
 
     Presentation times do not show the delay of Grid's MP2 encoder (presets.MPEG_SOUND_LAG_S); it is added where the sound is as
     Grid made it: MP2 at 44.1 kHz that starts with the pictures, also where it was copied into an .mp4 (whose MPEG sound ffmpeg
     reads as MP3) or written anew without loss: Grid's own length tells those. 0 where the clip has only one of the two.
     """
-    if clip.pictures is None or clip.sound is None:
+    if clip.video is None or clip.audio is None:
         return 0.0
-    return lag_between(clip.pictures.start_s, clip.sound, len(clip.sound.samples))
+    return lag_between(clip.video.start_s, clip.audio, len(clip.audio.samples))
 
 
-def lag_between(picture_start_s: float, sound: Sound, num_samples: int) -> float:
+def lag_between(video_start_s: float, audio: Audio, num_samples: int) -> float:
     """sound_lag_s of a clip that has both; the samples themselves are not looked at."""
-    lag = picture_start_s - sound.start_s
-    copied = sound.codec.startswith(("mp3", "flac", "alac", "pcm_")) and num_samples == presets.GRID_MPEG_SAMPLES
-    of_grid = (sound.codec == "mp2" or copied) and sound.rate == 44_100 and abs(lag) < SAME_START_S
-    return lag + presets.MPEG_SOUND_LAG_S if of_grid else lag
+    lag = video_start_s - audio.start_s
+    copied = audio.codec.startswith(("mp3", "flac", "alac", "pcm_")) and num_samples == presets.GRID_MPEG_SAMPLES
+    of_grid = (audio.codec == "mp2" or copied) and audio.rate == 44_100 and abs(lag) < SAME_START_S
+    return lag + presets.MPEG_AUDIO_LAG_S if of_grid else lag
 
 
-def write_sound(path, samples: np.ndarray, rate: int, subtype: str = "PCM_16") -> None:
+def write_audio(path, samples: np.ndarray, rate: int, subtype: str = "PCM_16") -> None:
     """Writes (N,) or (N, C), float or int16, as .wav or .flac; integer subtypes get clip(round(2^(bits-1) x)).
 
     Raises MediaError for another suffix, a subtype the format cannot hold, or sound that is not finite.
@@ -173,8 +173,8 @@ def write_sound(path, samples: np.ndarray, rate: int, subtype: str = "PCM_16") -
 
     file, samples = pathlib.Path(path), np.asarray(samples)
     kind = file.suffix.lower().lstrip(".")
-    if f".{kind}" not in SOUND_SUFFIXES:
-        raise MediaError(f"{file}: found suffix {file.suffix!r}, expected {' or '.join(SOUND_SUFFIXES)} to write sound")
+    if f".{kind}" not in AUDIO_SUFFIXES:
+        raise MediaError(f"{file}: found suffix {file.suffix!r}, expected {' or '.join(AUDIO_SUFFIXES)} to write sound")
     if not soundfile.check_format(kind, subtype):
         raise MediaError(f"{file}: {kind} cannot hold subtype {subtype}; name the file .wav, or write PCM_16 or PCM_24")
     if not np.isfinite(samples).all():
@@ -206,21 +206,21 @@ def _quantise(x: np.ndarray, bits: int) -> np.ndarray:
     return (whole << (32 - bits)).astype(np.int32)
 
 
-def _read_sound_file(file: pathlib.Path) -> Sound:
+def _read_audio_file(file: pathlib.Path) -> Audio:
     import soundfile
 
     try:
         with soundfile.SoundFile(os.fsencode(file)) as f:  # as bytes: names need not be UTF-8
-            dtype, subtype, codec = sound_file_kind(f)
-            sound = Sound(f.read(dtype=dtype, always_2d=True), f.samplerate, 0.0, subtype, codec)
+            dtype, subtype, codec = audio_file_kind(f)
+            audio = Audio(f.read(dtype=dtype, always_2d=True), f.samplerate, 0.0, subtype, codec)
     except (soundfile.SoundFileError, OSError) as e:
         raise MediaError(f"{file}: cannot be decoded as {file.suffix[1:].lower()} ({one_line(e)}); check that it plays") from e
-    if not len(sound.samples):
+    if not len(audio.samples):
         raise MediaError(f"{file}: found 0 samples, expected sound")
-    return sound
+    return audio
 
 
-def sound_file_kind(f) -> tuple[str, str, str]:
+def audio_file_kind(f) -> tuple[str, str, str]:
     """(numbers it is read as: float64 where a float32 holds too few bits; subtype it is written back as; codec)."""
     file = pathlib.Path(os.fsdecode(f.name))
     if f.frames > MAX_SAMPLES_A_BYTE * file.stat().st_size:  # a lie, or a .flac that does not tell
@@ -229,13 +229,13 @@ def sound_file_kind(f) -> tuple[str, str, str]:
     return "float64" if subtype in ("PCM_32", "DOUBLE") else "float32", subtype, f"{f.format} {f.subtype}".lower()
 
 
-def _read_video_file(file: pathlib.Path, want_pictures: bool, want_sound: bool, max_bytes: int) -> Clip:
+def _read_video_file(file: pathlib.Path, want_frames: bool, want_audio: bool, max_bytes: int) -> Clip:
     import av
 
     try:
         with open_container(file) as container:
-            video, audio = streams_of(container, want_pictures, want_sound)
-            pair = ((video, PictureReader(file, max_bytes)), (audio, SoundReader(file)))
+            video, audio = streams_of(container, want_frames, want_audio)
+            pair = ((video, FrameReader(file, max_bytes)), (audio, AudioReader(file)))
             readers = {stream.index: reader for stream, reader in pair if stream is not None}
             if video is not None:
                 readers[video.index].check_size(video)
@@ -250,15 +250,15 @@ def _read_video_file(file: pathlib.Path, want_pictures: bool, want_sound: bool, 
         raise MediaError(f"{file}: cannot be decoded ({one_line(e)}); check that it plays, or fetch it again") from e
 
 
-def streams_of(container, pictures: bool = True, sound: bool = True) -> tuple:
+def streams_of(container, video: bool = True, audio: bool = True) -> tuple:
     """The (video, audio) streams a clip's pictures and sound come from; None without one of a known codec, or where not wanted."""
     from av.stream import Disposition
 
     known = [s for s in container.streams if s.codec_context and not s.disposition & Disposition.attached_pic]  # no cover picture
-    films, sounds = ([s for s in known if s.type == kind] for kind in ("video", "audio"))
-    if video := films[0] if pictures and films else None:
-        video.codec_context.options = {"max_pixels": str(MOST_POINTS)}  # also where the header told of smaller ones
-    return video, sounds[0] if sound and sounds else None
+    videos, audios = ([s for s in known if s.type == kind] for kind in ("video", "audio"))
+    if video_stream := videos[0] if video and videos else None:
+        video_stream.codec_context.options = {"max_pixels": str(MOST_POINTS)}  # also where the header told of smaller ones
+    return video_stream, audios[0] if audio and audios else None
 
 
 def decode_packet(packet, reader) -> None:
@@ -268,13 +268,13 @@ def decode_packet(packet, reader) -> None:
     try:
         frames = packet.decode()
     except av.FFmpegError:
-        reader.note_loss()
+        reader.note_missing()
         return
     for frame in frames:
         reader.add(frame)
 
 
-class PictureReader:
+class FrameReader:
     """Collects pictures; lost ones only leave a hole in `times`."""
 
     def __init__(self, file, max_bytes):
@@ -286,7 +286,7 @@ class PictureReader:
         if width * height > MOST_POINTS:
             raise MediaError(f"{self.file}: a picture of {width}x{height}, more points than 4096x2304; scale its pictures down")
 
-    def note_loss(self):
+    def note_missing(self):
         pass
 
     def add(self, frame, seconds=None):
@@ -305,17 +305,17 @@ class PictureReader:
         self.rgb.append(rgb)
         self.seconds.append(frame_time(frame) if seconds is None else seconds)
 
-    def result(self, stream) -> Pictures | None:
+    def result(self, stream) -> Video | None:
         if not self.rgb:
             return None
         fps = frame_rate(stream)
         seconds = fill_times(np.array(self.seconds), fps)
         order = np.argsort(seconds, kind="stable")
         seconds = seconds[order]
-        return Pictures(np.stack([self.rgb[i] for i in order]), fps, float(seconds[0]), seconds - seconds[0])
+        return Video(np.stack([self.rgb[i] for i in order]), fps, float(seconds[0]), seconds - seconds[0])
 
 
-class SoundReader:
+class AudioReader:
     """Collects sound in `parts`, a list or what stands for one; a packet lost between others would shift all that follows,
     so it is an error."""
 
@@ -323,7 +323,7 @@ class SoundReader:
         self.file, self.parts, self.start_s, self.losses = file, [] if parts is None else parts, np.nan, []
         self.rate = self.channels = self.num_samples = 0
 
-    def note_loss(self):
+    def note_missing(self):
         self.losses.append(len(self.parts))
 
     def add(self, frame):
@@ -335,14 +335,14 @@ class SoundReader:
         self.parts.append(x)
         self.num_samples += len(x)
 
-    def result(self, stream, whole=np.concatenate) -> Sound | None:
+    def result(self, stream, whole=np.concatenate) -> Audio | None:
         """What was read, its samples whole(parts); None for no sample."""
         if not self.num_samples:
             return None
         if any(0 < n < len(self.parts) for n in self.losses):
             raise MediaError(f"{self.file}: {len(self.losses)} sound packets cannot be decoded; fetch the file again")
         start, context = 0.0 if np.isnan(self.start_s) else self.start_s, stream.codec_context
-        return Sound(whole(self.parts), self.rate, start, _subtype(context), context.codec.canonical_name)
+        return Audio(whole(self.parts), self.rate, start, _subtype(context), context.codec.canonical_name)
 
 
 def frame_rate(stream) -> float:

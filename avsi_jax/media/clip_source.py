@@ -25,7 +25,7 @@ from avsi_jax.media.muxing import write_clip as write_clip
 
 IN_MEMORY = 32 * 2**20  # bytes of decoded sound; what is longer lies on the disk
 MOST_BYTES = 2**30  # of pictures asked for at once, decoded
-FIRST_PICTURES = 17  # decoders put pictures in order over at most 16: the earliest of these is the first
+FIRST_FRAMES = 17  # decoders put pictures in order over at most 16: the earliest of these is the first
 LATE_S = 0.5  # decoding goes on this long after a stretch, for pictures that come out of order
 
 
@@ -37,16 +37,18 @@ class Source:
     `sound_start_s` and `picture_start_s` are times in the container.
     """
 
-    def __init__(self, path, sound: clip_io.Sound | None, film):
+    def __init__(self, path, audio: clip_io.Audio | None, video_file):
         """`sound.samples` and `film` are stores, such as _Spool and _Film."""
-        self.path, self._film = str(path), film
-        self._store = sound.samples if sound else _Samples(np.zeros((0, 0), np.float32))
+        self.path, self._film = str(path), video_file
+        self._store = audio.samples if audio else _Samples(np.zeros((0, 0), np.float32))
         self.channels, self.num_samples = self._store.channels, self._store.num_samples
-        self.rate, self.sound_start_s = (sound.rate, sound.start_s) if sound else (0, 0.0)
-        self.subtype, self.codec = (sound.subtype, sound.codec) if sound else ("PCM_16", "")
-        self.has_pictures = film is not None
-        self.fps, self.size, self.picture_start_s = (film.fps, film.size, film.start_s) if film else (0.0, (0, 0), 0.0)
-        self.lag_s = clip_io.lag_between(film.start_s, sound, self.num_samples) if film and sound else 0.0
+        self.rate, self.audio_start_s = (audio.rate, audio.start_s) if audio else (0, 0.0)
+        self.subtype, self.codec = (audio.subtype, audio.codec) if audio else ("PCM_16", "")
+        self.has_video = video_file is not None
+        self.fps, self.size, self.video_start_s = (
+            (video_file.fps, video_file.size, video_file.start_s) if video_file else (0.0, (0, 0), 0.0)
+        )
+        self.lag_s = clip_io.lag_between(video_file.start_s, audio, self.num_samples) if video_file and audio else 0.0
 
     def __enter__(self) -> Source:
         return self
@@ -62,7 +64,7 @@ class Source:
         """Of the sound."""
         return self.num_samples / self.rate if self.rate else 0.0
 
-    def sound(self, start: int, stop: int) -> np.ndarray:
+    def audio(self, start: int, stop: int) -> np.ndarray:
         """Samples [start, stop) -> (n, C) float32, float64 of a sound file of PCM_32 or DOUBLE; ValueError outside the clip."""
         if not 0 <= start <= stop <= self.num_samples:
             raise ValueError(f"{self.path}: samples {start} to {stop} asked for, expected a stretch of 0 to {self.num_samples}")
@@ -71,9 +73,9 @@ class Source:
     def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
         """(first sample, (n, C)) one after another, n = size but in the last."""
         for start in range(0, self.num_samples, size):
-            yield start, self.sound(start, min(start + size, self.num_samples))
+            yield start, self.audio(start, min(start + size, self.num_samples))
 
-    def pictures(self, start_s: float, end_s: float) -> clip_io.Pictures:
+    def video(self, start_s: float, end_s: float) -> clip_io.Video:
         """Those with start_s <= time < end_s, seconds from the file's first picture, as `times` are; start_s is the file's.
 
         MediaError where there are none in the file, or those asked for take more than MOST_BYTES.
@@ -83,18 +85,18 @@ class Source:
         return self._film.read(start_s, end_s)
 
 
-def open_source(path, *, pictures: bool = True) -> Source:
+def open_source(path, *, video: bool = True) -> Source:
     """Opens a clip file; reads it through once. Raises what clip_io.read_clip raises."""
     file = clip_io.check_file(path)
-    return _open_sound(file) if file.suffix.lower() in clip_io.SOUND_SUFFIXES else _open_video(file, pictures)
+    return _open_audio(file) if file.suffix.lower() in clip_io.AUDIO_SUFFIXES else _open_video(file, video)
 
 
 def source_of(clip: clip_io.Clip) -> Source:
     """A clip in memory as a Source."""
-    sound = clip.sound and clip_io.Sound(
-        _Samples(clip.sound.samples), clip.sound.rate, clip.sound.start_s, clip.sound.subtype, clip.sound.codec
+    audio = clip.audio and clip_io.Audio(
+        _Samples(clip.audio.samples), clip.audio.rate, clip.audio.start_s, clip.audio.subtype, clip.audio.codec
     )
-    return Source(clip.path, sound, clip.pictures and _FilmInMemory(clip.pictures))
+    return Source(clip.path, audio, clip.video and _VideoInMemory(clip.video))
 
 
 # ---- sound -----------------------------------------------------------------------------------------------------------------------
@@ -136,7 +138,7 @@ class _Spool:
             self.file.close()
 
 
-class _SoundFile:
+class _AudioFile:
     """A sound file, read where it is asked for."""
 
     def __init__(self, file, opened, dtype):
@@ -158,7 +160,7 @@ class _SoundFile:
         self.opened.close()
 
 
-def _open_sound(file: Path) -> Source:
+def _open_audio(file: Path) -> Source:
     import soundfile
 
     try:
@@ -168,16 +170,16 @@ def _open_sound(file: Path) -> Source:
         raise clip_io.MediaError(f"{file}: cannot be decoded as {kind} ({clip_io.one_line(e)}); check that it plays") from e
     with contextlib.ExitStack() as on_error:
         on_error.enter_context(opened)
-        dtype, subtype, codec = clip_io.sound_file_kind(opened)
-        store = _SoundFile(file, opened, dtype)
+        dtype, subtype, codec = clip_io.audio_file_kind(opened)
+        store = _AudioFile(file, opened, dtype)
         if not store.num_samples:
             raise clip_io.MediaError(f"{file}: found 0 samples, expected sound")
         store.read(store.num_samples - 1, store.num_samples)  # a header may say more than the file holds
         on_error.pop_all()
-    return Source(file, clip_io.Sound(store, opened.samplerate, 0.0, subtype, codec), None)
+    return Source(file, clip_io.Audio(store, opened.samplerate, 0.0, subtype, codec), None)
 
 
-def _open_video(file: Path, pictures: bool) -> Source:
+def _open_video(file: Path, want_video: bool) -> Source:
     """One pass: the sound is decoded, the video's packets are only listed."""
     import av
 
@@ -185,16 +187,16 @@ def _open_video(file: Path, pictures: bool) -> Source:
         spool = on_error.enter_context(contextlib.closing(_Spool()))
         try:
             with clip_io.open_container(file) as container:
-                video, audio = clip_io.streams_of(container, pictures)
-                film, reader = _Film(file, video), clip_io.SoundReader(file, spool)
+                video, audio = clip_io.streams_of(container, want_video)
+                video_file, reader = _VideoFile(file, video), clip_io.AudioReader(file, spool)
                 wanted = [stream for stream in (video, audio) if stream is not None]
                 for packet in container.demux(wanted) if wanted else ():
                     if video is not None and packet.stream.index == video.index:
-                        film.note(packet)
+                        video_file.note(packet)
                     else:
                         clip_io.decode_packet(packet, reader)
-                sound = reader.result(audio, lambda parts: parts) if audio is not None else None
-            film = film if film.settle() else None
+                decoded = reader.result(audio, lambda parts: parts) if audio is not None else None
+            video_file = video_file if video_file.settle() else None
         except av.FFmpegError as e:
             raise clip_io.MediaError(
                 f"{file}: cannot be decoded ({clip_io.one_line(e)}); check that it plays, or fetch it again"
@@ -203,25 +205,25 @@ def _open_video(file: Path, pictures: bool) -> Source:
             raise clip_io.MediaError(
                 f"{file}: its sound, decoded, finds no room in {tempfile.gettempdir()} ({clip_io.one_line(e)})"
             ) from e
-        if sound is None and film is None:
-            raise clip_io.nothing_in(file, pictures, True)
+        if decoded is None and video_file is None:
+            raise clip_io.nothing_in(file, want_video, True)
         on_error.pop_all()
-    return Source(file, sound, film)
+    return Source(file, decoded, video_file)
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------------------
 
 
-class _FilmInMemory:
+class _VideoInMemory:
     """Pictures that are decoded already."""
 
-    def __init__(self, pictures: clip_io.Pictures):
-        self.held, self.fps, self.start_s = pictures, pictures.fps, pictures.start_s
-        self.size = pictures.rgb.shape[2:0:-1]
+    def __init__(self, video: clip_io.Video):
+        self.held, self.fps, self.start_s = video, video.fps, video.start_s
+        self.size = video.rgb.shape[2:0:-1]
 
     def read(self, start_s, end_s):
         asked = (self.held.times >= start_s) & (self.held.times < end_s)
-        return clip_io.Pictures(self.held.rgb[asked], self.fps, self.start_s, self.held.times[asked])
+        return clip_io.Video(self.held.rgb[asked], self.fps, self.start_s, self.held.times[asked])
 
 
 class _Times:
@@ -230,7 +232,7 @@ class _Times:
     def __init__(self):
         self.seconds, self.size = [], (0, 0)
 
-    def note_loss(self):
+    def note_missing(self):
         pass
 
     def add(self, frame):
@@ -241,31 +243,31 @@ class _Times:
 class _Stretch:
     """Collects the pictures of a stretch [start_s, end_s) by their own times, or by number where `times` (T,) are given."""
 
-    def __init__(self, film, start_s, end_s, times=None):
-        self.film, self.start_s, self.end_s, self.times = film, start_s, end_s, times
-        self.reader = clip_io.PictureReader(film.file, film.max_bytes)
+    def __init__(self, video_file, start_s, end_s, times=None):
+        self.video_file, self.start_s, self.end_s, self.times = video_file, start_s, end_s, times
+        self.reader = clip_io.FrameReader(video_file.file, video_file.max_bytes)
         self.count, self.last = 0, None if times is None else np.flatnonzero((times >= start_s) & (times < end_s)).max(initial=-1)
         self.done, self.unsure = self.last == -1, False
 
-    def note_loss(self):
+    def note_missing(self):
         pass
 
     def add(self, frame):
-        seconds = clip_io.frame_time(frame) - self.film.start_s if self.times is None else self.times[self.count]
+        seconds = clip_io.frame_time(frame) - self.video_file.start_s if self.times is None else self.times[self.count]
         self.unsure |= bool(np.isnan(seconds))
         if self.start_s <= seconds < self.end_s:
             self.reader.add(frame, seconds)
         self.done |= seconds >= self.end_s + LATE_S if self.times is None else self.count >= self.last
         self.count += 1
 
-    def result(self) -> clip_io.Pictures:
-        film, seconds = self.film, np.array(self.reader.seconds)
+    def result(self) -> clip_io.Video:
+        video_file, seconds = self.video_file, np.array(self.reader.seconds)
         order = np.argsort(seconds, kind="stable")
-        held, size = self.reader.rgb, film.size[::-1]
+        held, size = self.reader.rgb, video_file.size[::-1]
         rgb = np.empty((len(order), *(held[0].shape[:2] if held else size), 3), np.uint8)
         for place, i in enumerate(order):
             rgb[place], held[i] = held[i], None  # never all of them twice in memory
-        return clip_io.Pictures(rgb, film.fps, film.start_s, seconds[order])
+        return clip_io.Video(rgb, video_file.fps, video_file.start_s, seconds[order])
 
 
 class _Key(NamedTuple):
@@ -277,7 +279,7 @@ class _Key(NamedTuple):
     content: tuple[int, int]
 
 
-class _Film:
+class _VideoFile:
     """The pictures of a video file.
 
     Decoding starts at the second key picture before a stretch (the pictures after the last one may lean on those before it), and
@@ -293,7 +295,7 @@ class _Film:
         self.keys, self.alike, self.stamps = [], {}, array.array("q")
         self.first, self.fps, self.size, self.start_s = _Times(), 0.0, (0, 0), 0.0
         if stream is not None:
-            clip_io.PictureReader(file, self.max_bytes).check_size(stream)
+            clip_io.FrameReader(file, self.max_bytes).check_size(stream)
             self.fps, self.tick_s = clip_io.frame_rate(stream), stream.time_base
 
     def note(self, packet):
@@ -305,7 +307,7 @@ class _Film:
                 self.keys.append(_Key(packet.pts, len(self.stamps), packet.pos, _content(packet)))
                 self.alike.setdefault(self.keys[-1].content, []).append(len(self.keys) - 1)
             self.stamps.append(packet.pts)
-        if len(self.first.seconds) < FIRST_PICTURES:
+        if len(self.first.seconds) < FIRST_FRAMES:
             clip_io.decode_packet(packet, self.first)
 
     def settle(self) -> bool:
@@ -319,7 +321,7 @@ class _Film:
             self._number()
         return True
 
-    def read(self, start_s, end_s) -> clip_io.Pictures:
+    def read(self, start_s, end_s) -> clip_io.Video:
         import av
 
         try:

@@ -70,13 +70,13 @@ def _writer_for(source, target: Path):
     suffix = target.suffix.lower()
     if not source.num_samples:
         raise clip_io.MediaError(f"{source.path}: has no sound to write to {target}; expected a clip with sound")
-    if suffix in clip_io.SOUND_SUFFIXES:
-        return _write_sound
+    if suffix in clip_io.AUDIO_SUFFIXES:
+        return _write_audio
     if suffix not in FORMATS:
-        known = " ".join((*clip_io.SOUND_SUFFIXES, *FORMATS))
+        known = " ".join((*clip_io.AUDIO_SUFFIXES, *FORMATS))
         raise clip_io.MediaError(f"{target}: found suffix {target.suffix!r}, expected one of {known}")
-    if not source.has_pictures or not Path(source.path).is_file():
-        what = "holds no pictures" if not source.has_pictures else "is no file whose pictures could be copied"
+    if not source.has_video or not Path(source.path).is_file():
+        what = "holds no pictures" if not source.has_video else "is no file whose pictures could be copied"
         raise clip_io.MediaError(f"{target}: {source.path or 'the clip'} {what}; name the target .wav or .flac")
     return _write_video
 
@@ -96,7 +96,7 @@ def _checked(source, blocks) -> Iterator[np.ndarray]:
         raise clip_io.MediaError(f"{source.path}: found {count} samples to write, expected all {source.num_samples}")
 
 
-def _write_sound(source, part, target, pieces) -> tuple[str, ...]:
+def _write_audio(source, part, target, pieces) -> tuple[str, ...]:
     import soundfile
 
     kind, subtype, warnings = part.suffix[1:].upper(), source.subtype, ()
@@ -166,21 +166,25 @@ def _write_video(source, part, target, pieces) -> tuple[str, ...]:
         if kind == "mpeg" and video.codec_context.name not in ("mpeg1video", "mpeg2video"):
             raise clip_io.MediaError(f"{target}: .mpg holds no {video.codec_context.name} pictures; name the target .mkv or .mp4")
         with av.open(str(part.absolute()), "w", format=kind) as out:
-            film, sound = out.add_stream_from_template(video), out.add_stream(coding.codec, rate=coding.rate)
-            sound.layout = _layout(audio, source.channels)
-            sound.codec_context.format = coding.format
+            video_out, audio_out = out.add_stream_from_template(video), out.add_stream(coding.codec, rate=coding.rate)
+            audio_out.layout = _layout(audio, source.channels)
+            audio_out.codec_context.format = coding.format
             if coding.codec == "mp2":
-                sound.bit_rate = (192_000 if coding.rate >= 32_000 else 80_000) * source.channels  # the most that a channel takes
+                audio_out.bit_rate = (
+                    192_000 if coding.rate >= 32_000 else 80_000
+                ) * source.channels  # the most that a channel takes
             untold_s = 0.0 if coding.delay else _untold_s(source)
-            start_s = min(source.picture_start_s + untold_s, source.sound_start_s)
-            frames = _frames(source, coding, sound.layout.name, pieces, source.sound_start_s - start_s)
-            _interleave(out, _pictures_from(given, video, _depth(times), start_s - untold_s, source.fps), film, sound, frames)
+            start_s = min(source.video_start_s + untold_s, source.audio_start_s)
+            frames = _frames(source, coding, audio_out.layout.name, pieces, source.audio_start_s - start_s)
+            _interleave(
+                out, _frames_from(given, video, _depth(times), start_s - untold_s, source.fps), video_out, audio_out, frames
+            )
     return coding.warnings + tuple(_warnings(part, target, times, hidden))
 
 
 def _untold_s(source) -> float:
     """What of a source's lag its presentation times don't tell: the delay in Grid's own sound."""
-    untold_s = source.lag_s - (source.picture_start_s - source.sound_start_s)
+    untold_s = source.lag_s - (source.video_start_s - source.audio_start_s)
     return untold_s if abs(untold_s) > clip_io.SAME_START_S else 0.0
 
 
@@ -199,7 +203,7 @@ def _layout(audio, channels: int) -> str:
     return audio.layout.name if named else LAYOUTS.get(channels, f"{channels} channels")
 
 
-def _pictures_from(given, video, depth: int, start_s: float, fps: float) -> Iterator:
+def _frames_from(given, video, depth: int, start_s: float, fps: float) -> Iterator:
     """The video's packets as they are, their times counted from start_s, in ticks that are fine enough for that.
 
     The times they are decoded at are made anew, as many containers don't tell them: that of the picture shown `depth` before.
@@ -278,15 +282,15 @@ def _stream_resampled(pieces, source, rate: int) -> Iterator[np.ndarray]:
     yield stream.resample_chunk(np.zeros((0, source.channels), np.float32), last=True)
 
 
-def _interleave(out, packets, film, sound, frames) -> None:
+def _interleave(out, packets, video_file, audio, frames) -> None:
     """Pictures and sound as they are seen and heard, the earlier first."""
     heard_s = -np.inf
     for packet in packets:
         while heard_s < packet.dts * packet.time_base:
             frame = next(frames, None)
             heard_s = np.inf if frame is None else frame.time + frame.samples / frame.sample_rate
-            out.mux(sound.encode(frame) if frame is not None else [])
-        packet.stream = film
+            out.mux(audio.encode(frame) if frame is not None else [])
+        packet.stream = video_file
         out.mux(packet)
     for frame in itertools.chain(frames, [None]):
-        out.mux(sound.encode(frame))
+        out.mux(audio.encode(frame))

@@ -8,12 +8,12 @@ import io
 import numpy as np
 
 LOOKS = {  # kind -> colour, dashes in line widths, mark
-    "damaged": ("#6b6b6b", (1, 1.5), "o"), "interpolation": ("#e69f00", (4, 2), "s"), "baseline": ("#56b4e9", (7, 2), "^"),
-    "system": ("#0072b2", (), "o"), "other_video": ("#cc79a7", (3, 1.5, 1, 1.5), "D"), "ceiling": ("#009e73", (8, 2, 1, 2), "v"),
+    "masked": ("#6b6b6b", (1, 1.5), "o"), "interpolation": ("#e69f00", (4, 2), "s"), "baseline": ("#56b4e9", (7, 2), "^"),
+    "system": ("#0072b2", (), "o"), "other_video": ("#cc79a7", (3, 1.5, 1, 1.5), "D"), "oracle_mel": ("#009e73", (8, 2, 1, 2), "v"),
 }  # fmt: skip
 
 
-def spectrogram(sound: np.ndarray, rate: int, top_db: float, gaps_s: list[tuple[float, float]], label: str) -> str:
+def spectrogram(audio: np.ndarray, rate: int, top_db: float, gaps_s: list[tuple[float, float]], label: str) -> str:
     """Sound (N,) drawn over 80 dB below top_db, the borders of every gap dashed and a bar over it."""
     from matplotlib.figure import Figure
 
@@ -21,24 +21,24 @@ def spectrogram(sound: np.ndarray, rate: int, top_db: float, gaps_s: list[tuple[
     axes = figure.add_axes((0.09, 0.18, 0.89, 0.73))  # by hand: a layout engine takes longer than the picture
     axes.set_ylabel("kHz", fontsize=8)
     axes.set_xlabel("s", fontsize=8, labelpad=1)
-    extent = (0, len(sound) / rate, 0, rate / 2000)
+    extent = (0, len(audio) / rate, 0, rate / 2000)
     image = {"origin": "lower", "aspect": "auto", "cmap": "magma", "vmin": top_db - 80, "vmax": top_db, "extent": extent}
-    axes.imshow(decibel(sound, rate), **image)
+    axes.imshow(decibel(audio, rate), **image)
     for gap in gaps_s:
         for border in gap:
             axes.axvline(border, color="white", linewidth=1.1, linestyle=(0, (4, 2)))
         axes.axvspan(*gap, ymin=0.955, color="white")
-    axes.set_xlim(0, len(sound) / rate)
+    axes.set_xlim(0, len(audio) / rate)
     axes.tick_params(labelsize=7)
     axes.set_title(label, fontsize=6, color="#59626d", loc="right", pad=2)
-    return picture(figure, 120)
+    return figure_uri(figure, 120)
 
 
-def decibel(sound: np.ndarray, rate: int) -> np.ndarray:
+def decibel(audio: np.ndarray, rate: int) -> np.ndarray:
     """(N,) -> (bins, frames) in dB: 32 ms Hann windows every 8 ms."""
     from scipy import signal
 
-    spectrum = signal.stft(sound, rate, nperseg=rate * 32 // 1000, noverlap=rate * 24 // 1000)[2]
+    spectrum = signal.stft(audio, rate, nperseg=rate * 32 // 1000, noverlap=rate * 24 // 1000)[2]
     return 20 * np.log10(np.abs(spectrum) + 1e-8)
 
 
@@ -46,7 +46,7 @@ def data_uri(data: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def picture(figure, dpi: int) -> str:
+def figure_uri(figure, dpi: int) -> str:
     """A matplotlib figure as the data URI of a PNG; 128 colours, which is a third of the bytes."""
     from PIL import Image
 

@@ -24,7 +24,7 @@ def make_model(config):
             )
     if not 0 <= config.dropout < 1:
         raise ValueError(f"config.dropout: found {config.dropout}, expected a share from 0 to below 1")
-    same = ("layers", "units", "bottleneck", "bottleneck_relu", "skip", "mask_input", "stack", "lip_layers", "feedback", "dropout",
+    same = ("layers", "units", "bottleneck", "bottleneck_relu", "skip", "mask_input", "stack", "video_layers", "feedback", "dropout",
             "video_rate", "lstm", "dtype")  # fmt: skip
     return system.build(
         systems.Sizes(
@@ -115,7 +115,7 @@ def example_features(config, batch_size: int = 1):
     return features.Features(
         spectrogram=bank, mask=flags(frames), video=jnp.zeros((batch_size, steps, fc.video_size)), seen=~flags(steps), target=bank,
         valid=~flags(frames), num_frames=jnp.full((batch_size,), frames, jnp.int32), positions=jnp.zeros((batch_size, frames)),
-        num_pictures=jnp.full((batch_size,), presets.GRID_FRAMES, jnp.int32), id_hash=jnp.zeros((batch_size,), jnp.uint32),
+        num_video_frames=jnp.full((batch_size,), presets.GRID_FRAMES, jnp.int32), id_hash=jnp.zeros((batch_size,), jnp.uint32),
     )  # fmt: skip
 
 

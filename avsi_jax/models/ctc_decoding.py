@@ -67,7 +67,7 @@ def greedy(logits: np.ndarray, num_frames: np.ndarray, units: str = "characters"
 class Decoded(NamedTuple):
     """said: B texts; log_probability (B,): of each text, summed over the alignments that were followed."""
 
-    said: list[str]
+    transcript: list[str]
     log_probability: np.ndarray
 
 

@@ -43,7 +43,7 @@ class Sizes:
     output: str = "linear"  # or 'relu'
     mask_input: bool = False
     stack: int = 1  # frames a step of the LSTMs
-    lip_layers: int = 0  # av_unified: layers that look at the lips alone, beside the direct way
+    video_layers: int = 0  # av_unified: layers that look at the lips alone, beside the direct way
     feedback: int = 0  # av_unified: after so many layers what was read so far is told to the layers after; 0: never
     dropout: float = 0.0
     video_rate: str = "audio"
@@ -154,7 +154,7 @@ class Seq2Seq(nn.Module):
     def __call__(self, features: Features, train: bool = False) -> Output:
         drop = features.id_hash if train else None
         sizes, at_video_rate = self.sizes, self.sizes.video_rate == "video"
-        steps = features.num_pictures if at_video_rate else features.num_frames
+        steps = features.num_video_frames if at_video_rate else features.num_frames
         lips = stack_of(sizes, "encoder")(features.video, steps, drop)
         if sizes.bottleneck:
             lips = nn.Dense(sizes.bottleneck, name="bottleneck")(lips)
@@ -175,7 +175,7 @@ class Unified(nn.Module):
     """av_unified: one network for sound and lips, sound alone (a clip without a face) and lips alone (no sound left).
 
     Every `stack` frames become a step; sound, which of it is lost, lips and whether they are seen go straight to one stack of
-    BLSTMs, whose last layer says the bands and the text. `lip_layers` BLSTMs may look at the lips first, beside the direct way;
+    BLSTMs, whose last layer says the bands and the text. `video_layers` BLSTMs may look at the lips first, beside the direct way;
     `feedback` tells the layers after so many what was read by then (self-conditioned CTC, Nozaki & Komatsu 2021).
     """
 
@@ -190,8 +190,8 @@ class Unified(nn.Module):
         lips = jnp.concatenate([jnp.where(seen, features.video, 0.0), seen.astype(features.video.dtype)], -1)
         lips = fold(lips, count).reshape(lips.shape[0], -1, count, lips.shape[2]).mean(2)  # lips move slower than sound
         parts = [fold(jnp.where(valid, jnp.concatenate(heard(features, sizes), -1), 0.0), count), lips]
-        if sizes.lip_layers:
-            parts.append(stack_of(sizes, "encoder", sizes.lip_layers)(lips, steps, drop))
+        if sizes.video_layers:
+            parts.append(stack_of(sizes, "encoder", sizes.video_layers)(lips, steps, drop))
         x, read = jnp.concatenate(parts, -1), nn.Dense(sizes.labels, name="ctc")
         if sizes.feedback:
             x = stack_of(sizes, "reader", sizes.feedback)(x, steps, drop)
@@ -201,7 +201,7 @@ class Unified(nn.Module):
         return Output(unfold(bands, features.mask.shape[1], count), read(x), steps)
 
 
-class Recogniser(nn.Module):
+class RecognizerNetwork(nn.Module):
     """asr: sound alone -> convolutions over time -> CTC. The judge of restored words; it restores nothing.
 
     A layer sees two steps on either side of its own, so that a phone is said where it is heard and a fault in one word is not heard
@@ -245,12 +245,12 @@ OPTIONS = {
     "mask_input": (False, True),
     "dtype": ("float32", "bfloat16"),
     "stack": (1, 2, 3, 4),
-    "lip_layers": (0, 1, 2, 3, 4),
+    "video_layers": (0, 1, 2, 3, 4),
     "feedback": (0, 1, 2, 3, 4),
 }
 BLSTM = frozenset({"output", "mask_input", "dtype"})
 TWO_STAGES = BLSTM | {"video_rate", "skip"}
-UNIFIED = BLSTM - {"output"} | {"stack", "lip_layers", "feedback"}
+UNIFIED = BLSTM - {"output"} | {"stack", "video_layers", "feedback"}
 
 SYSTEMS: dict[str, System] = {
     "a_si": System(lambda sizes: SingleStage(sizes, sees=False), uses_video=False, reads=False, options=BLSTM),
@@ -262,7 +262,7 @@ SYSTEMS: dict[str, System] = {
     "v_s2s": System(lambda sizes: Seq2Seq(sizes, hears=False), uses_video=True, reads=False, options=TWO_STAGES - {"mask_input"}),
     "morrone_av_mtl": System(lambda sizes: SingleStage(sizes, ctc="linear"), uses_video=True, reads=True, options=BLSTM),
     "av_unified": System(Unified, uses_video=True, reads=True, options=UNIFIED, drops=True),
-    "asr": System(Recogniser, uses_video=False, reads=True, options=frozenset({"stack"}), restores=False),
+    "asr": System(RecognizerNetwork, uses_video=False, reads=True, options=frozenset({"stack"}), restores=False),
 }
 
 

@@ -46,7 +46,7 @@ class Missing(ValueError):
     exit_code = 75  # EX_TEMPFAIL, as the watchdog's
 
 
-class Found(NamedTuple):
+class DetectedCluster(NamedTuple):
     """A cluster, and the place of this process in it. None is not known: by `asks_jax` jax finds it out from a server."""
 
     name: str
@@ -119,14 +119,14 @@ def start(
     return Topology(found.name, found.coordinator, found.num_processes)
 
 
-def place(mode: str, given: dict, found: Found | None) -> Found | None:
+def place(mode: str, given: dict, found: DetectedCluster | None) -> DetectedCluster | None:
     """The flags over what was found: everything a process must know, or None for one process alone."""
     if found is None and given in ({}, {"num_processes": 1}):
         if mode == "on":
             raise ValueError("--distributed=on, but no cluster found; expected --coordinator, --num_processes and --process_id, or "
                              "a start by SLURM (srun), Open MPI, Kubernetes or on a TPU pod")  # fmt: skip
         return None
-    found = found or Found("flags", None, None, None)
+    found = found or DetectedCluster("flags", None, None, None)
     for name in FLAGS[1:]:
         if name in given and getattr(found, name) not in (None, given[name]):
             raise ValueError(f"--{name}={given[name]}, but {found.name} says {getattr(found, name)}; expected the same")
@@ -150,7 +150,7 @@ def _flags(names) -> str:
     return " and ".join(f"--{name}" for name in names)
 
 
-def _join(found: Found, timeout_s: float, heartbeat_s: int) -> None:
+def _join(found: DetectedCluster, timeout_s: float, heartbeat_s: int) -> None:
     """jax.distributed.initialize, in a thread: where the others don't come it would end the process instead of saying so."""
     import jax
 
@@ -226,17 +226,17 @@ def _shut_down() -> None:
 # -------------------------------------------------------------------------------------------------------------------- detecting
 
 
-def detect(env: Mapping[str, str], *, tpu_vm: Callable[[], bool] = lambda: False) -> Found | None:
+def detect(env: Mapping[str, str], *, tpu_vm: Callable[[], bool] = lambda: False) -> DetectedCluster | None:
     """What started this process, where it started others too; None: this process is alone. `tpu_vm` is asked last."""
     said = _variables(env)
     if len(said) == len(FLAGS):
-        return Found("JAX_* variables", **said)
+        return DetectedCluster("JAX_* variables", **said)
     for find in (_open_mpi, _slurm, _tpu_hosts, _kubernetes):
         if found := find(env):
             return found._replace(**said)
     if _may_use_tpu(env) and tpu_vm():
-        return Found("TPU VM", None, None, None, asks_jax=True)._replace(**said)
-    return Found("JAX_* variables", *(said.get(name) for name in FLAGS)) if said else None
+        return DetectedCluster("TPU VM", None, None, None, asks_jax=True)._replace(**said)
+    return DetectedCluster("JAX_* variables", *(said.get(name) for name in FLAGS)) if said else None
 
 
 def _variables(env: Mapping[str, str]) -> dict:
@@ -251,7 +251,7 @@ def _number(env: Mapping[str, str], name: str, default: int = 0) -> int:
         raise ValueError(f"{name}: found {env[name]!r}, expected a whole number") from error
 
 
-def _open_mpi(env: Mapping[str, str]) -> Found | None:
+def _open_mpi(env: Mapping[str, str]) -> DetectedCluster | None:
     """mpirun. Version 4 says where it was started; of 5 the address is known only where all processes are on one machine."""
     count = _number(env, "OMPI_COMM_WORLD_SIZE")
     if count < 2:
@@ -261,10 +261,10 @@ def _open_mpi(env: Mapping[str, str]) -> Found | None:
     host = "127.0.0.1" if here == count else address and (address[1] or f"[{address[2]}]")
     job = int(started.partition(".")[0]) >> 12 if address else zlib.crc32(env.get("PMIX_NAMESPACE", "").encode())
     devices = share_of_devices(env, _number(env, "OMPI_COMM_WORLD_LOCAL_RANK"), here)
-    return Found("Open MPI", host and f"{host}:{_port(env, job)}", count, _number(env, "OMPI_COMM_WORLD_RANK"), devices)
+    return DetectedCluster("Open MPI", host and f"{host}:{_port(env, job)}", count, _number(env, "OMPI_COMM_WORLD_RANK"), devices)
 
 
-def _slurm(env: Mapping[str, str]) -> Found | None:
+def _slurm(env: Mapping[str, str]) -> DetectedCluster | None:
     """A step of more than one task. A batch script or a login shell is outside of any step, or is a step of one."""
     count = _number(env, "SLURM_STEP_NUM_TASKS") or _number(env, "SLURM_NTASKS")
     if count < 2 or not all(env.get(k) for k in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")):
@@ -272,7 +272,7 @@ def _slurm(env: Mapping[str, str]) -> Found | None:
     host = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", env["SLURM_STEP_NODELIST"]).split(",")[0]  # a[01-03,7],b -> a01
     job, step = _number(env, "SLURM_JOB_ID"), _number(env, "SLURM_STEP_ID")
     devices = share_of_devices(env, _number(env, "SLURM_LOCALID"), slurm_tasks_here(env))
-    return Found(f"SLURM job {job}", f"{host}:{_port(env, job + step)}", count, _number(env, "SLURM_PROCID"), devices)
+    return DetectedCluster(f"SLURM job {job}", f"{host}:{_port(env, job + step)}", count, _number(env, "SLURM_PROCID"), devices)
 
 
 def slurm_tasks_here(env: Mapping[str, str]) -> int:
@@ -295,7 +295,7 @@ def share_of_devices(env: Mapping[str, str], rank: int, count: int) -> list[int]
     return list(range(rank * each, (rank + 1) * each)) or None
 
 
-def _tpu_hosts(env: Mapping[str, str]) -> Found | None:
+def _tpu_hosts(env: Mapping[str, str]) -> DetectedCluster | None:
     """The hosts of a TPU slice, of one slice or several, as GKE names them."""
     hosts = [h for h in (env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES", "")).split(",") if h]
     slices = _number(env, "MEGASCALE_NUM_SLICES", 1)
@@ -303,15 +303,15 @@ def _tpu_hosts(env: Mapping[str, str]) -> Found | None:
         return None
     first = (env.get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]).partition(":")[0]
     process = _number(env, "TPU_WORKER_ID") + _number(env, "MEGASCALE_SLICE_ID") * len(hosts) if env.get("TPU_WORKER_ID") else None
-    return Found("TPU pod", f"{first}:{env.get('JAX_COORDINATOR_PORT') or TPU_PORT}", len(hosts) * slices, process)
+    return DetectedCluster("TPU pod", f"{first}:{env.get('JAX_COORDINATOR_PORT') or TPU_PORT}", len(hosts) * slices, process)
 
 
-def _kubernetes(env: Mapping[str, str]) -> Found | None:
+def _kubernetes(env: Mapping[str, str]) -> DetectedCluster | None:
     """A pod of an indexed Job or JobSet. How many there are only Kubernetes knows; jax asks it, by the package of that name."""
     if not (env.get("KUBERNETES_SERVICE_HOST") and env.get("JOB_COMPLETION_INDEX")):
         return None
     asks = importlib.util.find_spec("kubernetes") is not None
-    return Found("Kubernetes job", None, None, _number(env, "JOB_COMPLETION_INDEX"), asks_jax=asks)
+    return DetectedCluster("Kubernetes job", None, None, _number(env, "JOB_COMPLETION_INDEX"), asks_jax=asks)
 
 
 def _may_use_tpu(env: Mapping[str, str]) -> bool:

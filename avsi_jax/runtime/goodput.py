@@ -20,7 +20,7 @@ START, COMPILE, RESTORE, DATA, STEP, VALIDATION, CHECKPOINT, BARRIER = (
 CAUSES = (START, COMPILE, RESTORE, DATA, STEP, VALIDATION, CHECKPOINT, BARRIER, "lost", "down")
 
 
-class Phases:
+class PhaseTimer:
     """now: what is being done, since when (`time.monotonic`) and as how manieth thing; step: the last one done; longest: s a phase
     took at most, its first time aside.
     """

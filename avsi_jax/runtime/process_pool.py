@@ -25,7 +25,7 @@ _starting = threading.Lock()  # held while a child starts: what is changed for i
 AHEAD = 2  # jobs given to a child: one it works on, one that waits
 
 
-class Outcome(NamedTuple):
+class JobOutcome(NamedTuple):
     """Of one job: its result, or why there is none ('' where there is a result)."""
 
     index: int
@@ -42,7 +42,7 @@ def run(
     memory_mb: int,
     start: Callable | None = None,
     ahead: int = AHEAD,
-) -> Iterator[Outcome]:
+) -> Iterator[JobOutcome]:
     """work(*job) for every job, in `workers` children, outcomes in any order.
 
     work and start (called first in every child) are functions of a module. memory_mb: address space that a child may take beyond
@@ -66,7 +66,7 @@ def run(
             child.end()
 
 
-def _collect(children, work, limits, timeout_s, waiting) -> Iterator[Outcome]:
+def _collect(children, work, limits, timeout_s, waiting) -> Iterator[JobOutcome]:
     """What the children have to say within a second or timeout_s, dead and late ones replaced."""
     multiprocessing.connection.wait([c.pipe for c in children] + [c.process.sentinel for c in children], min(1, timeout_s))
     for place, child in enumerate(children):
@@ -86,7 +86,7 @@ def _collect(children, work, limits, timeout_s, waiting) -> Iterator[Outcome]:
             (index, _), *others = child.given.items()
             waiting.extendleft(reversed(others))
             children[place] = _Child(work, limits)
-            yield Outcome(index, None, lost)
+            yield JobOutcome(index, None, lost)
 
 
 def _cause(child: _Child) -> str:
@@ -126,7 +126,7 @@ class _Child:
             while (job := self.mail.get()) is not None:
                 self.pipe.send_bytes(job)
 
-    def take(self) -> Outcome | None:
+    def take(self) -> JobOutcome | None:
         """What it says next; None for that it has started."""
         index, result, error = self.pipe.recv()
         self.since = time.monotonic()
@@ -135,10 +135,10 @@ class _Child:
             return None
         del self.given[index]
         if isinstance(error, MemoryError):
-            return Outcome(index, None, "needs more memory than a clip may take")
+            return JobOutcome(index, None, "needs more memory than a clip may take")
         if error is not None:
             raise error
-        return Outcome(index, result)
+        return JobOutcome(index, result)
 
     def end(self) -> None:
         self.process.kill()

@@ -28,14 +28,14 @@ class Stopped(Exception):
         self.exit_code = 128 + signum
 
 
-class Stopping:
+class StopSignals:
     """asked: the signal that came, 0 while none did. Until `there_is_work()` is said, a signal ends the process at once."""
 
     def __init__(self, say: Callable[[str], None], grace_s: float = GRACE_S):
         self.asked, self._say, self._grace_s, self._work = 0, say, grace_s, False
         self._lock, self._timer, self._since = threading.Lock(), None, 0.0
 
-    def install(self) -> Stopping:
+    def install(self) -> StopSignals:
         """Takes the signals; from the main thread only."""
         ours, self._theirs = socket.socketpair()
         self._theirs.setblocking(False)

@@ -55,7 +55,7 @@ class Watchdog:
     and never less than SLOW times the longest of its kind so far.
     """
 
-    def __init__(self, workdir, phases: phases_lib.Phases, bound_s: float, say: Callable[[str], None], *, rank=0, count=1):
+    def __init__(self, workdir, phases: phases_lib.PhaseTimer, bound_s: float, say: Callable[[str], None], *, rank=0, count=1):
         self.workdir, self.phases, self.bound_s, self.say, self.rank, self.count = workdir, phases, bound_s, say, rank, count
         self.beats_s = min(BEATS_S, bound_s / 5) if bound_s else BEATS_S
         self._over = threading.Event()

@@ -13,8 +13,8 @@ import traceback
 
 from avsi_jax import configs
 from avsi_jax.runtime import distributed
-from avsi_jax.runtime.goodput import Phases
-from avsi_jax.runtime.signals import Stopped, Stopping
+from avsi_jax.runtime.goodput import PhaseTimer
+from avsi_jax.runtime.signals import Stopped, StopSignals
 from avsi_jax.training.progress_log import Console
 
 
@@ -112,7 +112,7 @@ def alone_or_left(error: Exception, console: Console) -> int:
 
 def run(config, known, console: Console) -> int:
     """Joins the other processes, trains or replays; the command's exit code."""
-    phases, stopping = Phases(), Stopping(console.warn).install()
+    phases, stop_signals = PhaseTimer(), StopSignals(console.warn).install()
     try:
         topology = distributed.start(known.distributed, known.coordinator, known.num_processes, known.process_id)
         import jax
@@ -132,13 +132,13 @@ def run(config, known, console: Console) -> int:
             replay(config, known.workdir, known.replay, **options)
         else:
             with jax.debug_nans(config.debug_nans):
-                loop.train(config, known.workdir, stopping=stopping, phases=phases, **options)
+                loop.train(config, known.workdir, stop_signals=stop_signals, phases=phases, **options)
     except FloatingPointError:
         if config.debug_nans:  # the line that made it is what one looks for
             traceback.print_exc()
         raise
     finally:
-        stopping.uninstall()
+        stop_signals.uninstall()
     return 0
 
 

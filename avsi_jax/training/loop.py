@@ -18,13 +18,13 @@ import numpy as np
 from avsi_jax.data import local_copy
 from avsi_jax.models.build import read_normalisation
 from avsi_jax.runtime import storage
-from avsi_jax.runtime.goodput import CHECKPOINT, COMPILE, DATA, RESTORE, START, STEP, VALIDATION, Phases, read_status
+from avsi_jax.runtime.goodput import CHECKPOINT, COMPILE, DATA, RESTORE, START, STEP, VALIDATION, PhaseTimer, read_status
 from avsi_jax.runtime.signals import Stopped
 from avsi_jax.runtime.watchdog import STATUS, Watchdog, check_alone
 from avsi_jax.training.objective import learning_rate, make_optimiser
 from avsi_jax.training.progress_log import Console
 from avsi_jax.training.run_directory import METRICS, TIMING, add_row, check_config, cut_rows, read_rows, timing, write_run
-from avsi_jax.training.summaries import Looks
+from avsi_jax.training.summaries import Summaries
 from avsi_jax.training.train_step import (
     Means,
     NonFinite,
@@ -37,7 +37,7 @@ from avsi_jax.training.train_step import (
 
 NONFINITE = "nonfinite.json"
 LEAST = dict.fromkeys(("batch_size", "epochs", "validate_every", "checkpoint_every", "keep"), 1) | dict.fromkeys(
-    ("watchdog_s", "checkpoint_seconds", "pictures_every", "early_stop_patience"), 0
+    ("watchdog_s", "checkpoint_seconds", "images_every", "early_stop_patience"), 0
 )
 
 
@@ -136,7 +136,7 @@ def first_refuses(look, rank: int):
     return found
 
 
-class Asked:
+class StopRequests:
     """What any process was asked to do, agreed on by all before the same step: to stop (a signal), to save (the first one's clock).
 
     On an accelerator an answer is read a few steps late, so that its queue never runs empty.
@@ -144,10 +144,10 @@ class Asked:
 
     LATE = 2
 
-    def __init__(self, stopping, seconds: float, rank: int, count: int):
+    def __init__(self, stop_signals, seconds: float, rank: int, count: int):
         from avsi_jax.runtime import devices
 
-        self._stopping, self._seconds, self._rank, self._count = stopping, seconds, rank, count
+        self._stopping, self._seconds, self._rank, self._count = stop_signals, seconds, rank, count
         self._agree = devices.agree
         self._saved, self._pending = time.monotonic(), []
         self._late = 0 if devices.devices_share_cores() else self.LATE
@@ -173,17 +173,19 @@ class Asked:
 # ---- loop ----------------------------------------------------------------------------------------------------------------------
 
 
-def train(config, workdir, *, how: str = "pmap", cache_dir: str = "", stopping=None, console=None, phases=None) -> dict[str, float]:
+def train(
+    config, workdir, *, how: str = "pmap", cache_dir: str = "", stop_signals=None, console=None, phases=None
+) -> dict[str, float]:
     """Trains until config.epochs or early stop, resuming from the workdir's newest whole checkpoint; returns the last metrics.
 
     how: 'pmap' or 'shard_map' (config.debug_nans: neither).
     stopping: the Stopping that is told of signals; then Stopped ends the training once all is saved.
     """
     with contextlib.ExitStack() as at_end:  # whatever ends the run: what is being saved is saved
-        return _train(config, workdir, how, cache_dir, stopping, console, phases, at_end)
+        return _train(config, workdir, how, cache_dir, stop_signals, console, phases, at_end)
 
 
-def _train(config, workdir, how, cache_dir, stopping, console, phases, at_end: contextlib.ExitStack) -> dict[str, float]:
+def _train(config, workdir, how, cache_dir, stop_signals, console, phases, at_end: contextlib.ExitStack) -> dict[str, float]:
     from avsi_jax.runtime import devices
 
     devices.use_every_core(config.batch_size)
@@ -196,7 +198,7 @@ def _train(config, workdir, how, cache_dir, stopping, console, phases, at_end: c
     # 1. What was asked for, refused before any work where it cannot be.
     workdir, rank, count = storage.folder(workdir), jax.process_index(), jax.process_count()
     how = devices.UNMAPPED if config.debug_nans else how
-    console, phases = console or Console(rank), phases or Phases()
+    console, phases = console or Console(rank), phases or PhaseTimer()
     data = open_data(config, cache_dir)
     steps_per_epoch, normalisation = data.steps_per_epoch, data.normalisation
     optimiser = make_optimiser(config, steps_per_epoch)
@@ -238,8 +240,8 @@ def _train(config, workdir, how, cache_dir, stopping, console, phases, at_end: c
     validation_step = devices.map_evaluation_step(make_validation_step(config, normalisation), how=how, per_clip=True)
     share = {"process_index": rank, "process_count": count}
     batches = input_pipeline.train_batches(data.training, config.batch_size, config.seed, start_step=step, **share)
-    asked, rate = Asked(stopping, config.checkpoint_seconds, rank, count), learning_rate(config, steps_per_epoch)
-    look = Looks(config, workdir, data.validation, normalisation, step, console.warn) if rank == 0 else None
+    asked, rate = StopRequests(stop_signals, config.checkpoint_seconds, rank, count), learning_rate(config, steps_per_epoch)
+    look = Summaries(config, workdir, data.validation, normalisation, step, console.warn) if rank == 0 else None
     if look:
         at_end.callback(look.close)
 
@@ -295,8 +297,8 @@ def _train(config, workdir, how, cache_dir, stopping, console, phases, at_end: c
                 compiled, step = True, step + 1
                 phases.step = step
                 phases.enter(STEP)
-                if stopping:
-                    stopping.there_is_work()
+                if stop_signals:
+                    stop_signals.there_is_work()
                 means.add(metrics, step)
                 speed = (step - steps_begun) / (time.monotonic() - epoch_began)
                 console.tick(epoch + 1, step - epoch * steps_per_epoch, steps_per_epoch, speed)
@@ -306,7 +308,7 @@ def _train(config, workdir, how, cache_dir, stopping, console, phases, at_end: c
                 if signum:
                     leave(signum)
                 if look:
-                    look.picture(step, state.averaged)
+                    look.image(step, state.averaged)
             row = {"step": step, "epoch": epoch + 1} | means.result(config, "train")
             train_seconds = time.monotonic() - epoch_began
             last = epoch + 1 == config.epochs

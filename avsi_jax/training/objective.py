@@ -76,11 +76,11 @@ def make_objective(config, normalisation=None, train: bool = True):
 
     model, feature_config = build.make_model(config), build.make_feature_config(config, normalisation)
     system = systems.get(config.system)
-    changes = {k: v for k, v in config.augment.items() if k != "lose_sound"}
-    if not system.drops and (config.augment.lose_video or config.augment.lose_sound):
-        raise ValueError(f"config.augment: {config.system} can't lose a stream; expected lose_video and lose_sound 0")
+    changes = {k: v for k, v in config.augment.items() if k != "drop_audio"}
+    if not system.drops and (config.augment.drop_video or config.augment.drop_audio):
+        raise ValueError(f"config.augment: {config.system} can't lose a stream; expected drop_video and drop_audio 0")
     for name, share in config.augment.items():
-        most = {"speed": 0.5, "stretch": 1, "mirror": 1, "lose_video": 1, "lose_sound": 1, "trim": 1}.get(name, math.inf)
+        most = {"speed": 0.5, "stretch": 1, "mirror": 1, "drop_video": 1, "drop_audio": 1, "trim": 1}.get(name, math.inf)
         if not 0 <= share <= most:
             raise ValueError(f"config.augment.{name}: found {share}, expected 0 to {most}")
     labels = ("phones", "phone_length") if config.ctc_units == "phones" else ("labels", "label_length")
@@ -95,7 +95,7 @@ def make_objective(config, normalisation=None, train: bool = True):
         output = model.apply({"params": params}, features, train, rngs={"dropout": dropping} if train else None)
         weight = batch["weight"]
         whole = features.valid * weight[:, None]
-        hole = features.mask * whole
+        gap = features.mask * whole
         near = losses.near(features.mask, config.loss.near_frames, features.valid) * whole
         terms = {}
         if system.restores:
@@ -113,7 +113,7 @@ def make_objective(config, normalisation=None, train: bool = True):
         if system.restores:
             restored = systems.composite(output.level, features)
             levels = (features_lib.to_level(x, feature_config) for x in (restored, features.target))
-            terms["gap_l1"] = losses.spectrogram_error(*levels, hole, "l1")  # Means.result turns levels into dB
+            terms["gap_l1"] = losses.spectrogram_error(*levels, gap, "l1")  # Means.result turns levels into dB
         return Objective(total, terms, features, output)
 
     def draw(key, losing, batch, step):
@@ -123,13 +123,15 @@ def make_objective(config, normalisation=None, train: bool = True):
             return jnp.zeros((len(batch["audio"]), 1, 2), jnp.int32)
         if train and config.gaps.curriculum_steps:
             grown = jnp.minimum((step + 1) / config.gaps.curriculum_steps, 1.0)
-            how |= {k: how[k] * grown for k in ("low_ms", "high_ms")}
+            how |= {k: how[k] * grown for k in ("total_mean_ms", "total_std_ms", "total_min_ms", "total_max_ms")}
         drawn = gap_masks.draw_batch(key, batch["id_hash"], batch["audio_length"], **how)
-        if not (train and config.augment.lose_sound):
+        if not (train and config.augment.drop_audio):
             return drawn
-        lost = jax.vmap(lambda h: jax.random.uniform(jax.random.fold_in(losing, h)))(batch["id_hash"])
-        lost = (lost < config.augment.lose_sound) & batch["landmarks_valid"].any(-1)  # a clip that lost its lips keeps its sound
+        missing = jax.vmap(lambda h: jax.random.uniform(jax.random.fold_in(losing, h)))(batch["id_hash"])
+        missing = (missing < config.augment.drop_audio) & batch["landmarks_valid"].any(
+            -1
+        )  # a clip that lost its lips keeps its sound
         everything = jnp.zeros_like(drawn).at[:, 0, 1].set(batch["audio_length"])
-        return jnp.where(lost[:, None, None], everything, drawn)
+        return jnp.where(missing[:, None, None], everything, drawn)
 
     return objective

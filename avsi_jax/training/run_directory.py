@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from avsi_jax.runtime import storage
+from avsi_jax.training import old_names
 
 if TYPE_CHECKING:
     from avsi_jax.data.features import Normalisation
@@ -27,15 +28,15 @@ PACKAGES = ("avsi_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "g
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
 MAY_CHANGE = set(  # on a resume: what changes no number of a step that is done
-    "epochs data_dir validate_every checkpoint_every checkpoint_seconds keep early_stop_patience lstm watchdog_s pictures_every "
+    "epochs data_dir validate_every checkpoint_every checkpoint_seconds keep early_stop_patience lstm watchdog_s images_every "
     "debug_nans".split()
 )
 LATER_FIELDS = {  # of the config: what runs did that are older than the field
     "levels": "preset", "motion": "pixels", "fidelity": "ours", "video_rate": "audio", "ctc_units": "characters",
-    "mask_input": False, "bottleneck_relu": True, "skip": False, "stack": 1, "lip_layers": 0, "feedback": 0, "dropout": 0.0,
-    "dtype": "float32", "accumulate": 1, "ema": 0.0, "checkpoint_seconds": 60.0, "pictures_every": 0, "watchdog_s": 60.0,
+    "mask_input": False, "bottleneck_relu": True, "skip": False, "stack": 1, "video_layers": 0, "feedback": 0, "dropout": 0.0,
+    "dtype": "float32", "accumulate": 1, "ema": 0.0, "checkpoint_seconds": 60.0, "images_every": 0, "watchdog_s": 60.0,
     "debug_nans": False, "gaps": {"curriculum_steps": 0}, "loss": {"near_frames": 0},
-    "augment": dict.fromkeys("speed gain_db mirror stretch noise_px jitter_ms lose_video lose_sound trim".split(), 0.0),
+    "augment": dict.fromkeys("speed gain_db mirror stretch noise_px jitter_ms drop_video drop_audio trim".split(), 0.0),
 }  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def _check_dataset(workdir, dataset: dict) -> None:
 
 def read_config(workdir) -> dict:
     """config.json, with fields that came later as the run did it."""
-    return filled_up(json.loads((workdir / CONFIG).read_text()), LATER_FIELDS)
+    return filled_up(old_names.current_config(json.loads((workdir / CONFIG).read_text())), LATER_FIELDS)
 
 
 def filled_up(fields: dict, later: dict) -> dict:

@@ -7,20 +7,20 @@ from collections.abc import Callable
 
 from avsi_jax.runtime import storage
 from avsi_jax.training.objective import make_objective
-from avsi_jax.training.tensorboard import Board, encode_png, spectrogram_picture
+from avsi_jax.training.tensorboard import EventWriter, encode_png, spectrogram_image
 
-BOARD, PICTURES = "tensorboard", "pictures"
+BOARD, VIDEO = "tensorboard", "pictures"
 CLIPS = 4
 
 
-class Looks:
+class Summaries:
     """The board and the pictures of one run, which goes on from `step`. What can't be written is told, and done without."""
 
     def __init__(self, config, workdir, validation, normalisation, step: int, warn: Callable[[str], None]):
         self._config, self._workdir, self._validation, self._normalisation = config, workdir, validation, normalisation
         self._warn, self._restore, self._board = warn, None, None
         with self._told():
-            self._board = Board(workdir / BOARD, step)
+            self._board = EventWriter(workdir / BOARD, step)
             self._board.text("config", config.to_json(indent=2), step)
 
     @contextlib.contextmanager
@@ -38,20 +38,20 @@ class Looks:
                 self._board.scalars(step, {f"timing_{k}": v for k, v in times.items() if k != "step"})
                 self._board.flush()
 
-    def picture(self, step: int, params) -> None:
-        """The first validation clips as damaged, restored and recorded, where config.pictures_every says so."""
+    def image(self, step: int, params) -> None:
+        """The first validation clips as damaged, restored and recorded, where config.images_every says so."""
         from avsi_jax.models import systems
 
-        every = self._config.pictures_every
+        every = self._config.images_every
         if not every or step % every or not systems.get(self._config.system).restores:
             return
         if self._restore is None:
             self._restore = self._first_clips()
-        picture = spectrogram_picture(*self._restore(params))
+        image = spectrogram_image(*self._restore(params))
         with self._told():
-            storage.write_bytes(self._workdir / PICTURES / f"{step:07d}.png", encode_png(picture))
+            storage.write_bytes(self._workdir / VIDEO / f"{step:07d}.png", encode_png(image))
             if self._board:
-                self._board.image(step, "restored", picture)
+                self._board.image(step, "restored", image)
                 self._board.flush()
 
     def _first_clips(self):

@@ -33,7 +33,7 @@ WHITE = (255, 255, 255)
 BLACK = (0, 0, 0)
 
 
-class Board:
+class EventWriter:
     """Writes the event files of one training; only process 0 makes one.
 
     folder: on a disk or gs://. start_step: the step training goes on from, 0 for a new one. What a run before this one wrote of
@@ -65,10 +65,10 @@ class Board:
         tensor = _part(8, _number(1, 7) + _part(2, _part(2, _number(1, 1))) + _string(8, as_it_is))  # 7: strings, shape (1,)
         self._add(_part(5, _value(name, metadata + tensor)), step)
 
-    def image(self, step: int, name: str, picture: np.ndarray) -> None:
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """A picture (H, W, 3) uint8."""
-        height, width, _ = picture.shape
-        image = _number(1, height) + _number(2, width) + _number(3, 3) + _part(4, encode_png(picture))
+        height, width, _ = pixels.shape
+        image = _number(1, height) + _number(2, width) + _number(3, 3) + _part(4, encode_png(pixels))
         self._add(_part(5, _value(name, _part(4, image))), step)
 
     def flush(self) -> None:
@@ -137,8 +137,8 @@ def _varint(value: int) -> bytes:
 # ---------------------------------------------------------------------------------------------------------------- pictures
 
 
-def spectrogram_picture(
-    damaged: np.ndarray, restored: np.ndarray, original: np.ndarray, mask: np.ndarray, titles: Sequence[str] = ()
+def spectrogram_image(
+    masked: np.ndarray, restored: np.ndarray, original: np.ndarray, mask: np.ndarray, titles: Sequence[str] = ()
 ) -> np.ndarray:
     """Levels (B, F, K) and gap frames (B, F) bool of a few clips -> (H, W, 3) uint8: a column a clip, three panels in each.
 
@@ -150,9 +150,9 @@ def spectrogram_picture(
     columns = []
     for i in range(len(original)):
         scale = float(np.percentile(original[i], 2)), float(np.max(original[i]))  # 2 %: padding is silent
-        rows = [("damaged", damaged[i]), ("restored", restored[i]), ("original", original[i])]
+        rows = [("masked", masked[i]), ("restored", restored[i]), ("original", original[i])]
         if i < len(titles):
-            rows[0] = (f"{titles[i]}: damaged", damaged[i])
+            rows[0] = (f"{titles[i]}: damaged", masked[i])
         columns.append(np.concatenate([_panel(level, mask[i], name, scale) for name, level in rows]))
     return np.concatenate(columns, axis=1)
 
@@ -171,16 +171,16 @@ def _panel(level: np.ndarray, mask: np.ndarray, title: str, scale: tuple[float, 
     edges = np.flatnonzero(np.diff(gap.astype(np.int8), prepend=0, append=0))
     height, width, _ = colours.shape
     panel = np.full((TITLE + MARK + height + SPACE, width + SPACE, 3), WHITE, np.uint8)
-    picture = panel[TITLE : TITLE + MARK + height, :width]
-    picture[MARK:] = colours
-    picture[:MARK, gap] = RED
-    picture[MARK:, np.minimum(edges, width - 1)] = WHITE
+    image = panel[TITLE : TITLE + MARK + height, :width]
+    image[MARK:] = colours
+    image[:MARK, gap] = RED
+    image[MARK:, np.minimum(edges, width - 1)] = WHITE
     cv2.putText(panel, title, (1, TITLE - 5), cv2.FONT_HERSHEY_SIMPLEX, 0.38, BLACK, 1, cv2.LINE_AA)
     return panel
 
 
-def encode_png(picture: np.ndarray) -> bytes:
+def encode_png(image: np.ndarray) -> bytes:
     """(H, W, 3) uint8, RGB -> a PNG file's bytes; save them with storage.write_bytes."""
     import cv2
 
-    return cv2.imencode(".png", picture[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 6])[1].tobytes()
+    return cv2.imencode(".png", image[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 6])[1].tobytes()

@@ -91,12 +91,12 @@ def case(clip, num_clips, kind, gaps, other=None):
     """((mouth, seen, sound, heard), s by which the sound is late) of a clip in step, 'shifted', or with the sound of `other`."""
     rng = generator(clip.clip_id, num_clips, kind, gaps)
     offset_s = float(rng.uniform(*SHIFTS_S)) if kind == "shifted" else 0.0
-    samples, lost = moved((other or clip).samples, offset_s), []
+    samples, missing = moved((other or clip).samples, offset_s), []
     for i in range(num_clips if gaps else 0):
         length = rng.uniform(*GAPS_S)
         start = 3 * i + rng.uniform(0, 2.95 - length)
-        lost.append((start, start + length))
-    return av_sync.features(clip.points, clip.valid, clip.times, samples, RATE, lost, clip.lag_s), offset_s
+        missing.append((start, start + length))
+    return av_sync.features(clip.points, clip.valid, clip.times, samples, RATE, missing, clip.lag_s), offset_s
 
 
 def rows_of(clips, num_clips) -> list[Clip]:
@@ -111,7 +111,7 @@ def rows_of(clips, num_clips) -> list[Clip]:
     ]
 
 
-def measure_all(clips, mouth, sound) -> dict[str, np.ndarray]:
+def measure_all(clips, mouth, audio) -> dict[str, np.ndarray]:
     """All clips and rows of them, in step, out of step and with another's sound; whole and with gaps: arrays (C, ...)."""
     lines = []
     for num_clips in LENGTHS:
@@ -122,7 +122,7 @@ def measure_all(clips, mouth, sound) -> dict[str, np.ndarray]:
                 other = same[generator(row.clip_id, num_clips, gaps).integers(len(same))] if same else None
                 for kind in ("in step", "shifted", "other")[: 3 if same else 2]:
                     (x, seen, y, heard), offset_s = case(row, num_clips, kind, gaps, other if kind == "other" else None)
-                    found, frames = av_sync.correlations(x @ mouth, seen, y @ sound, heard)
+                    found, frames = av_sync.correlations(x @ mouth, seen, y @ audio, heard)
                     lines.append((row.group, row.fitted, num_clips, gaps, kind, offset_s, found, frames))
     return dict(zip(("group", "half", "n", "gaps", "kind", "off", "found", "frames"), map(np.array, zip(*lines))))
 
@@ -139,18 +139,18 @@ def fit_sums(clips):
     counts = {s: sum(c.speaker == s for c in clips) for s in {c.speaker for c in clips}}
     xx = xy = yy = 0
     for clip in clips:
-        (mouth, seen, sound, heard), _ = case(clip, 1, "in step", False)
-        sound, heard = sound[av_sync.reach() :][: len(mouth)], heard[av_sync.reach() :][: len(mouth)]
-        x, y = mouth[seen & heard], sound[seen & heard]
+        (mouth, seen, audio, heard), _ = case(clip, 1, "in step", False)
+        audio, heard = audio[av_sync.reach() :][: len(mouth)], heard[av_sync.reach() :][: len(mouth)]
+        x, y = mouth[seen & heard], audio[seen & heard]
         w = counts[clip.speaker] ** -0.5
         xx, xy, yy = xx + w * x.T @ x, xy + w * x.T @ y, yy + w * y.T @ y
     whiten = [np.linalg.inv(np.linalg.cholesky(c + RIDGE * np.trace(c) / len(c) * np.eye(len(c)))) for c in (xx, yy)]
     u, r, v = np.linalg.svd(whiten[0] @ xy @ whiten[1].T)
-    mouth, sound = whiten[0].T @ u[:, :SUMS], whiten[1].T @ v[:SUMS].T
-    return np.round(mouth / np.abs(mouth).max(0), 3), np.round(sound / np.abs(sound).max(0), 3), r[:SUMS]
+    mouth, audio = whiten[0].T @ u[:, :SUMS], whiten[1].T @ v[:SUMS].T
+    return np.round(mouth / np.abs(mouth).max(0), 3), np.round(audio / np.abs(audio).max(0), 3), r[:SUMS]
 
 
-def fit_certainty(table, mouth, sound, likeness) -> av_sync.Model:
+def fit_certainty(table, mouth, audio, likeness) -> av_sync.Model:
     """Sharpness, other and a factor of likeness that make the true lags, and "unrelated" of another's sound, likeliest."""
     unrelated = table["kind"] == "other"
     lags = (np.arange(2 * av_sync.reach() + 1) - av_sync.reach()) * av_sync.STEP_S
@@ -162,7 +162,7 @@ def fit_certainty(table, mouth, sound, likeness) -> av_sync.Model:
             weight[these] = 1 / max(1, these.sum())
 
     def model(v):
-        return av_sync.Model(mouth, sound, np.clip(likeness * v[2], 0.05, 0.97), float(np.exp(v[0])), float(v[1]))
+        return av_sync.Model(mouth, audio, np.clip(likeness * v[2], 0.05, 0.97), float(np.exp(v[0])), float(v[1]))
 
     def loss(v):
         log_odds = np.maximum(av_sync.evidence(table["found"], table["frames"], model(v)), -1e9)
@@ -229,7 +229,7 @@ def show_numbers(model, sure) -> None:
     print(
         f"SURE = {sure}\nLEARNED: likeness {np.round(model.likeness, 3)}, sharpness {model.sharpness:.4f}, other {model.other:.2f}"
     )
-    for name, weights in (("mouth", model.mouth), ("sound", model.sound)):
+    for name, weights in (("mouth", model.mouth), ("sound", model.audio)):
         print(name, *(" ".join(f"{w:g}" for w in column) for column in weights.T), sep="\n")
 
 
@@ -247,7 +247,7 @@ def main() -> None:
         model = fit_certainty(fitted, *sums)
         sure = choose_sure(fitted, model)
         show_numbers(model, sure)
-    show(measure_all([clip for clip in clips if not clip.fitted], model.mouth, model.sound), model, sure)
+    show(measure_all([clip for clip in clips if not clip.fitted], model.mouth, model.audio), model, sure)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def main() -> None:
         x, y, target = (to_db(level)[mask] for level in (a.level, b.level, a.features.target))
         changes.append(np.abs(x - y).ravel())
         errors.append((np.abs(y - target) - np.abs(x - target)).ravel())
-        same += [i == j for i, j, counts in zip(a.said, b.said, batch["weight"], strict=True) if counts]
+        same += [i == j for i, j, counts in zip(a.transcript, b.transcript, batch["weight"], strict=True) if counts]
     change, error = np.concatenate(changes), np.concatenate(errors)
     print(f"{known.split}, {len(clips.raw)} clips, gaps of {known.gap_ms} ms, step {run.step}: {change.size} values in the gaps")
     few = np.quantile(change, 0.999)

@@ -78,14 +78,14 @@ def damage(x: np.ndarray, rate: int, kind: str, rng) -> tuple[np.ndarray, list[t
 
 def _lose_packets(y, rate, rng):
     packet = round(rng.choice([0.02, 0.03]) * rate)
-    lost, n = np.zeros(len(y) // packet, bool), int(rng.integers(6, 30))
+    missing, n = np.zeros(len(y) // packet, bool), int(rng.integers(6, 30))
     for _ in range(rng.integers(3, 9)):
         size = int(rng.integers(1, 3))
-        lost[n : n + size] = True
+        missing[n : n + size] = True
         n += size + int(rng.integers(1, 20))
-    lost[-6:] = False
-    y[: len(lost) * packet][np.repeat(lost, packet)] = 0
-    edges = np.flatnonzero(np.diff(np.r_[False, lost, False].astype(int))) * packet
+    missing[-6:] = False
+    y[: len(missing) * packet][np.repeat(missing, packet)] = 0
+    edges = np.flatnonzero(np.diff(np.r_[False, missing, False].astype(int))) * packet
     return y, list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
@@ -160,7 +160,7 @@ def score(truth, found, num: int, rate: int, either=()) -> collections.Counter:
 
 
 def spans_of(y: np.ndarray, rate: int) -> list[tuple[int, int]]:
-    return [(h.start, h.end) for h in gap_detection.find_holes(y, rate)]
+    return [(h.start, h.end) for h in gap_detection.detect_gaps(y, rate)]
 
 
 def undamaged(samples: np.ndarray, rate: int, rng) -> dict[tuple[str, str], collections.Counter]:
@@ -200,13 +200,13 @@ def _smooth(rate: int):
 
 def measure(path: pathlib.Path) -> dict[tuple[str, str], collections.Counter]:
     """One clip's counts by (damage, coding)."""
-    sound = clip_io.read_clip(path, pictures=False).sound
+    audio = clip_io.read_clip(path, video=False).audio
     rng = np.random.default_rng(zlib.crc32(path.stem.encode()))
-    rows = undamaged(sound.samples, sound.rate, rng)
+    rows = undamaged(audio.samples, audio.rate, rng)
     for kind in KINDS:
         for coding in ("wav", CODINGS[1 + int(rng.integers(3))]):
             rate = int(rng.choice(RATES[coding]))
-            x = in_shape(sound.samples, sound.rate, rate, int(rng.integers(1, 3)))
+            x = in_shape(audio.samples, audio.rate, rate, int(rng.integers(1, 3)))
             y, truth = damage(x, rate, kind, rng)
             z, after = coded(y, rate, coding)
             y = y if after == rate else clip_io.resample(y[:, 0], rate, after)[:, None]

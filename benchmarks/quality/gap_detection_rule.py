@@ -25,8 +25,8 @@ from avsi_jax.media import clip_io
 def measure(path: pathlib.Path) -> dict:
     """One clip's numbers."""
     landmarks.use_one_thread()
-    rgb = clip_io.read_clip(path, sound=False).pictures.rgb
-    jumps, marked = landmarks.luma_jumps(rgb), landmarks.damaged_until(rgb)
+    rgb = clip_io.read_clip(path, audio=False).video.rgb
+    jumps, marked = landmarks.luma_jumps(rgb), landmarks.corrupt_until(rgb)
     return {
         "speaker": path.parent.name,
         "id": path.stem,
@@ -36,7 +36,7 @@ def measure(path: pathlib.Path) -> dict:
         "jump": float(jumps.max()),
         "jump_at": int(jumps.argmax()) + 1,
         "last_repair": float(jumps[marked - 1]) if 0 < marked <= len(jumps) else None,
-        "highest_not_repair": float(max([j for t, j in enumerate(jumps) if j <= landmarks.REPAIR_JUMP], default=0.0)),
+        "highest_not_repair": float(max([j for t, j in enumerate(jumps) if j <= landmarks.RECOVERY_JUMP], default=0.0)),
     }
 
 
@@ -69,7 +69,7 @@ def print_table(speakers: dict[str, dict], everything: dict) -> None:
             print(f"marked in {name}: " + ", ".join(f"{clip} {n}" for clip, n in row["marked"].items()))
     if everything["least_repair"]:
         print(f"least jump that ends a marked opening {everything['least_repair']:.2f}, highest other jump of marked clips "
-              f"{everything['highest_not_repair']:.2f}; limit {landmarks.REPAIR_JUMP:g}")  # fmt: skip
+              f"{everything['highest_not_repair']:.2f}; limit {landmarks.RECOVERY_JUMP:g}")  # fmt: skip
 
 
 def main(argv=None) -> int:

@@ -47,7 +47,7 @@ def read_clips(data_dir: str, split: str, count: int) -> dict:
     return {k: v for k, v in batch.items() if isinstance(v, np.ndarray) or k == "clip_id"}
 
 
-def sound_of(batch: dict, spec: Spec) -> jax.Array:
+def audio_of(batch: dict, spec: Spec) -> jax.Array:
     """(B, N) at the preset's rate."""
     return stft.decimate(jnp.asarray(restorer_lib.recording(batch, spec)), spec)
 
@@ -58,10 +58,10 @@ def sound_of(batch: dict, spec: Spec) -> jax.Array:
 def speed(batch: dict, preset: str) -> dict:
     """Milliseconds a clip of each chain, ours in a batch and librosa's one clip after the other, in turns; PESQ of both."""
     spec, results = get(preset), {}
-    sound = sound_of(batch, spec)[:BATCH]
-    level, seeds = np.asarray(stft.log_mel(sound, spec)), batch["id_hash"][:BATCH]
+    audio = audio_of(batch, spec)[:BATCH]
+    level, seeds = np.asarray(stft.log_mel(audio, spec)), batch["id_hash"][:BATCH]
     for name, (ours, theirs) in chains(spec, level, seeds).items():
-        results[name] = in_turns(ours, theirs) | scores_of_chain(ours, theirs, np.asarray(sound), spec)
+        results[name] = in_turns(ours, theirs) | scores_of_chain(ours, theirs, np.asarray(audio), spec)
         print(f"{preset} {name}: {results[name]}", file=sys.stderr, flush=True)
     return {"preset": preset, "batch": len(level), "serial": SERIAL, "chains": results, "fill_ms": fill_times(batch, spec)}
 
@@ -74,16 +74,16 @@ def chains(spec: Spec, level: np.ndarray, seeds: np.ndarray) -> dict[str, tuple[
     bands = np.asarray(stft.magnitude_from_level(jnp.asarray(level), spec))
     inverse = np.linalg.pinv(librosa.filters.mel(sr=spec.rate, n_fft=spec.n_fft, n_mels=spec.bands))
 
-    def sound_by_librosa(i, magnitude, iterations, momentum):
+    def audio_by_librosa(i, magnitude, iterations, momentum):
         made = librosa.griffinlim(magnitude, n_iter=iterations, momentum=momentum, random_state=int(seeds[i]), **options)
         return signal.lfilter([1.0], [1.0, -spec.pre_emphasis], made).astype(np.float32)
 
     def paper_by_librosa(i):
-        return sound_by_librosa(i, np.maximum(inverse @ bands[i].T, 1e-10) ** 1.5, griffin_lim.PAPER_ITERATIONS, 0.0)
+        return audio_by_librosa(i, np.maximum(inverse @ bands[i].T, 1e-10) ** 1.5, griffin_lim.PAPER_ITERATIONS, 0.0)
 
     def whole_by_librosa(i):
         magnitude = librosa.feature.inverse.mel_to_stft(bands[i].T, **basis)  # its non-negative least squares
-        return sound_by_librosa(i, magnitude, griffin_lim.WHOLE_ITERATIONS, griffin_lim.MOMENTUM)
+        return audio_by_librosa(i, magnitude, griffin_lim.WGAP_ITERATIONS, griffin_lim.MOMENTUM)
 
     given = {"length": length, "seeds": seeds}
     whole = {"whole_clip": (lambda: griffin_lim.whole_clip(level, spec, **given), whole_by_librosa)}
@@ -114,8 +114,8 @@ def scores_of_chain(ours: Callable, theirs: Callable, true: np.ndarray, spec: Sp
     made = {"ours": np.asarray(ours())[:SERIAL], "librosa": np.stack([theirs(i) for i in range(SERIAL)])}
     metric = "pesq_wb" if spec.rate == RECORD_RATE else "pesq_nb"
     results = {}
-    for name, sounds in made.items():
-        items = [(true[i], sounds[i], spec.rate, ((0.0, true.shape[1] / spec.rate),)) for i in range(SERIAL)]
+    for name, waveforms in made.items():
+        items = [(true[i], waveforms[i], spec.rate, ((0.0, true.shape[1] / spec.rate),)) for i in range(SERIAL)]
         rows = metrics.score_many(items, 1)
         results |= {f"{name}_{m}": round(float(np.mean([r[m] for r in rows])), 3) for m in (metric, "stoi")}
     return results
@@ -127,9 +127,9 @@ def fill_times(batch: dict, spec: Spec) -> list[dict]:
     for size in (1, 16):
         for gap_ms in (300, 900, 1500):
             part = {k: v[:size] for k, v in batch.items()}
-            known, lost = damaged(part, spec, places(part, gap_ms, spec))
-            level = np.asarray(stft.log_mel(sound_of(part, spec), spec))
-            work = lambda a=(level, known, lost), s=part["id_hash"]: np.asarray(griffin_lim.fill_gap(*a, spec, seeds=s))
+            known, missing = masked(part, spec, places(part, gap_ms, spec))
+            level = np.asarray(stft.log_mel(audio_of(part, spec), spec))
+            work = lambda a=(level, known, missing), s=part["id_hash"]: np.asarray(griffin_lim.inpaint_gap(*a, spec, seeds=s))
             work()
             rows.append({"batch": size, "gap_ms": gap_ms, "ms": round(1000 * min(timed(work)[0] for _ in range(2 * ROUNDS)), 1)})
     return rows
@@ -145,39 +145,39 @@ def places(batch: dict, gap_ms: int, spec: Spec) -> np.ndarray:
     return np.asarray([[gap_masks.place_in_speech(c, gap_ms, tuple(s), int(n))] for c, s, n in rows])
 
 
-def damaged(batch: dict, spec: Spec, gap: np.ndarray) -> tuple[jax.Array, jax.Array]:
+def masked(batch: dict, spec: Spec, gap: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Known sound and which samples are lost, (B, N) at the preset's rate."""
-    lost = gap_masks.lost_samples(jnp.asarray(gap), spec.record_samples)
-    return stft.decimate(gap_masks.damage(jnp.asarray(restorer_lib.recording(batch, spec)), lost), spec), gap_masks.lost_at_preset(
-        lost, spec
-    )
+    missing = gap_masks.gap_samples(jnp.asarray(gap), spec.record_samples)
+    return stft.decimate(
+        gap_masks.damage(jnp.asarray(restorer_lib.recording(batch, spec)), missing), spec
+    ), gap_masks.gap_at_preset(missing, spec)
 
 
-def ceilings(batch: dict, run: Path, gap_lengths) -> dict:
+def oracle_mels(batch: dict, run: Path, gap_lengths) -> dict:
     """Scores of true and predicted levels through every vocoder, against the recording at the preset's rate."""
     restorer = restorer_lib.Restorer.from_workdir(run)
     spec, seeds = restorer.spec, jnp.asarray(batch["id_hash"])
-    true_sound = np.asarray(sound_of(batch, spec))
+    true_audio = np.asarray(audio_of(batch, spec))
     arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
-    true = np.asarray(stft.log_mel(true_sound, spec))
-    rows = whole_rows(true, true_sound, batch, spec)
+    true = np.asarray(stft.log_mel(true_audio, spec))
+    rows = whole_rows(true, true_audio, batch, spec)
     for gap_ms in gap_lengths:
         gap = places(batch, gap_ms, spec)
-        known, lost = damaged(batch, spec, gap)
+        known, missing = masked(batch, spec, gap)
         predicted = np.asarray(restorer.restore(arrays, gap).level)
-        sounds = {("damaged", "damaged"): np.asarray(known)}
+        waveforms = {("masked", "masked"): np.asarray(known)}
         for kind, level in (("true", true), ("predicted", predicted)):
-            sounds[kind, "fill_gap"] = griffin_lim.fill_gap(level, known, lost, spec, seeds=seeds)
-            sounds[kind, "splice"] = griffin_lim.splice(level, known, lost, spec, seeds=seeds)
-        for (kind, name), made in sounds.items():
-            rows.append({"level": kind, "vocoder": name, "gap_ms": gap_ms, **scored(true_sound, made, batch, spec, gap)})
+            waveforms[kind, "fill_gap"] = griffin_lim.inpaint_gap(level, known, missing, spec, seeds=seeds)
+            waveforms[kind, "splice"] = griffin_lim.splice(level, known, missing, spec, seeds=seeds)
+        for (kind, name), made in waveforms.items():
+            rows.append({"level": kind, "vocoder": name, "gap_ms": gap_ms, **scored(true_audio, made, batch, spec, gap)})
             if name in ("fill_gap", "splice"):
-                rows[-1] |= seams(np.asarray(made), true_sound, np.asarray(lost), batch, spec)
+                rows[-1] |= seams(np.asarray(made), true_audio, np.asarray(missing), batch, spec)
             print(f"{spec.name} {rows[-1]}", file=sys.stderr, flush=True)
     return {"system": restorer.name, "preset": spec.name, "n": len(true), "rows": rows}
 
 
-def whole_rows(true, true_sound, batch: dict, spec: Spec) -> list[dict]:
+def whole_rows(true, true_audio, batch: dict, spec: Spec) -> list[dict]:
     """The true level of the whole clip, nothing known: what a vocoder of whole clips can keep at most."""
     options = {"length": spec.num_samples, "seeds": jnp.asarray(batch["id_hash"])}
     made = {
@@ -185,7 +185,7 @@ def whole_rows(true, true_sound, batch: dict, spec: Spec) -> list[dict]:
         "paper_inversion": griffin_lim.paper_inversion(true, spec, **options),
     }
     gap = np.stack([0 * batch["audio_length"], np.minimum(batch["audio_length"], spec.record_samples)], -1)[:, None]
-    return [{"level": "true", "vocoder": k, "gap_ms": None, **scored(true_sound, v, batch, spec, gap)} for k, v in made.items()]
+    return [{"level": "true", "vocoder": k, "gap_ms": None, **scored(true_audio, v, batch, spec, gap)} for k, v in made.items()]
 
 
 def scored(true, made, batch: dict, spec: Spec, gap: np.ndarray) -> dict:
@@ -207,19 +207,19 @@ def scores_of(true, made, batch: dict, spec: Spec, gap: np.ndarray) -> dict[str,
 # ---- seams ---------------------------------------------------------------------------------------------------------------------
 
 
-def seams(made: np.ndarray, true: np.ndarray, lost: np.ndarray, batch: dict, spec: Spec) -> dict:
+def seams(made: np.ndarray, true: np.ndarray, missing: np.ndarray, batch: dict, spec: Spec) -> dict:
     """Shares of the seams whose flux, and whose step in level, is above the 95th percentile of the same clip's own speech.
 
     `natural`: of the recording at the same places, which may have an onset there.
     """
     above = {f"{name}{kind}": [] for name in ("flux", "step") for kind in ("", "_natural")}
-    for clip, x, hole, speech in zip(made, true, lost, batch["speech"], strict=True):
-        edges = np.flatnonzero(np.diff(hole.astype(int))) + 1
+    for clip, x, gap, speech in zip(made, true, missing, batch["speech"], strict=True):
+        edges = np.flatnonzero(np.diff(gap.astype(int))) + 1
         inside = np.arange(int(speech[0] * spec.rate), int(speech[1] * spec.rate), spec.rate // 200)
         for name, measure in (("flux", flux), ("step", level_step)):
             usual = np.quantile(measure(x, inside, spec.rate), 0.95)
-            for kind, sound in (("", clip), ("_natural", x)):
-                above[name + kind].extend((measure(sound, edges, spec.rate) > usual).tolist())
+            for kind, audio in (("", clip), ("_natural", x)):
+                above[name + kind].extend((measure(audio, edges, spec.rate) > usual).tolist())
     return {f"{k}_above_p95": round(float(np.mean(v)), 3) for k, v in above.items()} | {"seams": len(above["flux"])}
 
 
@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
         if known.what == "speed":
             found = {f"speed-{p}": speed(batch, p) | machine() for p in known.preset or PRESETS}
         else:
-            results = [ceilings(batch, run, lengths) | {"split": known.split} for run in known.run]
+            results = [oracle_mels(batch, run, lengths) | {"split": known.split} for run in known.run]
             found = {f"ceilings-{r['preset']}": r for r in results}
     except (ValueError, OSError) as error:
         print(f"vocoder.py: {error}", file=sys.stderr)

@@ -83,7 +83,7 @@ def in_other_light(rgb, rng):
 
 def look(video: str, points: np.ndarray, clip_id: str, kind: str):
     """(edges (n, D), share hidden (n,), place (n,)) of a clip's pictures after a change; the points come from the tracker."""
-    rgb, rng = clip_io.read_clip(video, sound=False).pictures.rgb, occlusion.generator(clip_id, kind)
+    rgb, rng = clip_io.read_clip(video, audio=False).video.rgb, occlusion.generator(clip_id, kind)
     share = np.zeros(len(rgb))
     if kind == "things":
         rgb = in_other_light(rgb, rng) if rng.random() < 0.5 else rgb
@@ -109,8 +109,8 @@ def gather(data_dir, raw, split, kinds, max_clips, num_workers):
     jobs = [(str(videos[c]), np.asarray(records[i]["landmarks"]), c, kind) for c, i in place.items() for kind in kinds]
     found: dict = {kind: [] for kind in kinds}
     for o in process_pool.run(look, jobs, workers=num_workers, timeout_s=300, memory_mb=4000, start=occlusion._start):
-        if o.lost:
-            raise SystemExit(f"{jobs[o.index][0]}: {o.lost}")
+        if o.missing:
+            raise SystemExit(f"{jobs[o.index][0]}: {o.missing}")
         found[jobs[o.index][3]].append((o.index, *o.result))
     return {kind: [made[1:] for made in sorted(several, key=lambda m: m[0])] for kind, several in found.items()}
 
@@ -132,7 +132,7 @@ def learn(found):
     print(f"learned from {len(y)} pictures, {int((y < 0).sum())} of them hidden; cost {best.fun:.4f}, {best.nit} iterations")
     weights, bias = best.x[:-1].astype(np.float32), float(best.x[-1])
     calm = np.concatenate([mouth_visibility.smoothed(e @ weights + bias) for e, _, _ in found["as it is"]])
-    return mouth_visibility.Line(weights, bias, float(min(0.0, np.quantile(calm, FALSE_ALARMS))))
+    return mouth_visibility.LinearClassifier(weights, bias, float(min(0.0, np.quantile(calm, FALSE_ALARMS))))
 
 
 def measure(line, found, name):

@@ -29,7 +29,7 @@ from avsi_jax.data import input_pipeline
 from avsi_jax.evaluation import bootstrap
 from avsi_jax.inference import restorer as restorer_lib
 from avsi_jax.presets import RECORD_RATE, get
-from benchmarks.quality import griffin_lim as ceilings
+from benchmarks.quality import griffin_lim as oracle_mels
 
 SPEC = get("wide")
 BINS = SPEC.n_fft // 2 + 1
@@ -77,9 +77,9 @@ class Network(nn.Module):
         return magnitude * jnp.exp(jnp.clip(off, -6, 3)), unit
 
 
-def apply(params, level, known, lost):
+def apply(params, level, known, missing):
     """Magnitudes and phases (B, F, bins) of the network for known sound (B, N) with samples lost."""
-    return Network().apply(params, level, stft.stft(jnp.where(lost, 0.0, known), SPEC), stft.frames_holding(lost, SPEC))
+    return Network().apply(params, level, stft.stft(jnp.where(missing, 0.0, known), SPEC), stft.frames_holding(missing, SPEC))
 
 
 def initial(key):
@@ -87,9 +87,9 @@ def initial(key):
     return Network().init(key, stft.log_mel(zeros, SPEC), stft.stft(zeros, SPEC), jnp.zeros((1, SPEC.frames_of(SEGMENT)), bool))
 
 
-def joined(magnitude, unit, known, lost):
+def joined(magnitude, unit, known, missing):
     """The network's own sound where samples are lost."""
-    return jnp.where(lost, stft.istft(magnitude * unit, SPEC, known.shape[1], floor=0.25), known)
+    return jnp.where(missing, stft.istft(magnitude * unit, SPEC, known.shape[1], floor=0.25), known)
 
 
 def cut(x, n_fft: int, hop: int):
@@ -105,16 +105,16 @@ def spectrum_of(x, n_fft: int, hop: int):
     return jnp.maximum(power, 1e-4)
 
 
-def frames_with(lost, n_fft: int, hop: int):
+def frames_with(missing, n_fft: int, hop: int):
     """(B, N) -> (B, F, 1): the frames of `cut` that hold lost samples."""
-    return cut(lost, n_fft, hop).any(-1, keepdims=True)
+    return cut(missing, n_fft, hop).any(-1, keepdims=True)
 
 
-def distance(made, true, lost):
+def distance(made, true, missing):
     """Multi-resolution STFT loss of (B, N), over the frames that hold lost samples."""
     total = 0.0
     for n_fft, hop in RESOLUTIONS:
-        a, b, held = spectrum_of(made, n_fft, hop), spectrum_of(true, n_fft, hop), frames_with(lost, n_fft, hop)
+        a, b, held = spectrum_of(made, n_fft, hop), spectrum_of(true, n_fft, hop), frames_with(missing, n_fft, hop)
         log = (jnp.abs(jnp.log(a) - jnp.log(b)) * held).sum() / (held.sum() * a.shape[-1])
         convergence = jnp.sqrt((((a - b) * held) ** 2).sum() / ((b * held) ** 2).sum())
         total += (log + convergence) / len(RESOLUTIONS)
@@ -143,10 +143,10 @@ class Critic(nn.Module):
         return seen, jnp.moveaxis(scores.reshape(batch, bands, frames), 1, 2)
 
 
-def judged(critics, sound, lost):
+def judged(critics, audio, missing):
     """(what each critic saw, its scores, (B, F, 1) which frames hold lost samples) of (B, N)."""
     for params, (n_fft, hop) in zip(critics, CRITICS, strict=True):
-        yield *Critic().apply(params, spectrum_of(sound, n_fft, hop)), frames_with(lost, n_fft, hop)
+        yield *Critic().apply(params, spectrum_of(audio, n_fft, hop)), frames_with(missing, n_fft, hop)
 
 
 def initial_critics(key):
@@ -159,7 +159,7 @@ def mean_over(x, held):
     return (x * held).sum() / (held.sum() * x.shape[-1])
 
 
-def sounds_of(data_dir: str, split: str) -> list[np.ndarray]:
+def waveforms_of(data_dir: str, split: str) -> list[np.ndarray]:
     """The recordings between the ends of their words, with 0.3 s on both sides."""
     records = input_pipeline.Records(input_pipeline.find_dataset(data_dir, "speaker_independent"), split, mouth=False)
     found = []
@@ -172,16 +172,16 @@ def sounds_of(data_dir: str, split: str) -> list[np.ndarray]:
     return [x for x in found if len(x) >= SEGMENT]
 
 
-def drawn(sounds, rng, count: int):
+def drawn(waveforms, rng, count: int):
     """(sound, lost) (count, SEGMENT): one gap each, with sound on both sides, louder or softer."""
-    cuts, lost = np.zeros((count, SEGMENT), np.float32), np.zeros((count, SEGMENT), bool)
-    for b, i in enumerate(rng.integers(len(sounds), size=count)):
-        at = rng.integers(len(sounds[i]) - SEGMENT + 1)
-        cuts[b] = sounds[i][at : at + SEGMENT] / 32768 * 10 ** rng.uniform(-0.3, 0.3)
+    cuts, missing = np.zeros((count, SEGMENT), np.float32), np.zeros((count, SEGMENT), bool)
+    for b, i in enumerate(rng.integers(len(waveforms), size=count)):
+        at = rng.integers(len(waveforms[i]) - SEGMENT + 1)
+        cuts[b] = waveforms[i][at : at + SEGMENT] / 32768 * 10 ** rng.uniform(-0.3, 0.3)
         length = int(rng.uniform(*GAP_MS) * SPEC.rate / 1000)
         start = rng.integers(1600, SEGMENT - length - 1600)
-        lost[b, start : start + length] = True
-    return cuts, lost
+        missing[b, start : start + length] = True
+    return cuts, missing
 
 
 def predicted_places(data_dir: str, run: Path):
@@ -189,7 +189,7 @@ def predicted_places(data_dir: str, run: Path):
     restorer = restorer_lib.Restorer.from_workdir(run)
     if restorer.spec != SPEC:
         raise SystemExit(f"--run={run}: found preset {restorer.spec.name}, expected {SPEC.name}")
-    batch, rng, found = ceilings.read_clips(data_dir, "train", 0), np.random.default_rng(0), []
+    batch, rng, found = oracle_mels.read_clips(data_dir, "train", 0), np.random.default_rng(0), []
     arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
     for _ in range(PLACES):
         gap = np.stack([somewhere(rng, n, speech) for n, speech in zip(batch["audio_length"], batch["speech"], strict=True)])
@@ -197,8 +197,8 @@ def predicted_places(data_dir: str, run: Path):
             take = np.arange(at, at + 32) % len(gap)  # one shape, one program
             part = {k: v[take] for k, v in arrays.items()}
             level = np.asarray(restorer.restore(part, gap[take][:, None]).level, np.float16)
-            sound = restorer_lib.recording(part, SPEC)
-            found += [(sound[i], level[i], gap[at + i]) for i in range(min(32, len(gap) - at))]
+            audio = restorer_lib.recording(part, SPEC)
+            found += [(audio[i], level[i], gap[at + i]) for i in range(min(32, len(gap) - at))]
     return found
 
 
@@ -213,22 +213,22 @@ def somewhere(rng, length: int, speech) -> np.ndarray:
 
 def drawn_predicted(places, rng, count: int):
     """(sound, lost, level) (count, SEGMENT or frames): what a system made of a gap, cut out with MARGIN or more on both sides."""
-    cuts, lost, levels = np.zeros((count, SEGMENT), np.float32), np.zeros((count, SEGMENT), bool), []
+    cuts, missing, levels = np.zeros((count, SEGMENT), np.float32), np.zeros((count, SEGMENT), bool), []
     for b, i in enumerate(rng.integers(len(places), size=count)):
-        sound, level, (start, end) = places[i]
+        audio, level, (start, end) = places[i]
         low, high = max(0, end + MARGIN - SEGMENT), min(start - MARGIN, SPEC.num_samples - SEGMENT)
         at = rng.integers(-(-low // SPEC.hop), high // SPEC.hop + 1)  # frames
         first = at * SPEC.hop
-        cuts[b], lost[b, start - first : end - first] = sound[first : first + SEGMENT], True
+        cuts[b], missing[b, start - first : end - first] = audio[first : first + SEGMENT], True
         levels.append(level[at : at + SPEC.frames_of(SEGMENT)])
-    return cuts, lost, np.stack(levels).astype(np.float32)
+    return cuts, missing, np.stack(levels).astype(np.float32)
 
 
-def reconstruction(magnitude, made, sound, lost):
+def reconstruction(magnitude, made, audio, missing):
     """Multi-resolution STFT loss, and half the distance of the log magnitudes."""
-    true, held = jnp.abs(stft.stft(sound, SPEC)), stft.frames_holding(lost, SPEC)[..., None]
+    true, held = jnp.abs(stft.stft(audio, SPEC)), stft.frames_holding(missing, SPEC)[..., None]
     off = mean_over(jnp.abs(jnp.log(magnitude + 1e-4) - jnp.log(true + 1e-4)), held)
-    return distance(made, sound, lost) + 0.5 * off
+    return distance(made, audio, missing) + 0.5 * off
 
 
 def optimiser_of(rate: float, steps: int):
@@ -241,19 +241,19 @@ def train(data_dir: str, out: Path, steps: int, batch_size: int) -> None:
     params = jax.jit(initial)(jax.random.key(0))
     print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters")
 
-    def loss(params, sound, lost):
-        magnitude, unit = apply(params, stft.log_mel(sound, SPEC), sound, lost)
-        return reconstruction(magnitude, joined(magnitude, unit, sound, lost), sound, lost)
+    def loss(params, audio, missing):
+        magnitude, unit = apply(params, stft.log_mel(audio, SPEC), audio, missing)
+        return reconstruction(magnitude, joined(magnitude, unit, audio, missing), audio, missing)
 
     @jax.jit
-    def step(carry, sound, lost):
+    def step(carry, audio, missing):
         params, state = carry
-        value, slope = jax.value_and_grad(loss)(params, sound, lost)
+        value, slope = jax.value_and_grad(loss)(params, audio, missing)
         update, state = optimiser.update(slope, state, params)
         return (optax.apply_updates(params, update), state), {"loss": value}
 
-    sounds = sounds_of(data_dir, "train")
-    go_on(out, steps, (params, optimiser.init(params)), step, lambda rng: drawn(sounds, rng, batch_size))
+    waveforms = waveforms_of(data_dir, "train")
+    go_on(out, steps, (params, optimiser.init(params)), step, lambda rng: drawn(waveforms, rng, batch_size))
 
 
 def tune(data_dir: str, out: Path, weights: Path, run: Path, steps: int, batch_size: int) -> None:
@@ -261,36 +261,38 @@ def tune(data_dir: str, out: Path, weights: Path, run: Path, steps: int, batch_s
     mine, theirs = optimiser_of(3e-4, steps), optimiser_of(3e-4, steps)
     print(f"critics: {sum(x.size for x in jax.tree.leaves(critics)):,} parameters")
 
-    def loss(params, critics, sound, lost, level):
-        magnitude, unit = apply(params, level, sound, lost)
-        made = joined(magnitude, unit, sound, lost)
-        like = reconstruction(magnitude, made, sound, lost)
+    def loss(params, critics, audio, missing, level):
+        magnitude, unit = apply(params, level, audio, missing)
+        made = joined(magnitude, unit, audio, missing)
+        like = reconstruction(magnitude, made, audio, missing)
         fooled = matched = 0.0
-        for (seen, score, held), (wanted, _, _) in zip(judged(critics, made, lost), judged(critics, sound, lost), strict=True):
+        for (seen, score, held), (wanted, _, _) in zip(
+            judged(critics, made, missing), judged(critics, audio, missing), strict=True
+        ):
             fooled -= mean_over(score, held) / len(CRITICS)
             off = [mean_over(jnp.abs(a - b).mean(-1), held) / jnp.abs(b).mean() for a, b in zip(seen, wanted, strict=True)]
             matched += sum(off) / len(off) / len(CRITICS)
         return like + ADVERSARIAL * fooled + MATCHING * matched, {"loss": like, "fooled": fooled, "matched": matched, "made": made}
 
-    def critics_loss(critics, made, sound, lost):
-        both = zip(judged(critics, made, lost), judged(critics, sound, lost), strict=True)
+    def critics_loss(critics, made, audio, missing):
+        both = zip(judged(critics, made, missing), judged(critics, audio, missing), strict=True)
         return sum(mean_over(nn.relu(1 + a) + nn.relu(1 - b), held) for (_, a, held), (_, b, _) in both) / len(CRITICS)
 
     @jax.jit
-    def step(carry, sound, lost, level):
+    def step(carry, audio, missing, level):
         params, critics, my_state, their_state = carry
-        slope, told = jax.grad(loss, has_aux=True)(params, critics, sound, lost, level)
-        told["critics"], theirs_slope = jax.value_and_grad(critics_loss)(critics, told.pop("made"), sound, lost)
+        slope, told = jax.grad(loss, has_aux=True)(params, critics, audio, missing, level)
+        told["critics"], theirs_slope = jax.value_and_grad(critics_loss)(critics, told.pop("made"), audio, missing)
         update, my_state = mine.update(slope, my_state, params)
         their_update, their_state = theirs.update(theirs_slope, their_state, critics)
         return (optax.apply_updates(params, update), optax.apply_updates(critics, their_update), my_state, their_state), told
 
-    sounds, places = sounds_of(data_dir, "train"), predicted_places(data_dir, run)
-    true_level = jax.jit(lambda sound: stft.log_mel(sound, SPEC))
+    waveforms, places = waveforms_of(data_dir, "train"), predicted_places(data_dir, run)
+    true_level = jax.jit(lambda audio: stft.log_mel(audio, SPEC))
 
     def draw(rng):
-        sound, lost = drawn(sounds, rng, batch_size // 2)
-        halves = (sound, lost, np.asarray(true_level(sound))), drawn_predicted(places, rng, batch_size - batch_size // 2)
+        audio, missing = drawn(waveforms, rng, batch_size // 2)
+        halves = (audio, missing, np.asarray(true_level(audio))), drawn_predicted(places, rng, batch_size - batch_size // 2)
         return [np.concatenate(both) for both in zip(*halves, strict=True)]
 
     go_on(out, steps, (params, critics, mine.init(params), theirs.init(critics)), step, draw)
@@ -323,15 +325,15 @@ def load(weights: Path):
 
 
 @functools.partial(jax.jit, static_argnames=("iterations", "own_phases"))
-def in_griffin_lim(magnitude, unit, known, lost, seeds, iterations: int, own_phases: bool):
+def in_griffin_lim(magnitude, unit, known, missing, seeds, iterations: int, own_phases: bool):
     """Griffin-Lim with the known samples held, on the network's magnitudes, from its phases or drawn ones."""
     frame = jnp.arange(SPEC.n_fft // 2 + 1)[None, None]
     # vocoder's frames begin with the window, stft's with the zeros before it: bins differ by that delay.
     turn = jnp.exp(2j * np.pi * frame * ((SPEC.n_fft - SPEC.window) // 2) / SPEC.n_fft)
     phases = unit * turn if own_phases else griffin_lim._first_phases(magnitude.shape, seeds)
-    held, free = griffin_lim._to_hops(jnp.where(lost, 0.0, known), SPEC), griffin_lim._to_hops(lost, SPEC)
+    held, free = griffin_lim._to_hops(jnp.where(missing, 0.0, known), SPEC), griffin_lim._to_hops(missing, SPEC)
     made = griffin_lim._iterate(magnitude, phases, held, free, SPEC, iterations, griffin_lim.MOMENTUM)
-    return jnp.where(lost, griffin_lim._from_hops(made, SPEC, known.shape[1]), known)
+    return jnp.where(missing, griffin_lim._from_hops(made, SPEC, known.shape[1]), known)
 
 
 def measure(data_dir: str, weights: Path, run: Path, split: str, clips: int, gap_lengths) -> None:
@@ -339,34 +341,34 @@ def measure(data_dir: str, weights: Path, run: Path, split: str, clips: int, gap
     restorer = restorer_lib.Restorer.from_workdir(run)
     if restorer.spec != SPEC:
         raise SystemExit(f"--run={run}: found preset {restorer.spec.name}, expected {SPEC.name}")
-    batch = ceilings.read_clips(data_dir, split, clips)
+    batch = oracle_mels.read_clips(data_dir, split, clips)
     arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
-    true_sound, seeds = np.asarray(ceilings.sound_of(batch, SPEC)), jnp.asarray(batch["id_hash"])
-    print(f"{weights} at step {step}, {len(true_sound)} clips of {split}")
+    true_audio, seeds = np.asarray(oracle_mels.audio_of(batch, SPEC)), jnp.asarray(batch["id_hash"])
+    print(f"{weights} at step {step}, {len(true_audio)} clips of {split}")
     print("| gap | level | sound | PESQ nb | PESQ wb | STOI | ESTOI | gap L1, dB |")
     print("|---|---|---|---:|---:|---:|---:|---:|")
     for gap_ms in gap_lengths:
-        gap = ceilings.places(batch, gap_ms, SPEC)
-        known, lost = ceilings.damaged(batch, SPEC, gap)
-        levels = {"true": stft.log_mel(true_sound, SPEC), "predicted": restorer.restore(arrays, gap).level}
+        gap = oracle_mels.places(batch, gap_ms, SPEC)
+        known, missing = oracle_mels.masked(batch, SPEC, gap)
+        levels = {"true": stft.log_mel(true_audio, SPEC), "predicted": restorer.restore(arrays, gap).level}
         for kind, level in levels.items():
             level = jnp.asarray(level)
-            magnitude, unit = jax.jit(apply)(params, level, known, lost)
-            of = functools.partial(in_griffin_lim, magnitude, unit, known, lost, seeds)
+            magnitude, unit = jax.jit(apply)(params, level, known, missing)
+            of = functools.partial(in_griffin_lim, magnitude, unit, known, missing, seeds)
             made = {
-                "Griffin-Lim": griffin_lim.fill_gap(level, known, lost, SPEC, seeds=seeds),
-                "network": joined(magnitude, unit, known, lost),
+                "Griffin-Lim": griffin_lim.inpaint_gap(level, known, missing, SPEC, seeds=seeds),
+                "network": joined(magnitude, unit, known, missing),
                 "its magnitudes": of(iterations=griffin_lim.ITERATIONS, own_phases=False),
                 "both, 5 iterations": of(iterations=5, own_phases=True),
                 "both, 30": of(iterations=griffin_lim.ITERATIONS, own_phases=True),
             }
-            for name, sound in made.items():
-                scores = ceilings.scores_of(true_sound, sound, batch, SPEC, gap)
-                found = {name: [bootstrap.bootstrap_mean(scores[m]) for m in ceilings.SCORES]}
+            for name, audio in made.items():
+                scores = oracle_mels.scores_of(true_audio, audio, batch, SPEC, gap)
+                found = {name: [bootstrap.bootstrap_mean(scores[m]) for m in oracle_mels.SCORES]}
                 if name == "Griffin-Lim":
                     usual = scores
                 else:
-                    gains = [bootstrap.paired_difference(scores[m], usual[m]) for m in ceilings.SCORES]
+                    gains = [bootstrap.paired_difference(scores[m], usual[m]) for m in oracle_mels.SCORES]
                     found[f"{name}, minus Griffin-Lim"] = gains
                 for what, values in found.items():
                     cells = [f"{v[0]:.3f} [{v[1]:.3f}, {v[2]:.3f}]" for v in values]

@@ -32,7 +32,7 @@ SLOTS = ("command", "colour", "preposition", "letter", "digit", "adverb")
 
 def measure(workdir: Path, data_dir: str) -> dict:
     """Everything the page tells of a run."""
-    recogniser = recognizer.Recogniser.from_workdir(workdir)
+    recogniser = recognizer.Recognizer.from_workdir(workdir)
     if recogniser.units != "phones":
         raise ValueError(f"{workdir} hears {recogniser.units}; expected a recogniser of phones (config.ctc_units)")
     dataset = input_pipeline.find_dataset(data_dir, recogniser.config.builder_config)
@@ -50,11 +50,13 @@ def of_split(recogniser, records, split: str) -> dict:
         raise SystemExit(f"recogniser.py: {split}: clip {bare['id']} of {bare['speaker']} has {len(bare['words'])} timed words; "
                          f"expected {len(SLOTS)}: build the dataset with the clips' .align files")  # fmt: skip
     examples = [input_pipeline.to_example(r) for r in raw]
-    sound, lengths = (np.stack([e[k] for e in examples]) for k in ("audio", "audio_length"))
+    audio, lengths = (np.stack([e[k] for e in examples]) for k in ("audio", "audio_length"))
     true, speakers = [tuple(r["text"].split()) for r in raw], np.array([r["speaker"] for r in raw])
     groups = speakers if split in cli.UNSEEN_SPLITS else None
-    clean = recogniser.hear(sound, lengths)
-    phones = ctc_decoding.phone_error_rate((said, " ".join(grid_text.phones_of(r["text"]))) for said, r in zip(clean.said, raw))
+    clean = recogniser.hear(audio, lengths)
+    phones = ctc_decoding.phone_error_rate(
+        (said, " ".join(grid_text.phones_of(r["text"]))) for said, r in zip(clean.transcript, raw)
+    )
     wrong, one = recognizer.wrong_words(clean.words, true), np.ones(len(raw), int)
     words = wrong.sum(1), 6 * one
     span_s = np.array([[(w["start_s"], w["end_s"]) for w in r["words"]] for r in raw])
@@ -70,7 +72,7 @@ def of_split(recogniser, records, split: str) -> dict:
             for s, mine in sorted(((s, speakers == s) for s in set(speakers.tolist())), key=lambda pair: int(pair[0][1:]))
         },
         "times": times(clean.span_s - span_s),
-        "gap": emptied(recogniser, examples, sound, lengths, true, span_s, wrong, groups),
+        "gap": emptied(recogniser, examples, audio, lengths, true, span_s, wrong, groups),
     }
 
 
@@ -87,19 +89,19 @@ def times(off: np.ndarray) -> dict:
     return {k: {"off": round(float(np.median(abs(v))), 1), "late": round(float(np.median(v)), 1)} for k, v in sides.items()}
 
 
-def emptied(recogniser, examples, sound, lengths, true, span_s, wrong, groups) -> dict:
+def emptied(recogniser, examples, audio, lengths, true, span_s, wrong, groups) -> dict:
     """Word error by where the words lie to a gap: of the true sound (`wrong`), of that with zeros in the gap, of guessing."""
     places = [gap_masks.place_in_speech(e["clip_id"], GAP_MS, tuple(e["speech"]), int(n)) for e, n in zip(examples, lengths)]
     gap = np.array(places)[:, None]
-    lost = np.asarray(gap_masks.lost_samples(gap, sound.shape[1]))
-    emptied = recogniser.hear(np.where(lost, 0, sound).astype(np.int16), lengths)
-    by_sound = {"true": wrong, "zeros": recognizer.wrong_words(emptied.words, true)}
+    missing = np.asarray(gap_masks.gap_samples(gap, audio.shape[1]))
+    emptied = recogniser.hear(np.where(missing, 0, audio).astype(np.int16), lengths)
+    by_audio = {"true": wrong, "zeros": recognizer.wrong_words(emptied.words, true)}
     inside = np.minimum(span_s[..., 1], gap[..., 1] / RECORD_RATE) - np.maximum(span_s[..., 0], gap[..., 0] / RECORD_RATE)
     touched = recognizer.touched_words(span_s, gap)
     by_place = {"touched": touched, "half": touched & (inside >= 0.5 * (span_s[..., 1] - span_s[..., 0])), "elsewhere": ~touched}
     guess = np.broadcast_to([1 - 1 / len(slot) for slot in grid_text.SLOTS], touched.shape)
     return {
-        place: {k: share((e & chosen).sum(1), chosen.sum(1), groups) for k, e in by_sound.items()}
+        place: {k: share((e & chosen).sum(1), chosen.sum(1), groups) for k, e in by_audio.items()}
         | {"guessing": round(float(guess[chosen].mean()), 5)}
         for place, chosen in by_place.items()
     }

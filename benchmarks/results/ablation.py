@@ -51,15 +51,15 @@ def rows_of(workdir: Path, data_dir: str, split: str, builder_config: str, gaps_
         if restorer.system.drops:
             ways["none"] = {**batch, "landmarks_valid": np.zeros_like(batch["landmarks_valid"])}
             everything = np.stack([np.zeros_like(lengths), lengths], -1)[:, None]
-            unheard = restorer.to_sound(restorer.restore(batch, everything).level, arrays(batch), everything)
+            unheard = restorer.to_audio(restorer.restore(batch, everything).level, arrays(batch), everything)
         for ms in gaps_ms:
             places = zip(batch["clip_id"], batch["speech"], lengths, strict=True)
             gap = np.asarray([[gap_masks.place_in_speech(c, ms, tuple(s), int(n))] for c, s, n in places])
             for way, seen in ways.items() if ms == ONE_MS else [("own", batch)]:
                 restored = restorer.restore(seen, gap)
-                keep(errors, way, ms, gap_error(batch, restorer.to_sound(restored.level, arrays(seen), gap), gap, lengths)[real])
+                keep(errors, way, ms, gap_error(batch, restorer.to_audio(restored.level, arrays(seen), gap), gap, lengths)[real])
                 if way == "own" and ms == ONE_MS and restorer.system.reads:
-                    said += [restored.said[b] for b in real]
+                    said += [restored.transcript[b] for b in real]
                     true += [batch["text"][b] for b in real]
             if restorer.system.drops and ms == ONE_MS:
                 keep(errors, "lips", ms, gap_error(batch, unheard, gap, lengths)[real])
@@ -70,7 +70,7 @@ def keep(errors: dict, way: str, ms: int, found: np.ndarray) -> None:
     errors.setdefault(way, {}).setdefault(str(ms), []).extend(map(float, found))
 
 
-def gap_error(batch: dict, sound: np.ndarray, gap: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def gap_error(batch: dict, audio: np.ndarray, gap: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """(B,) dB by the evaluation's own measure."""
     from avsi_jax import presets
     from avsi_jax.audio import gap_masks
@@ -78,10 +78,10 @@ def gap_error(batch: dict, sound: np.ndarray, gap: np.ndarray, lengths: np.ndarr
     from avsi_jax.media import clip_io
 
     preset = presets.get(metrics.GAP_PRESET)
-    here = np.arange(sound.shape[1]) < lengths[:, None]
-    original = clip_io.from_int16(batch["audio"][:, : sound.shape[1]])
+    here = np.arange(audio.shape[1]) < lengths[:, None]
+    original = clip_io.from_int16(batch["audio"][:, : audio.shape[1]])
     pair = [
-        np.stack([clip_io.resample(x, presets.RECORD_RATE, preset.rate) for x in np.where(here, y, 0)]) for y in (original, sound)
+        np.stack([clip_io.resample(x, presets.RECORD_RATE, preset.rate) for x in np.where(here, y, 0)]) for y in (original, audio)
     ]
     frames = preset.frames_of(pair[0].shape[1])
     inside = np.arange(frames) * preset.hop * preset.decimation < lengths[:, None]

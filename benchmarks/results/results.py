@@ -25,7 +25,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 HOME = DOCS / "results"
 SCORES = ("gap_l1_db", "gap_l1_mel_db", "pesq_nb", "pesq_wb", "stoi", "estoi", "stoi_gap", "wer_gap", "cer", "per")
 COLUMNS = ("protocol", "split", "clip_id", "speaker", "gap_ms", "kind", *SCORES)
-REFERENCES = ("damaged", "interpolation", "ceiling")
+REFERENCES = ("masked", "interpolation", "oracle_mel")
 KEPT = (
     "command", "date", "seconds", "references", "num_clips", "batch_size", "metric_rate", "versions", "judge", "fingerprint",
 )  # fmt: skip
@@ -35,7 +35,7 @@ PAPER_MS = "300,600,900,1200,1500"
 COMMON = {
     "epochs": 20, "batch_size": 16, "schedule": "cosine", "warmup_epochs": 1, "early_stop_patience": 0,
     "validation_split": "validation_seen", "monitor": "val_gap_l1_db", "gaps.max_count": 4, "gaps.total": "uniform",
-    "gaps.low_ms": 160, "gaps.high_ms": 1600,
+    "gaps.total_min_ms": 160, "gaps.total_max_ms": 1600,
 }  # fmt: skip
 IN_THE_GAP = {"loss.whole": 0.1, "loss.gap": 1}
 RUNS = {  # name -> config, and what else is said

@@ -14,7 +14,7 @@ from benchmarks.speed import traces
 FRAMES, BANDS, MOTION, UNITS, BOTTLENECK, LABELS, TEXT, LAYERS = 149, 64, 136, 256, 136, 42, 24, 3
 
 
-def made_up(batch_size: int) -> dict:
+def invented(batch_size: int) -> dict:
     """Features and text of a batch, drawn at random: the same for every contender."""
     import numpy as np
 
@@ -97,7 +97,7 @@ def ours(args, cell: str = ""):
         systems.BidirectionalLSTM = functools.partial(systems.BidirectionalLSTM, dtype=args.dtype)
     config = configs.load("av_mtl_s2s", wanted, like="base")
 
-    raw, given = raw_batch(args.batch_size), made_up(args.batch_size)
+    raw, given = raw_batch(args.batch_size), invented(args.batch_size)
     ready = build.example_features(config, args.batch_size)._replace(
         **{k: v for k, v in given.items() if k in features.Features._fields}
     )
@@ -179,7 +179,7 @@ def torch_contender(args):
 
     network = Network().to(device)
     adam = torch.optim.Adam(network.parameters(), 1e-3)
-    given = made_up(args.batch_size)
+    given = invented(args.batch_size)
     turned = (given[k].swapaxes(0, 1).copy() for k in ("video", "spectrogram", "target"))  # (T, B, ...), as it likes it best
     video, spectrogram, target, labels = (torch.tensor(v).to(device) for v in (*turned, given["labels"]))
     steps, lengths = (torch.full((args.batch_size,), n) for n in (FRAMES, TEXT))
@@ -225,7 +225,7 @@ def keras_contender(args):
     model = keras.Model([video, spectrogram], [level, logits])
     adam = keras.optimizers.Adam(1e-3, global_clipnorm=1.0)
     model.compile(adam, loss=["mse", keras.losses.CTC()], loss_weights=[1.0, 1e-3], jit_compile=True)
-    given = made_up(args.batch_size)
+    given = invented(args.batch_size)
     x, y = [given["video"], given["spectrogram"]], [given["target"], given["labels"]]
     does = {
         "step": lambda: np.asarray(model.train_on_batch(x, y)),

@@ -46,9 +46,9 @@ def clip(args) -> None:
             print("first" if not i else "warm", f"command {whole:.2f} s", parts(told["seconds"]), flush=True)
     from avsi_jax import Inpainter
 
-    painter, gap = Inpainter.load(args.checkpoint), tuple(map(float, args.gap.split("-")))
+    inpainter, gap = Inpainter.load(args.checkpoint), tuple(map(float, args.gap.split("-")))
     for _ in range(1 + args.rounds):
-        seconds = painter.inpaint(args.path, [gap]).seconds
+        seconds = inpainter.inpaint(args.path, [gap]).seconds
     print("in one process", parts(seconds))
 
 
@@ -56,30 +56,30 @@ def parts(seconds: dict) -> str:
     return "  ".join(f"{k} {v:.3f}" for k, v in seconds.items())
 
 
-def film(raw: Path, target: Path, minutes: float) -> float:
+def video_file(raw: Path, target: Path, minutes: float) -> float:
     """Clips of one speaker, again and again: their MPEG-1 pictures copied, their sound as FLAC. Its seconds."""
     import av
 
-    clips, pictures, sound, told = sorted(raw.glob("s1/*.mpg"))[:40], None, None, 0
+    clips, frames, audio, told = sorted(raw.glob("s1/*.mpg"))[:40], None, None, 0
     with av.open(str(target), "w") as out:
         for k in range(round(minutes * 60 / CLIP_S)):
             path = str(clips[k % len(clips)])
-            heard = clip_io.to_int16(clip_io.read_clip(path, pictures=False).sound.samples)
+            heard = clip_io.to_int16(clip_io.read_clip(path, video=False).audio.samples)
             with av.open(path) as one:
-                if pictures is None:
-                    pictures = out.add_stream_from_template(one.streams.video[0])
-                    sound = out.add_stream("flac", rate=44_100, layout="stereo")
+                if frames is None:
+                    frames = out.add_stream_from_template(one.streams.video[0])
+                    audio = out.add_stream("flac", rate=44_100, layout="stereo")
                 packets = [packet for packet in one.demux(video=0) if packet.size]
                 for i, packet in enumerate(packets[: round(CLIP_S * 25)]):
                     packet.pts = packet.dts = round((k * CLIP_S + i / 25) / packet.time_base)
-                    packet.stream = pictures
+                    packet.stream = frames
                     out.mux(packet)
             whole = np.zeros((round(CLIP_S * 44_100), 2), np.int16)
             whole[: len(heard)] = heard[: len(whole)]
             frame = av.AudioFrame.from_ndarray(whole.reshape(1, -1), "s16", "stereo")
             frame.rate, frame.pts, told = 44_100, told, told + len(whole)
-            out.mux(sound.encode(frame))
-        out.mux(sound.encode(None))
+            out.mux(audio.encode(frame))
+        out.mux(audio.encode(None))
     return told / 44_100
 
 
@@ -92,7 +92,7 @@ def memory_mb(process: int) -> float:
 def long(args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "film.mkv")
-        length_s = film(args.path, source, args.minutes)
+        length_s = video_file(args.path, source, args.minutes)
         starts = np.arange(args.every / 2, length_s - args.every / 2, args.every)
         gaps = [word for at in starts for word in ("--gap", f"{at:.2f}-{at + GAP_S:.2f}")]
         began, seen = time.perf_counter(), []
@@ -104,8 +104,8 @@ def long(args) -> None:
             while not ended.wait(0.5):
                 seen.append(memory_mb(process.pid))
 
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
+        tracks = threading.Thread(target=watch, daemon=True)
+        tracks.start()
         told = process.stdout.read()
         ended.set()
         process.wait()

@@ -40,9 +40,9 @@ def draw_level(axis, level, frame_s: float, gap, title: str) -> None:
 
 def main(clip: Path, target: Path, gap, checkpoint: str) -> None:
     repair = Inpainter.load(checkpoint).inpaint(clip, [gap])
-    times, points = np.asarray(repair.picture_times), repair.landmarks
-    eyes = np.linalg.norm(points[:, 36:42].mean(1) - points[:, 42:48].mean(1), axis=-1)
-    opening = np.linalg.norm(points[:, 62] - points[:, 66], axis=-1) / eyes
+    times, points = np.asarray(repair.frame_times), repair.landmarks
+    face_models = np.linalg.norm(points[:, 36:42].mean(1) - points[:, 42:48].mean(1), axis=-1)
+    opening = np.linalg.norm(points[:, 62] - points[:, 66], axis=-1) / face_models
     figure, axes = plt.subplots(4, 1, figsize=(9, 8.2), layout="constrained", height_ratios=[1.25, 0.8, 1.2, 1.2])
     for x, at in enumerate(np.linspace(*gap, 7)):
         draw_face(axes[0], points[np.abs(times - at).argmin()], 1.3 * x)
@@ -53,7 +53,7 @@ def main(clip: Path, target: Path, gap, checkpoint: str) -> None:
     axes[1].axvspan(*gap, color="0.85")
     axes[1].set_title("what the lips do: opening of the mouth, in distances of the eyes", fontsize=10, loc="left")
     draw_level(axes[2], repair.before, repair.frame_s, gap, "what was heard (dB of log-mel)")
-    draw_level(axes[3], repair.after, repair.frame_s, gap, f"what comes out; read: {repair.gaps[0].said or 'nothing'}")
+    draw_level(axes[3], repair.after, repair.frame_s, gap, f"what comes out; read: {repair.gaps[0].transcript or 'nothing'}")
     end = len(repair.before) * repair.frame_s
     for axis in axes[1:]:
         axis.set_xlim(0, end)

@@ -25,12 +25,12 @@ def main(folder: Path, target: Path, clip: str = "") -> None:
     examples = summary["examples"]
     example = next(e for e in examples if e["clip_id"] == clip) if clip else max(examples, key=lambda e: e["gap_ms"])
     system = summary["system"]
-    panels = (("damaged", "damaged"), (system, f"restored ({system})"), ("original", "original"))
+    panels = (("masked", "masked"), (system, f"restored ({system})"), ("original", "original"))
     figure, axes = plt.subplots(1, 3, figsize=(12, 2.9), sharey=True, layout="constrained")
     preset = presets.get("paper")
     for axis, (name, title) in zip(axes, panels, strict=True):
-        sound = clip_io.read_clip(folder / example["sounds"][name]).sound
-        narrow = clip_io.resample(clip_io.mono(sound.samples), sound.rate, preset.rate)
+        audio = clip_io.read_clip(folder / example["sounds"][name]).audio
+        narrow = clip_io.resample(clip_io.mono(audio.samples), audio.rate, preset.rate)
         decibel = np.asarray(stft.to_db(stft.log_mel(narrow, preset), preset))
         image = axis.imshow(
             decibel.T,

@@ -43,10 +43,10 @@ def page(tmp_path_factory):
     return report.write_report(fake_evaluations.make(tmp_path_factory.mktemp("pages") / "eval"))
 
 
-def picture(chromium, path):
+def image(chromium, path):
     from PIL import Image
 
-    chromium.picture(path)
+    chromium.image(path)
     return Image.open(path)
 
 
@@ -58,7 +58,7 @@ def test_it_loads_and_fits(chromium, page, tmp_path, width):
     assert chromium.ask(TOO_WIDE) == [] and chromium.ask(TOO_TIGHT) == 0
     assert chromium.ask("[...document.images].filter(i => !i.complete || !i.naturalWidth).length") == 0
     assert chromium.complaints() == [] and chromium.requested() == {page.as_uri()}
-    drawn = picture(chromium, tmp_path / "page.png")
+    drawn = image(chromium, tmp_path / "page.png")
     assert drawn.width == width and drawn.height > 3000
     colours = np.asarray(drawn.convert("RGB"))
     assert (colours.min(-1) < 100).mean() > 0.01 and (colours.min(-1) > 230).mean() > 0.4  # ink on white

@@ -120,7 +120,7 @@ def restore(page) -> np.ndarray:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "restored.wav"
         file.write_bytes(urllib.request.urlopen(address, timeout=60).read())
-        return clip_io.read_clip(file).sound.samples
+        return clip_io.read_clip(file).audio.samples
 
 
 def check_quiet(page, address: str) -> None:
@@ -129,11 +129,11 @@ def check_quiet(page, address: str) -> None:
     assert [url for url in page.requested() if not url.startswith((address, f"blob:{address}"))] == []
 
 
-def test_a_clip_goes_in_and_a_restored_sound_comes_out(chromium, tmp_path, monkeypatch):
+def test_a_clip_goes_in_and_a_restored_audio_comes_out(chromium, tmp_path, monkeypatch):
     pytest.importorskip("gradio")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     clip = EXAMPLES / "with_a_hole.mp4"
-    given = clip_io.read_clip(clip).sound.samples
+    given = clip_io.read_clip(clip).audio.samples
     with cli.served(Hum(), session.Limits()) as address:
         put_in(chromium, address, clip)
         chromium.wait_for(WHAT_IS_THERE["drawn"])
@@ -158,7 +158,7 @@ def test_the_whole_way_with_a_network(chromium, trained, grid_dir, tmp_path):
     try:
         address = re.match(r"avsi-app: (http://127\.0\.0\.1:\d+/)", server.stdout.readline()).group(1)
         clip = grid_dir / "s1" / "bbaz5s.mpg"
-        given = clip_io.read_clip(clip).sound
+        given = clip_io.read_clip(clip).audio
         for width in (1280, 390):
             put_in(chromium, address, clip, width)
             chromium.wait_for(WHAT_IS_THERE["drawn"])

@@ -13,14 +13,14 @@ def visitor(tmp_path, monkeypatch):
     """A visit whose clips are opened in this process: starting another takes a second."""
     inline = lambda work, jobs, **limits: [session.workers.Outcome(0, work(*jobs[0]))]
     monkeypatch.setattr(session.workers, "run", inline)
-    return session.Visit(tmp_path / "gradio" / "visits" / "one", Hum(), session.Limits())
+    return session.Session(tmp_path / "gradio" / "visits" / "one", Hum(), session.Limits())
 
 
 @pytest.fixture
 def rush(tmp_path):
     """1 s of a rushing sound, stereo, 24 bit."""
     samples = np.random.default_rng(0).normal(0, 0.1, (8000, 1)) * np.array([1, 0.5])
-    clip_io.write_sound(tmp_path / "a sound.wav", samples.astype(np.float32), 8000, "PCM_24")
+    clip_io.write_audio(tmp_path / "a sound.wav", samples.astype(np.float32), 8000, "PCM_24")
     return tmp_path / "a sound.wav"
 
 
@@ -42,7 +42,7 @@ def test_gaps_as_they_are_written(text, gaps):
     assert session.parse_gaps(session.written(gaps)) == gaps
 
 
-def test_a_hole_that_was_found_is_written_whole():
+def test_a_gap_that_was_found_is_written_wgap():
     """A late hole's edges lie between two thousandths: sound of up to 5 ms was left silent where four digits were written."""
     (start, end) = session.parse_gaps(session.written([(12.34567, 59.98761, "silence")]))[0]
     assert 12.3447 <= start <= 12.34567 and 59.98761 <= end <= 59.9886
@@ -66,17 +66,17 @@ def test_confidence_in_words(confidence, words):
 
 def test_a_damaged_film_is_looked_at_and_restored(visitor):
     clip = visitor.take(EXAMPLES / "with_a_hole.mp4")
-    ((start, end, kind),) = clip.holes
+    ((start, end, kind),) = clip.gaps
     assert (start, end) == pytest.approx((1.0, 1.6), abs=0.01) and kind in ("silence", "packets")
-    assert "3.00 s of sound at 16 kHz, mono; pictures of 360x288, 25 a second" in clip.said()
-    result = visitor.restore(session.written(clip.holes), face=1, sync="auto")
-    assert visitor.painter.asked == {"face": 1, "sync": "auto"}
+    assert "3.00 s of sound at 16 kHz, mono; pictures of 360x288, 25 a second" in clip.transcript()
+    result = visitor.restore(session.written(clip.gaps), face=1, sync="auto")
+    assert visitor.inpainter.asked == {"face": 1, "sync": "auto"}
     given, whole = clip_io.read_clip(EXAMPLES / "with_a_hole.mp4"), clip_io.read_clip(result.clip)
-    kept = outside(result.gaps, len(given.sound.samples), RATE)
-    assert result.clip.name == "with_a_hole.restored.mp4" and set(result.sounds) == {"damaged", "restored"}
-    np.testing.assert_array_equal(whole.pictures.rgb, given.pictures.rgb)
-    for restored in (whole.sound.samples, clip_io.read_clip(result.sounds["restored"]).sound.samples):
-        np.testing.assert_array_equal(restored[kept], given.sound.samples[kept])
+    kept = outside(result.gaps, len(given.audio.samples), RATE)
+    assert result.clip.name == "with_a_hole.restored.mp4" and set(result.waveforms) == {"masked", "restored"}
+    np.testing.assert_array_equal(whole.video.rgb, given.video.rgb)
+    for restored in (whole.audio.samples, clip_io.read_clip(result.waveforms["restored"]).audio.samples):
+        np.testing.assert_array_equal(restored[kept], given.audio.samples[kept])
         assert np.abs(restored[~kept]).max() > 0.2
     shown = rendering.told(result) + rendering.faces(result) + "".join(rendering.compared(clip, result, result.gaps).values())
     assert "set right" not in shown, "sync_s is what was measured, also where nothing was corrected: the warnings say what was done"
@@ -84,36 +84,36 @@ def test_a_damaged_film_is_looked_at_and_restored(visitor):
     assert shown.count("data:image/png;base64,") == 2 + session.STRIP
 
 
-def test_a_whole_sound_is_damaged_on_purpose(visitor, rush):
-    clip, given = visitor.take(rush), clip_io.read_clip(rush).sound.samples
-    assert not clip.holes
+def test_a_whole_audio_is_damaged_on_purpose(visitor, rush):
+    clip, given = visitor.take(rush), clip_io.read_clip(rush).audio.samples
+    assert not clip.gaps
     gaps = visitor.damage(0.4, 300)
     assert gaps == [(0.4, 0.7)] and visitor.damage(5, 300) == [(0.98, 1.0)]
     result = visitor.restore(session.written(gaps))
-    sounds = {name: clip_io.read_clip(file).sound for name, file in result.sounds.items()}
+    waveforms = {name: clip_io.read_clip(file).audio for name, file in result.waveforms.items()}
     kept = outside(gaps, 8000, 8000)
-    np.testing.assert_array_equal(sounds["original"].samples, given)
-    assert not sounds["damaged"].samples[~kept].any()
-    for name in ("damaged", "restored"):
-        np.testing.assert_array_equal(sounds[name].samples[kept], given[kept])
-        assert sounds[name].subtype == "PCM_24"
+    np.testing.assert_array_equal(waveforms["original"].samples, given)
+    assert not waveforms["masked"].samples[~kept].any()
+    for name in ("masked", "restored"):
+        np.testing.assert_array_equal(waveforms[name].samples[kept], given[kept])
+        assert waveforms[name].subtype == "PCM_24"
     assert result.clip.name == "a_sound.restored.wav" and rendering.faces(result) == ""
     visitor.found()
-    assert "original" not in visitor.restore("0.4-0.7").sounds
+    assert "original" not in visitor.restore("0.4-0.7").waveforms
 
 
-def test_a_film_without_pictures_comes_back_as_its_sound(visitor, rush, tmp_path):
+def test_a_film_without_frames_comes_back_as_its_audio(visitor, rush, tmp_path):
     import av
 
     with av.open(str(rush)) as given, av.open(str(tmp_path / "talk.mp4"), "w") as out:
-        sound = out.add_stream("aac", rate=8000, layout="stereo")
+        waveform = out.add_stream("aac", rate=8000, layout="stereo")
         for frame in given.decode(audio=0):
-            out.mux(sound.encode(frame))
-        out.mux(sound.encode(None))
+            out.mux(waveform.encode(frame))
+        out.mux(waveform.encode(None))
     visitor.take(tmp_path / "talk.mp4")
     result = visitor.restore("0.4-0.7")
     assert result.clip.name == "talk.restored.wav" and "written as .wav, its sound alone" in "".join(result.warnings)
-    assert np.abs(clip_io.read_clip(result.clip).sound.samples[3300:5500]).max() > 0.2
+    assert np.abs(clip_io.read_clip(result.clip).audio.samples[3300:5500]).max() > 0.2
 
 
 def test_a_long_clip_is_drawn_around_its_gaps():
@@ -184,16 +184,16 @@ def test_limits_are_looked_at_before_a_face_is_followed(visitor, rush, monkeypat
 
 def test_a_visit_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(session, "MOST_VISITS", 2)
-    visits = session.Visits(tmp_path / "visits", Hum(), session.Limits())
-    one, two = visits.of("one"), visits.of("two")
-    assert visits.of("one") is one and two.folder.is_dir()
-    visits.of("three")
+    sessions = session.SessionStore(tmp_path / "visits", Hum(), session.Limits())
+    one, two = sessions.of("one"), sessions.of("two")
+    assert sessions.of("one") is one and two.folder.is_dir()
+    sessions.of("three")
     assert not two.folder.exists() and one.folder.is_dir()
     one.last_s -= session.QUIET_S + 1
-    visits.of("three")
+    sessions.of("three")
     assert not one.folder.exists()
-    visits.end("three")
-    visits.end("nobody")
+    sessions.end("three")
+    sessions.end("nobody")
     assert list((tmp_path / "visits").iterdir()) == []
 
 

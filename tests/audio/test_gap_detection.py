@@ -29,7 +29,7 @@ def speech_like(rate: int, seconds: float, seed: int = 0, channels: int = 1) -> 
 
 
 def found(x, rate):
-    return [(h.start, h.end, h.kind) for h in gap_detection.find_holes(x, rate)]
+    return [(h.start, h.end, h.kind) for h in gap_detection.detect_gaps(x, rate)]
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 16000, 44100, 48000])
@@ -79,7 +79,7 @@ def test_a_copy_that_coding_blurred_is_found_and_a_voice_whose_breath_is_new_is_
     assert found((0.02 * buzz + 0.003 * high)[:, None].astype(np.float32), rate) == []
 
 
-def test_silence_at_the_ends_and_gated_pauses_are_no_holes():
+def test_silence_at_the_ends_and_gated_pauses_are_no_gaps():
     rate = 16000
     x = speech_like(rate, 4.0, 4)
     assert found(np.pad(x, ((8000, 5000), (0, 0))), rate) == []
@@ -88,24 +88,24 @@ def test_silence_at_the_ends_and_gated_pauses_are_no_holes():
     assert found(np.where(held, x, 0).astype(np.float32), rate) == []
 
 
-def test_a_gate_that_chatters_in_noise_is_no_hole_and_a_word_lost_in_noise_is_one():
+def test_a_gate_that_chatters_in_noise_is_no_gap_and_a_word_lost_in_noise_is_one():
     rate, rng = 16000, np.random.default_rng(8)
     x = (1e-3 * rng.normal(size=(8 * rate, 1))).astype(np.float32)
     x[: rate // 2] *= np.linspace(0, 1, rate // 2, dtype=np.float32)[:, None]
     word = 100 * x[rate : round(1.4 * rate)]
     for at in (1.0, 1.6, 2.2, 5.0, 6.0, 7.0):  # noise alone from 2.6 to 5
         x[round(at * rate) : round((at + 0.4) * rate)] += word
-    gate, lost = x.copy(), x.copy()
+    gate, missing = x.copy(), x.copy()
     for at in (1.45, 2.05, 2.65, 2.8, 5.5, 6.6):  # a gate between words, 50 ms after them at the least
         gate[round(at * rate) : round((at + 0.1) * rate)] = 0
     assert found(gate, rate) == []
-    lost[round(5.9 * rate) : round(6.5 * rate)] = 0
-    ((first, last, kind),) = found(lost, rate)
+    missing[round(5.9 * rate) : round(6.5 * rate)] = 0
+    ((first, last, kind),) = found(missing, rate)
     assert kind == "silence" and abs(first - 5.9 * rate) <= 2 and abs(last - 6.5 * rate) <= 2
 
 
 @pytest.mark.parametrize("side", ["before", "after"])
-def test_a_silence_that_cuts_speech_on_one_side_alone_is_a_hole(side):
+def test_a_silence_that_cuts_speech_on_one_side_alone_is_a_gap(side):
     rate, rng = 16000, np.random.default_rng(9)
     x = (1e-3 * rng.normal(size=(4 * rate, 1))).astype(np.float32)
     for at in (0.5, 1.5, 2.5):
@@ -121,12 +121,12 @@ def test_scipy_is_not_needed():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_sound_that_holds_nothing_has_no_holes():
+def test_audio_that_holds_nothing_has_no_gaps():
     for n in (0, 1, 7, 100, 16000, 16000 * 80):
         assert found(np.zeros((n, 1), np.float32), 16000) == []
 
 
-def damaged(rate, seed, channels=1, seconds=31.0):
+def masked(rate, seed, channels=1, seconds=31.0):
     x, rng = speech_like(rate, seconds, seed, channels), np.random.default_rng(seed)
     for start in np.cumsum(rng.uniform(0.3, 1.5, 25)):
         a = round(start * rate)
@@ -137,12 +137,12 @@ def damaged(rate, seed, channels=1, seconds=31.0):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_same_holes_whatever_the_blocks(seed):
+def test_the_same_gaps_whatever_the_blocks(seed):
     rate, rng = (8000, 11025)[seed % 2], np.random.default_rng(seed)
-    x = damaged(rate, seed, 1 + seed // 2)
-    whole = gap_detection.find_holes(x, rate)
+    x = masked(rate, seed, 1 + seed // 2)
+    whole = gap_detection.detect_gaps(x, rate)
     assert len(whole) > 5 and all(a.end < b.start for a, b in zip(whole, whole[1:], strict=False))
-    finder, pieces, at = gap_detection.HoleFinder(rate), [], 0
+    finder, pieces, at = gap_detection.GapDetector(rate), [], 0
     while at < len(x):
         size = int(rng.choice([1, 100, 4096, 50_000]) * rng.uniform(0.5, 1.5)) + 1
         block = x[at : at + size].copy()
@@ -159,9 +159,9 @@ def test_lengths_of_transforms_are_those_scipy_takes(least):
     assert repeat_detection.fast_length(least) == fft.next_fast_len(least, real=True)
 
 
-def test_memory_does_not_grow_with_the_sound():
+def test_memory_does_not_grow_with_the_audio():
     rate, held = 8000, []
-    finder, block = gap_detection.HoleFinder(rate), damaged(8000, 5, seconds=20.0)
+    finder, block = gap_detection.GapDetector(rate), masked(8000, 5, seconds=20.0)
     for i in range(20):
         finder.feed(block if i % 3 else np.zeros_like(block))
         held.append(len(finder._levels) + sum(map(len, finder._pieces)) + len(finder._found) + len(finder._told))
@@ -173,11 +173,11 @@ def real(grid_dir):
     """Six real clips, of several speakers."""
     kept = set((grid_dir / RESERVED).read_text().split()) if (grid_dir / RESERVED).exists() else set()
     paths = [p for p in sorted(grid_dir.glob("s*/*.mpg")) if p.stem not in kept]
-    return [clip_io.read_clip(p, pictures=False).sound for p in paths[:: max(1, len(paths) // 6)][:6]]
+    return [clip_io.read_clip(p, video=False).audio for p in paths[:: max(1, len(paths) // 6)][:6]]
 
 
-def test_real_clips_have_no_holes(real):
-    assert [h for sound in real for h in gap_detection.find_holes(sound.samples, sound.rate)] == []
+def test_real_clips_have_no_gaps(real):
+    assert [h for audio in real for h in gap_detection.detect_gaps(audio.samples, audio.rate)] == []
 
 
 @pytest.mark.parametrize(
@@ -188,12 +188,12 @@ def test_what_was_done_to_real_clips_is_found(real, kind, recall, precision, mon
     from benchmarks.quality import gap_detection as bench
 
     rng, counts = np.random.default_rng(0), bench.collections.Counter()
-    for sound in real[:4]:
-        y, truth = bench.damage(sound.samples, sound.rate, kind, rng)
-        y, rate = bench.coded(y, sound.rate, "wav")
-        lost = [span for span in truth if bench.takes_speech(sound.samples, rate, *span)]
-        either = [span for span in truth if span not in lost]
-        counts.update(bench.score(lost, bench.spans_of(y, rate), len(y), rate, either))
+    for audio in real[:4]:
+        y, truth = bench.damage(audio.samples, audio.rate, kind, rng)
+        y, rate = bench.coded(y, audio.rate, "wav")
+        missing = [span for span in truth if bench.takes_speech(audio.samples, rate, *span)]
+        either = [span for span in truth if span not in missing]
+        counts.update(bench.score(missing, bench.spans_of(y, rate), len(y), rate, either))
     assert counts["truth"] and counts["hit"] >= recall * counts["truth"] and counts["right"] >= precision * counts["found"]
 
 
@@ -201,5 +201,5 @@ def test_what_was_done_to_real_clips_is_found(real, kind, recall, precision, mon
 def test_ten_minutes_are_looked_through_in_seconds():
     x = np.tile(speech_like(44100, 20.0, 6, 2), (30, 1))
     began = time.process_time()
-    gap_detection.find_holes(x, 44100)
+    gap_detection.detect_gaps(x, 44100)
     assert time.process_time() - began < 30  # 6 s asked of an idle machine; CPU time of a busy one is longer

@@ -22,7 +22,7 @@ by_name = pytest.mark.parametrize("preset", PRESETS, ids=lambda s: s.name)
 
 LENGTH = 47_648  # record samples of a Grid MPEG
 MS = 16  # record samples
-PAPERS = {"max_count": 8, "total": "normal", "low_ms": 900.0, "high_ms": 300.0, "min_ms": 60.0}
+PAPERS = {"max_count": 8, "total": "normal", "total_mean_ms": 900.0, "total_std_ms": 300.0, "min_ms": 60.0}
 draw_papers = jax.jit(lambda key, id_hash, lengths: gap_masks.draw_batch(key, id_hash, lengths, **PAPERS))
 
 
@@ -69,9 +69,9 @@ def test_gap_lengths_are_the_papers(drawn):
 def test_every_part_of_the_clip_is_lost_alike(drawn):
     """Places are uniform given that gaps stay inside: symmetrical in time, the middle half even."""
     position = np.arange(LENGTH // 20, LENGTH, LENGTH // 10)
-    lost = ((position >= drawn[..., :1]) & (position < drawn[..., 1:])).any(1).mean(0)
-    np.testing.assert_allclose(lost, lost[::-1], atol=4 * np.sqrt(2 * 0.35 * 0.65 / 20_000))
-    np.testing.assert_allclose(lost[3:7], lost[3:7].mean(), atol=0.02)
+    missing = ((position >= drawn[..., :1]) & (position < drawn[..., 1:])).any(1).mean(0)
+    np.testing.assert_allclose(missing, missing[::-1], atol=4 * np.sqrt(2 * 0.35 * 0.65 / 20_000))
+    np.testing.assert_allclose(missing[3:7], missing[3:7].mean(), atol=0.02)
 
 
 def test_short_clips_keep_a_fifth():
@@ -84,7 +84,7 @@ def test_short_clips_keep_a_fifth():
 
 
 def test_uniform_totals():
-    wanted = {"max_count": 2, "total": "uniform", "low_ms": 200.0, "high_ms": 1_500.0, "min_ms": 40.0}
+    wanted = {"max_count": 2, "total": "uniform", "total_min_ms": 200.0, "total_max_ms": 1_500.0, "min_ms": 40.0}
     draw = jax.jit(lambda id_hash, lengths: gap_masks.draw_batch(jax.random.key(2), id_hash, lengths, **wanted))
     g = np.asarray(draw(hashes(4_000), np.full(4_000, LENGTH, np.int32)))
     total = (g[..., 1] - g[..., 0]).sum(1) / MS
@@ -158,7 +158,7 @@ def test_places_of_long_gaps(gap_ms, speech, place):
 
 # ---- damage and marks ----------------------------------------------------------------------------------------------------------
 
-HOLES = [
+GAPS = [
     [[20_000, 20_001], [0, 0]],  # one sample
     [[0, 1], [LENGTH - 1, LENGTH]],  # both ends
     [[0, 4_000], [0, 0]],
@@ -169,30 +169,30 @@ HOLES = [
 ]
 
 
-def lost_by_hand(holes, n):
-    lost = np.zeros((len(holes), n), bool)
-    for row, pairs in zip(lost, holes):
+def gap_by_hand(gaps, n):
+    missing = np.zeros((len(gaps), n), bool)
+    for row, pairs in zip(missing, gaps):
         for start, end in pairs:
             row[start:end] = True
-    return lost
+    return missing
 
 
 def test_lost_samples_and_damage():
-    expected = lost_by_hand(HOLES, LENGTH)
-    lost = np.asarray(gap_masks.lost_samples(jnp.asarray(HOLES), LENGTH))
-    np.testing.assert_array_equal(lost, expected)
-    np.testing.assert_array_equal(gap_masks.lost_samples(jnp.asarray(HOLES[4]), LENGTH), expected[4])  # one clip, no batch
-    x = np.where(lost, np.nan, 1.5).astype(np.float32)
-    np.testing.assert_array_equal(gap_masks.damage(jnp.asarray(x), lost), np.where(lost, 0, 1.5))
+    expected = gap_by_hand(GAPS, LENGTH)
+    missing = np.asarray(gap_masks.gap_samples(jnp.asarray(GAPS), LENGTH))
+    np.testing.assert_array_equal(missing, expected)
+    np.testing.assert_array_equal(gap_masks.gap_samples(jnp.asarray(GAPS[4]), LENGTH), expected[4])  # one clip, no batch
+    x = np.where(missing, np.nan, 1.5).astype(np.float32)
+    np.testing.assert_array_equal(gap_masks.damage(jnp.asarray(x), missing), np.where(missing, 0, 1.5))
 
 
-def reached(lost, s):
+def reached(missing, s):
     """bool (B, F) in NumPy: the transform is linear, so a frame is reached where noise in the lost samples alone is not 0 in it."""
-    x = np.where(lost, np.random.default_rng(0).uniform(1, 2, lost.shape), 0.0)
+    x = np.where(missing, np.random.default_rng(0).uniform(1, 2, missing.shape), 0.0)
     factor = 16_000 // s.rate
     if factor > 1:
         taps = stft.decimation_filter(factor).astype(np.float64)
-        x = np.stack([np.convolve(row, taps)[len(taps) // 2 :][: lost.shape[1] : factor] for row in x])
+        x = np.stack([np.convolve(row, taps)[len(taps) // 2 :][: missing.shape[1] : factor] for row in x])
     if s.pre_emphasis:
         x = x - s.pre_emphasis * np.pad(x, ((0, 0), (1, 0)))[:, :-1]
     left = s.window // 2 if s.centred else 0
@@ -204,9 +204,9 @@ def reached(lost, s):
 
 @by_name
 def test_touched_frames_are_exactly_those_a_lost_sample_reaches(preset):
-    lost = lost_by_hand(HOLES, preset.record_samples)
-    touched = np.asarray(gap_masks.touched_frames(jnp.asarray(lost), preset))
-    np.testing.assert_array_equal(touched, reached(lost, preset))
+    missing = gap_by_hand(GAPS, preset.record_samples)
+    touched = np.asarray(gap_masks.touched_frames(jnp.asarray(missing), preset))
+    np.testing.assert_array_equal(touched, reached(missing, preset))
     assert not touched[5].any() and touched[0].sum() in (2, 3)
 
 
@@ -214,32 +214,32 @@ def test_touched_frames_are_exactly_those_a_lost_sample_reaches(preset):
 def test_each_single_sample_touches_the_frames_it_reaches(preset):
     """Every place of one lost sample relative to the hops: neither a frame too many nor one too few."""
     places = np.arange(2_000, 2_000 + preset.hop * preset.decimation)
-    lost = np.arange(4_000) == places[:, None]
-    np.testing.assert_array_equal(gap_masks.touched_frames(jnp.asarray(lost), preset), reached(lost, preset))
+    missing = np.arange(4_000) == places[:, None]
+    np.testing.assert_array_equal(gap_masks.touched_frames(jnp.asarray(missing), preset), reached(missing, preset))
 
 
 @by_name
 def test_only_touched_frames_change(preset):
     """The room's own bands, bit for bit: other frames do not know what was in the gap; touched ones do."""
-    lost = lost_by_hand(HOLES, preset.record_samples)
+    missing = gap_by_hand(GAPS, preset.record_samples)
     rng = np.random.default_rng(3)
-    clean, other = rng.uniform(-0.5, 0.5, (2, *lost.shape)).astype(np.float32)
+    clean, other = rng.uniform(-0.5, 0.5, (2, *missing.shape)).astype(np.float32)
     bands = jax.jit(lambda x: stft.band_magnitude(stft.decimate(x, preset), preset))
-    changed = np.asarray(bands(clean) != bands(np.where(lost, other, clean))).any(-1)
-    touched = np.asarray(gap_masks.touched_frames(jnp.asarray(lost), preset))
+    changed = np.asarray(bands(clean) != bands(np.where(missing, other, clean))).any(-1)
+    touched = np.asarray(gap_masks.touched_frames(jnp.asarray(missing), preset))
     assert not changed[~touched].any()
     assert changed[touched].mean() > 0.97  # a filter's last tap or a window's edge may round to nothing
 
 
 @by_name
 def test_centred_frames_have_their_centre_in_the_gap(preset):
-    marked = np.asarray(gap_masks.centred_frames(jnp.asarray(HOLES), preset, preset.num_frames))
+    marked = np.asarray(gap_masks.centred_frames(jnp.asarray(GAPS), preset, preset.num_frames))
     first = 0 if preset.centred else preset.window / 2
-    for row, pairs in zip(marked, HOLES):
+    for row, pairs in zip(marked, GAPS):
         centre_s = (np.arange(preset.num_frames) * preset.hop + first) / preset.rate
         np.testing.assert_array_equal(row, np.any([(centre_s >= a / 16_000) & (centre_s < b / 16_000) for a, b in pairs], 0))
-    lost = lost_by_hand(HOLES, preset.record_samples)
-    touched = np.asarray(gap_masks.touched_frames(jnp.asarray(lost), preset))
+    missing = gap_by_hand(GAPS, preset.record_samples)
+    touched = np.asarray(gap_masks.touched_frames(jnp.asarray(missing), preset))
     inside = np.asarray(marked)
     if preset.centred:  # a centre beyond the sound belongs to no sample
         inside = inside & (np.arange(preset.num_frames) * preset.hop < preset.num_samples)
@@ -269,7 +269,7 @@ def raw_batch(seed=0):
 
 def hidden(batch):
     """bool (B, N): lost, and part of the clip."""
-    return lost_by_hand(GAP, 48_000) & (np.arange(48_000) < batch["audio_length"][:, None])
+    return gap_by_hand(GAP, 48_000) & (np.arange(48_000) < batch["audio_length"][:, None])
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -292,7 +292,7 @@ def test_hidden_samples_change_no_input(preset, what):
 @pytest.mark.parametrize("system", ["a_si", "av_mtl_si", "av_mtl_s2s", "av_unified"])
 def test_gradient_by_hidden_samples_is_zero(system):
     config = features.FeatureConfig(PAPER)
-    sizes = systems.Sizes(bands=PAPER.bands, layers=1, units=8, bottleneck=8, mask_input=True, skip=True, lip_layers=1)
+    sizes = systems.Sizes(bands=PAPER.bands, layers=1, units=8, bottleneck=8, mask_input=True, skip=True, video_layers=1)
     of = systems.get(system)
     model = of.build(dataclasses.replace(sizes, lstm="joined", stack=2 if "stack" in of.options else 1))
     batch, rng = raw_batch(), np.random.default_rng(0)

@@ -23,9 +23,9 @@ def level_error_db(found, wanted, frames, s):
     return np.abs(one - two)[frames].mean()
 
 
-def touched(lost, s):
+def touched(missing, s):
     """Frames that hold a lost sample of the preset's rate."""
-    return np.asarray(log_mel(np.where(lost, 1.0, 0.0).astype(np.float32), s) != stft.silence_level(s)).any(-1)
+    return np.asarray(log_mel(np.where(missing, 1.0, 0.0).astype(np.float32), s) != stft.silence_level(s)).any(-1)
 
 
 # ---- made-up sounds ------------------------------------------------------------------------------------------------------------
@@ -44,21 +44,21 @@ def buzz(n, rate):
     return 0.08 * (1.2 + np.sin(9 * t)) * sum(np.sin(k * pitch) / k for k in range(1, 25) if 130 * k < rate / 2)
 
 
-def second_of_sound(s):
+def second_of_audio(s):
     """(5, N) sounds over a little noise, (5, N) lost: inside, at both ends, all, nothing, two stretches with one sample between.
 
     N is about a second, odd, and its last window ends where that of the paper's clip does.
     """
     n, rng = s.rate - 17, np.random.default_rng(0)
-    sound = [tones(n, s.rate), buzz(n, s.rate), rng.normal(0, 0.1, n), tones(n, s.rate), buzz(n, s.rate)]
-    sound = np.float32(sound + rng.normal(0, 1e-3, (5, n)))
-    lost = np.zeros((5, n), bool)
-    lost[0, 3 * n // 10 : 7 * n // 10] = True
-    lost[1, : n // 5] = lost[1, 9 * n // 10 :] = True
-    lost[2] = True
-    lost[4, n // 4 : n // 2] = True
-    lost[4, 3 * n // 8] = False
-    return sound, lost
+    audio = [tones(n, s.rate), buzz(n, s.rate), rng.normal(0, 0.1, n), tones(n, s.rate), buzz(n, s.rate)]
+    audio = np.float32(audio + rng.normal(0, 1e-3, (5, n)))
+    missing = np.zeros((5, n), bool)
+    missing[0, 3 * n // 10 : 7 * n // 10] = True
+    missing[1, : n // 5] = missing[1, 9 * n // 10 :] = True
+    missing[2] = True
+    missing[4, n // 4 : n // 2] = True
+    missing[4, 3 * n // 8] = False
+    return audio, missing
 
 
 SEEDS = np.uint32([1, 2, 3, 4, 2**32 - 1])
@@ -68,60 +68,60 @@ SEEDS = np.uint32([1, 2, 3, 4, 2**32 - 1])
 def seconds(request):
     """(preset, true sound, lost, true level, filled)."""
     s = request.param
-    sound, lost = second_of_sound(s)
-    level = np.asarray(log_mel(sound, s))
-    filled = griffin_lim.fill_gap(level, np.where(lost, 0, sound), lost, s, seeds=SEEDS)
-    return s, sound, lost, level, np.asarray(filled)
+    audio, missing = second_of_audio(s)
+    level = np.asarray(log_mel(audio, s))
+    filled = griffin_lim.inpaint_gap(level, np.where(missing, 0, audio), missing, s, seeds=SEEDS)
+    return s, audio, missing, level, np.asarray(filled)
 
 
 def test_known_samples_are_kept_bit_for_bit(seconds):
-    _, sound, lost, _, filled = seconds
+    _, audio, missing, _, filled = seconds
     assert filled.dtype == np.float32 and np.isfinite(filled).all()
-    np.testing.assert_array_equal(filled[~lost], sound[~lost])
-    np.testing.assert_array_equal(filled[3], sound[3])  # nothing was lost
-    assert (filled[:, 1:-1][lost[:, 1:-1]] != 0).all()  # windows that are not centred do not see the first sample
+    np.testing.assert_array_equal(filled[~missing], audio[~missing])
+    np.testing.assert_array_equal(filled[3], audio[3])  # nothing was lost
+    assert (filled[:, 1:-1][missing[:, 1:-1]] != 0).all()  # windows that are not centred do not see the first sample
 
 
 def test_the_result_is_a_function_of_its_arguments(seconds):
-    s, sound, lost, level, filled = seconds
-    np.testing.assert_array_equal(griffin_lim.fill_gap(level, np.where(lost, 0, sound), lost, s, seeds=SEEDS), filled)
+    s, audio, missing, level, filled = seconds
+    np.testing.assert_array_equal(griffin_lim.inpaint_gap(level, np.where(missing, 0, audio), missing, s, seeds=SEEDS), filled)
     for hidden in (np.nan, 0.7):  # what stood in the gap is not looked at
-        known = np.where(lost, hidden, sound).astype(np.float32)
-        np.testing.assert_array_equal(griffin_lim.fill_gap(level, known, lost, s, seeds=SEEDS), filled)
-    other = np.asarray(griffin_lim.fill_gap(level, np.where(lost, 0, sound), lost, s, seeds=SEEDS + np.uint32(7)))
+        known = np.where(missing, hidden, audio).astype(np.float32)
+        np.testing.assert_array_equal(griffin_lim.inpaint_gap(level, known, missing, s, seeds=SEEDS), filled)
+    other = np.asarray(griffin_lim.inpaint_gap(level, np.where(missing, 0, audio), missing, s, seeds=SEEDS + np.uint32(7)))
     assert [(a != b).any() for a, b in zip(other, filled)] == [True, True, True, False, True]
 
 
-def test_a_clip_sounds_the_same_in_any_batch(seconds):
-    s, sound, lost, level, filled = seconds
-    known = np.where(lost, 0, sound)
+def test_a_clip_waveforms_the_same_in_any_batch(seconds):
+    s, audio, missing, level, filled = seconds
+    known = np.where(missing, 0, audio)
     order = [4, 2, 0, 1, 3]
-    moved = griffin_lim.fill_gap(level[order], known[order], lost[order], s, seeds=SEEDS[order])
+    moved = griffin_lim.inpaint_gap(level[order], known[order], missing[order], s, seeds=SEEDS[order])
     np.testing.assert_allclose(moved, filled[order], atol=1e-3)  # a sum may round by one unit, sixty iterations make more of it
     for row in (slice(0, 1), slice(1, 2)) if s is PAPER else ():  # a batch of one is a program of its own
-        alone = griffin_lim.fill_gap(level[row], known[row], lost[row], s, seeds=SEEDS[row])
+        alone = griffin_lim.inpaint_gap(level[row], known[row], missing[row], s, seeds=SEEDS[row])
         np.testing.assert_allclose(alone, filled[row], atol=1e-3)
 
 
-def test_true_levels_bring_the_sound_back(seconds):
+def test_true_levels_bring_the_audio_back(seconds):
     """400 ms of tones, 250 of buzz: nearly the true log-mel, the valleys between tones too, where an empty gap is far off."""
-    s, sound, lost, _, filled = seconds
-    frames = touched(lost, s)
+    s, audio, missing, _, filled = seconds
+    frames = touched(missing, s)
     for row, most in ((slice(0, 1), 4), (slice(4, 5), 1.5)):
-        empty = level_error_db(np.where(lost, 0, sound)[row], sound[row], frames[row], s)
-        made = level_error_db(filled[row], sound[row], frames[row], s)
+        empty = level_error_db(np.where(missing, 0, audio)[row], audio[row], frames[row], s)
+        made = level_error_db(filled[row], audio[row], frames[row], s)
         assert empty > 20 and made < most, (row, empty, made)
-    for hole, made, true in zip(lost, filled, sound):
-        if hole.any():
-            assert 0.8 < np.sqrt(np.mean(made[hole] ** 2) / np.mean(true[hole] ** 2)) < 1.2
+    for gap, made, true in zip(missing, filled, audio):
+        if gap.any():
+            assert 0.8 < np.sqrt(np.mean(made[gap] ** 2) / np.mean(true[gap] ** 2)) < 1.2
 
 
-def test_other_levels_bring_another_sound(seconds):
+def test_other_levels_bring_another_audio(seconds):
     """The level is followed, not the context: ten decibels less in the gap are heard as ten decibels less."""
-    s, sound, lost, _, filled = seconds
-    quiet = log_mel(sound * np.float32(10**-0.5), s)
-    softer = np.asarray(griffin_lim.fill_gap(quiet, np.where(lost, 0, sound), lost, s, seeds=SEEDS))
-    middle = slice(4 * sound.shape[1] // 10, 6 * sound.shape[1] // 10)
+    s, audio, missing, _, filled = seconds
+    quiet = log_mel(audio * np.float32(10**-0.5), s)
+    softer = np.asarray(griffin_lim.inpaint_gap(quiet, np.where(missing, 0, audio), missing, s, seeds=SEEDS))
+    middle = slice(4 * audio.shape[1] // 10, 6 * audio.shape[1] // 10)
     for row in (0, 2):
         drop = 10 * np.log10(np.mean(np.float64(filled[row, middle]) ** 2) / np.mean(np.float64(softer[row, middle]) ** 2))
         assert drop == pytest.approx(10, abs=1.5)
@@ -129,19 +129,19 @@ def test_other_levels_bring_another_sound(seconds):
 
 def test_gaps_at_the_ends_of_a_clip_do_not_burst(seconds):
     """The outermost samples are seen by the foot of one window alone: dividing by it must not blow them up."""
-    _, sound, lost, _, filled = seconds
-    for made, true, hole in zip(np.abs(filled), np.abs(sound), lost):
-        if hole.any():
-            assert made[hole].max() < 2 * true[hole].max()
+    _, audio, missing, _, filled = seconds
+    for made, true, gap in zip(np.abs(filled), np.abs(audio), missing):
+        if gap.any():
+            assert made[gap].max() < 2 * true[gap].max()
 
 
 def test_de_emphasis_meets_the_far_edge():
     """An offset that the levels do not tell of would be a step of its own size where the known samples begin again."""
-    sound, lost = second_of_sound(PAPER)
-    sound += np.float32(0.2)
-    filled = np.asarray(griffin_lim.fill_gap(log_mel(sound, PAPER), np.where(lost, 0, sound), lost, PAPER, seeds=SEEDS))
-    change = np.diff(lost[4].astype(int))
-    steps, usual = np.abs(np.diff(filled[4])), np.abs(np.diff(sound[4]))
+    audio, missing = second_of_audio(PAPER)
+    audio += np.float32(0.2)
+    filled = np.asarray(griffin_lim.inpaint_gap(log_mel(audio, PAPER), np.where(missing, 0, audio), missing, PAPER, seeds=SEEDS))
+    change = np.diff(missing[4].astype(int))
+    steps, usual = np.abs(np.diff(filled[4])), np.abs(np.diff(audio[4]))
     assert (change == -1).sum() == 2 and steps[change == -1].max() < np.quantile(usual, 0.9)
     assert steps[change == 1].max() < np.quantile(usual, 0.98)
 
@@ -151,29 +151,29 @@ def test_de_emphasis_meets_the_far_edge():
 
 def test_frames_out_of_reach_change_nothing(seconds):
     """The iterations run over the frames that a gap reaches: the levels of all others are not looked at."""
-    s, sound, lost, level, _ = seconds
-    lost = np.zeros_like(lost)
-    lost[0, :50] = lost[1, -50:] = lost[2, 4000:4400] = lost[3, 1000:1010] = lost[3, 1500:1600] = True
-    known = np.where(lost, 0, sound)
-    filled = np.asarray(griffin_lim.fill_gap(level, known, lost, s, seeds=SEEDS))
-    reached = np.asarray(stft.frames_holding(lost | np.pad(lost, ((0, 0), (1, 0)))[:, :-1], s))
+    s, audio, missing, level, _ = seconds
+    missing = np.zeros_like(missing)
+    missing[0, :50] = missing[1, -50:] = missing[2, 4000:4400] = missing[3, 1000:1010] = missing[3, 1500:1600] = True
+    known = np.where(missing, 0, audio)
+    filled = np.asarray(griffin_lim.inpaint_gap(level, known, missing, s, seeds=SEEDS))
+    reached = np.asarray(stft.frames_holding(missing | np.pad(missing, ((0, 0), (1, 0)))[:, :-1], s))
     elsewhere = np.where(reached[..., None], level, stft.silence_level(s) + 0.5)
-    np.testing.assert_array_equal(griffin_lim.fill_gap(elsewhere, known, lost, s, seeds=SEEDS), filled)
-    assert (filled[~lost] == sound[~lost]).all() and np.isfinite(filled).all()
-    for made, true, hole in zip(filled[:4], sound, lost):
-        assert np.abs(made[hole]).max() < 2 * np.abs(true).max()
+    np.testing.assert_array_equal(griffin_lim.inpaint_gap(elsewhere, known, missing, s, seeds=SEEDS), filled)
+    assert (filled[~missing] == audio[~missing]).all() and np.isfinite(filled).all()
+    for made, true, gap in zip(filled[:4], audio, missing):
+        assert np.abs(made[gap]).max() < 2 * np.abs(true).max()
 
 
 def test_the_span_of_frames_does_not_show(seconds):
     """A short gap is worked on in few frames; beside a clip that is lost altogether it is worked on in all: the same sound."""
-    s, sound, lost, level, _ = seconds
-    lost = np.zeros_like(lost)
-    lost[:, s.rate // 3 : s.rate // 3 + s.rate // 20] = True
-    short = np.asarray(griffin_lim.fill_gap(level, np.where(lost, 0, sound), lost, s, seeds=SEEDS))
-    lost[4] = True
-    beside = np.asarray(griffin_lim.fill_gap(level, np.where(lost, 0, sound), lost, s, seeds=SEEDS))
+    s, audio, missing, level, _ = seconds
+    missing = np.zeros_like(missing)
+    missing[:, s.rate // 3 : s.rate // 3 + s.rate // 20] = True
+    short = np.asarray(griffin_lim.inpaint_gap(level, np.where(missing, 0, audio), missing, s, seeds=SEEDS))
+    missing[4] = True
+    beside = np.asarray(griffin_lim.inpaint_gap(level, np.where(missing, 0, audio), missing, s, seeds=SEEDS))
     np.testing.assert_allclose(beside[:4], short[:4], atol=1e-3)
-    assert (beside[4] != sound[4]).all()
+    assert (beside[4] != audio[4]).all()
 
 
 # ---- whole clips -----------------------------------------------------------------------------------------------------------------
@@ -219,16 +219,16 @@ def test_griffin_lim_refuses_another_number_of_frames():
 
 def test_whole_clips_and_splices(seconds):
     """Nothing known is used; a splice is cut in hard, and is the recording elsewhere."""
-    s, sound, lost, level, _ = seconds
-    n = sound.shape[1]
+    s, audio, missing, level, _ = seconds
+    n = audio.shape[1]
     whole = np.asarray(griffin_lim.whole_clip(level, s, length=n, seeds=SEEDS))
     middle = np.zeros((5, level.shape[1]), bool)
     middle[:, 5:-5] = True
-    assert whole.shape == sound.shape and level_error_db(whole[1:3], sound[1:3], middle[1:3], s) < 2.5
+    assert whole.shape == audio.shape and level_error_db(whole[1:3], audio[1:3], middle[1:3], s) < 2.5
     moved = np.asarray(griffin_lim.whole_clip(level[::-1], s, length=n, seeds=SEEDS[::-1]))[::-1]
     np.testing.assert_allclose(moved[2], whole[2], atol=2e-2)
-    cut = np.asarray(griffin_lim.splice(level, np.where(lost, np.nan, sound).astype(np.float32), lost, s, seeds=SEEDS))
-    np.testing.assert_array_equal(cut, np.where(lost, whole, sound))
+    cut = np.asarray(griffin_lim.splice(level, np.where(missing, np.nan, audio).astype(np.float32), missing, s, seeds=SEEDS))
+    np.testing.assert_array_equal(cut, np.where(missing, whole, audio))
 
 
 # ---- the paper's inversion -------------------------------------------------------------------------------------------------------
@@ -272,8 +272,8 @@ def test_papers_inversion_is_librosas():
 def test_mel_inversion_beats_the_floored_pseudo_inverse(preset):
     """Never negative, and its mel is nearer to the mel asked for, in nearly every frame of a buzz and in silence."""
     basis = librosa.filters.mel(sr=preset.rate, n_fft=preset.n_fft, n_mels=preset.bands).astype(np.float64)
-    sound = np.float32(buzz(preset.rate, preset.rate))
-    bands = (np.abs(librosa.stft(sound, n_fft=preset.n_fft, hop_length=preset.hop, win_length=preset.window)).T @ basis.T)[None]
+    audio = np.float32(buzz(preset.rate, preset.rate))
+    bands = (np.abs(librosa.stft(audio, n_fft=preset.n_fft, hop_length=preset.hop, win_length=preset.window)).T @ basis.T)[None]
     bands[:, -9:] = 0
     found = np.asarray(jax.jit(griffin_lim.mel_to_magnitude, static_argnums=1)(np.float32(bands), preset)).astype(np.float64)
     assert found.shape == (*bands.shape[:-1], preset.n_fft // 2 + 1)

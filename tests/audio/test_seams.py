@@ -29,8 +29,8 @@ def measures():
     return griffin_lim
 
 
-def edges_of(hole):
-    return np.flatnonzero(np.diff(hole.astype(int))) + 1
+def edges_of(gap):
+    return np.flatnonzero(np.diff(gap.astype(int))) + 1
 
 
 def usual(measure, clip, s, within=slice(None)):
@@ -84,28 +84,28 @@ def voices(s):
 def spoken(request):
     """(preset, true, lost, filled and spliced): 250 ms; three gaps close together; the start; the end."""
     s = request.param
-    sound = voices(s)
-    lost = np.zeros(sound.shape, bool)
+    audio = voices(s)
+    missing = np.zeros(audio.shape, bool)
     ms = s.rate // 1000
-    lost[0, 700 * ms : 950 * ms] = True
+    missing[0, 700 * ms : 950 * ms] = True
     for start in (500, 690, 830):
-        lost[1, start * ms : (start + 130) * ms] = True
-    lost[2, : 300 * ms] = True
-    lost[3, 2600 * ms :] = True
-    level, known = np.asarray(log_mel(sound, s)), np.where(lost, 0, sound)
-    made = [np.asarray(f(level, known, lost, s, seeds=SEEDS)) for f in (griffin_lim.fill_gap, griffin_lim.splice)]
-    return s, sound, lost, *made
+        missing[1, start * ms : (start + 130) * ms] = True
+    missing[2, : 300 * ms] = True
+    missing[3, 2600 * ms :] = True
+    level, known = np.asarray(log_mel(audio, s)), np.where(missing, 0, audio)
+    made = [np.asarray(f(level, known, missing, s, seeds=SEEDS)) for f in (griffin_lim.inpaint_gap, griffin_lim.splice)]
+    return s, audio, missing, *made
 
 
 def test_seams_are_as_smooth_as_the_voice_itself(spoken, measures):
     """Ten seams of four voices. In natural sound one place in twenty is above its 95th percentile: of these, at most one is, where
     it matters little by how much; a pulse of the voice may come sooner or later than its own would, so two may step in level.
     """
-    s, sound, lost, filled, _ = spoken
+    s, audio, missing, filled, _ = spoken
     flux, step = [], []
-    for clip, hole, made in zip(sound, lost, filled):
-        assert (made[~hole] == clip[~hole]).all()
-        edges = edges_of(hole)
+    for clip, gap, made in zip(audio, missing, filled):
+        assert (made[~gap] == clip[~gap]).all()
+        edges = edges_of(gap)
         flux.extend(measures.flux(made, edges, s.rate) / usual(measures.flux, clip, s))
         step.extend(measures.level_step(made, edges, s.rate) / most_level_step(measures, clip, edges, s))
     assert len(flux) == 10 and np.sum(np.array(flux) > 1) <= 1 and max(flux) < 2, flux
@@ -114,10 +114,10 @@ def test_seams_are_as_smooth_as_the_voice_itself(spoken, measures):
 
 def test_a_click_would_be_found(spoken, measures):
     """The same sounds with one sample of twice their peak at a seam are above the percentile."""
-    s, sound, lost, filled, _ = spoken
+    s, audio, missing, filled, _ = spoken
     found = 0
-    for clip, hole, made in zip(sound, lost, filled):
-        at = edges_of(hole)[:1]
+    for clip, gap, made in zip(audio, missing, filled):
+        at = edges_of(gap)[:1]
         click = made + np.float32(2 * np.abs(clip).max()) * (np.arange(len(made)) == at[0])
         found += int((measures.flux(click, at, s.rate) > usual(measures.flux, clip, s)).all())
     assert found >= 3
@@ -127,16 +127,16 @@ def test_a_level_that_is_too_quiet_does_not_step_at_every_seam(measures):
     """Levels 3 dB below the sound's, as predicted ones are, with 300 ms lost at three places of each voice: 7 of 24 seams step more
     than is usual; 19 did while frames at the edges kept the level's magnitudes, which known samples alone exceed.
     """
-    sound = voices(WIDE)
-    lost, ms = np.zeros(sound.shape, bool), WIDE.rate // 1000
-    for v, start in itertools.product(range(len(sound)), (600, 1300, 2000)):
-        lost[v, (start + 37 * v) * ms : (start + 37 * v + 300) * ms] = True
-    quiet = np.asarray(log_mel(sound, WIDE)) - np.float32(3 / 20 * np.log(10))
-    filled = np.asarray(griffin_lim.fill_gap(quiet, np.where(lost, 0, sound), lost, WIDE, seeds=SEEDS))
+    audio = voices(WIDE)
+    missing, ms = np.zeros(audio.shape, bool), WIDE.rate // 1000
+    for v, start in itertools.product(range(len(audio)), (600, 1300, 2000)):
+        missing[v, (start + 37 * v) * ms : (start + 37 * v + 300) * ms] = True
+    quiet = np.asarray(log_mel(audio, WIDE)) - np.float32(3 / 20 * np.log(10))
+    filled = np.asarray(griffin_lim.inpaint_gap(quiet, np.where(missing, 0, audio), missing, WIDE, seeds=SEEDS))
     above = []
-    for clip, hole, made in zip(sound, lost, filled):
-        assert (made[~hole] == clip[~hole]).all()
-        edges = edges_of(hole)
+    for clip, gap, made in zip(audio, missing, filled):
+        assert (made[~gap] == clip[~gap]).all()
+        edges = edges_of(gap)
         above.extend(measures.level_step(made, edges, WIDE.rate) > most_level_step(measures, clip, edges, WIDE))
     assert len(above) == 24 and sum(above) <= 10, above
 
@@ -144,20 +144,20 @@ def test_a_level_that_is_too_quiet_does_not_step_at_every_seam(measures):
 def test_frames_at_an_edge_are_as_loud_as_the_known_and_the_wanted_together():
     """Against frames cut and summed one by one: energy of the known samples, and of the wanted the free share of the window."""
     s, rng = WIDE, np.random.default_rng(0)
-    sound, lost = np.float32(rng.normal(0, 0.1, (1, 8_000))), np.zeros((1, 8_000), bool)
-    lost[0, 3_000:5_000] = lost[0, 7_500:] = True  # the second up to the end, where frames reach beyond the clip
+    audio, missing = np.float32(rng.normal(0, 0.1, (1, 8_000))), np.zeros((1, 8_000), bool)
+    missing[0, 3_000:5_000] = missing[0, 7_500:] = True  # the second up to the end, where frames reach beyond the clip
     wanted = np.float32(rng.uniform(0, 1, (1, s.frames_of(8_000), s.n_fft // 2 + 1)))
-    hops = [griffin_lim._to_hops(jnp.asarray(x), s) for x in (np.where(lost, 0, sound), lost, np.ones_like(lost))]
+    hops = [griffin_lim._to_hops(jnp.asarray(x), s) for x in (np.where(missing, 0, audio), missing, np.ones_like(missing))]
     found = np.asarray(griffin_lim._as_loud_as_known(jnp.asarray(wanted), *hops, s))
     window, changed = scipy.signal.get_window("hann", s.window), 0
     for f in range(wanted.shape[1]):
         at = f * s.hop + np.arange(s.window) - s.window // 2
         inside = (at >= 0) & (at < 8_000)
-        gone = inside & lost[0, at.clip(0, 7_999)]
+        gone = inside & missing[0, at.clip(0, 7_999)]
         share = (window[gone] ** 2).sum() / (window[inside] ** 2).sum()
         energy = (wanted[0, f] ** 2).sum()
         if 0 < share < 1:
-            known = np.where(inside & ~gone, sound[0, at.clip(0, 7_999)], 0) * window
+            known = np.where(inside & ~gone, audio[0, at.clip(0, 7_999)], 0) * window
             energy, changed = (np.abs(np.fft.rfft(known, s.n_fft)) ** 2).sum() + share * energy, changed + 1
         assert (found[0, f] ** 2).sum() == pytest.approx(energy, rel=1e-4), f
     assert changed >= 6
@@ -195,8 +195,8 @@ def recordings(grid_dir):
     paths = list({p.parent: p for p in reversed(aligned)}.values())[-CLIPS:]
     if len(paths) < CLIPS:
         pytest.skip(f"needs aligned .mpg clips of {CLIPS} speakers: found {len(paths)} in {grid_dir}")
-    sounds = [clip_io.read_clip(path, pictures=False).sound for path in paths]
-    at_record_rate = [clip_io.resample(clip_io.mono(s.samples), s.rate, presets.RECORD_RATE) for s in sounds]
+    waveforms = [clip_io.read_clip(path, video=False).audio for path in paths]
+    at_record_rate = [clip_io.resample(clip_io.mono(s.samples), s.rate, presets.RECORD_RATE) for s in waveforms]
     gap = [[gap_masks.place_in_speech(p.stem, GAP_MS, speech_of(p), 47_600)] for p in paths]
     return np.stack([np.pad(x, (0, 48_000 - len(x))) for x in at_record_rate]), np.int32(gap)
 
@@ -206,43 +206,43 @@ def restored(request, recordings):
     """(preset, true sound, what is known of it, lost, filled from the true level), all at the preset's rate."""
     s = request.param
     record = jnp.asarray(recordings[0][:, : s.record_samples])
-    lost = gap_masks.lost_samples(jnp.asarray(recordings[1]), s.record_samples)
-    sound, known = stft.decimate(record, s), stft.decimate(gap_masks.damage(record, lost), s)
-    lost = gap_masks.lost_at_preset(lost, s)
-    filled = griffin_lim.fill_gap(log_mel(sound, s), known, lost, s, seeds=SEEDS[:CLIPS])
-    return s, *(np.asarray(a) for a in (sound, known, lost, filled))
+    missing = gap_masks.gap_samples(jnp.asarray(recordings[1]), s.record_samples)
+    audio, known = stft.decimate(record, s), stft.decimate(gap_masks.damage(record, missing), s)
+    missing = gap_masks.gap_at_preset(missing, s)
+    filled = griffin_lim.inpaint_gap(log_mel(audio, s), known, missing, s, seeds=SEEDS[:CLIPS])
+    return s, *(np.asarray(a) for a in (audio, known, missing, filled))
 
 
 def test_true_mel_is_understood(restored):
     """STOI (pystoi) of the whole clip with 900 ms of its words filled from their true log-mel; an empty gap has about 0.5."""
-    s, sound, known, lost, filled = restored
-    scores = [pystoi.stoi(a, b, s.rate) for a, b in zip(sound, filled)]
-    empty = [pystoi.stoi(a, b, s.rate) for a, b in zip(sound, known)]
+    s, audio, known, missing, filled = restored
+    scores = [pystoi.stoi(a, b, s.rate) for a, b in zip(audio, filled)]
+    empty = [pystoi.stoi(a, b, s.rate) for a, b in zip(audio, known)]
     assert np.mean(scores) > 0.9 and np.mean(empty) < 0.7, (scores, empty)
-    assert level_error_db(filled, sound, np.asarray(stft.frames_holding(lost, s)), s) < 1.5
+    assert level_error_db(filled, audio, np.asarray(stft.frames_holding(missing, s)), s) < 1.5
 
 
 def test_real_seams_are_as_smooth_as_speech(restored, measures):
     """Eight seams of true levels: flux and step in level below the 95th percentile inside the words of the same clips."""
-    s, sound, _, lost, filled = restored
-    for clip, hole, made in zip(sound, lost, filled):
-        edges = edges_of(hole)
+    s, audio, _, missing, filled = restored
+    for clip, gap, made in zip(audio, missing, filled):
+        edges = edges_of(gap)
         assert (measures.flux(made, edges, s.rate) <= usual(measures.flux, clip, s, WORDS)).all()
         assert (measures.level_step(made, edges, s.rate) <= most_level_step(measures, clip, edges, s, WORDS)).all()
 
 
 def test_seams_do_not_click(restored):
     """No step at an edge of a gap is larger than what one in a thousand of the clip's own steps is."""
-    _, sound, _, lost, filled = restored
-    for clip, hole, made in zip(sound, lost, filled):
-        edges = np.flatnonzero(np.diff(hole.astype(int)))
+    _, audio, _, missing, filled = restored
+    for clip, gap, made in zip(audio, missing, filled):
+        edges = np.flatnonzero(np.diff(gap.astype(int)))
         assert len(edges) == 2
         assert np.abs(np.diff(made))[edges].max() < np.quantile(np.abs(np.diff(clip)), 0.999)
 
 
 def test_real_clips_keep_their_known_samples_and_loudness(restored):
-    _, sound, known, lost, filled = restored
-    np.testing.assert_array_equal(filled[~lost], known[~lost])
-    for clip, hole, made in zip(sound, lost, filled):
-        ratio = np.sqrt(np.mean(made[hole] ** 2) / np.mean(clip[hole] ** 2))
+    _, audio, known, missing, filled = restored
+    np.testing.assert_array_equal(filled[~missing], known[~missing])
+    for clip, gap, made in zip(audio, missing, filled):
+        ratio = np.sqrt(np.mean(made[gap] ** 2) / np.mean(clip[gap] ** 2))
         assert 0.9 < ratio < 1.1

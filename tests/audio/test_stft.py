@@ -135,8 +135,8 @@ def test_stft_and_istft_are_librosas(preset):
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
     rng = np.random.default_rng(0)
     changed = (expected * np.exp(2j * np.pi * rng.uniform(size=expected.shape))).astype(np.complex64)  # no sound's own STFT
-    sound = librosa.istft(changed.T.astype(np.complex128), n_fft=preset.n_fft, length=len(x), **options)
-    np.testing.assert_allclose(inverse(changed, preset, len(x)), sound, atol=1e-5 * np.abs(sound).max())
+    audio = librosa.istft(changed.T.astype(np.complex128), n_fft=preset.n_fft, length=len(x), **options)
+    np.testing.assert_allclose(inverse(changed, preset, len(x)), audio, atol=1e-5 * np.abs(audio).max())
 
 
 @by_name

@@ -100,7 +100,7 @@ def test_a_sweep_keeps_what_it_has(train_step, monkeypatch, capsys):
     """One of its cells runs out of memory."""
     given = []
 
-    class Made:
+    class SystemOutput:
         def __init__(self, name, args, called, short, **more):
             given.append((called, short, more["batch_size"], more["precision"], more["lstm"]))
             if called == "torch" and more["batch_size"] == 1024 and more["precision"] == "tf32":
@@ -116,7 +116,7 @@ def test_a_sweep_keeps_what_it_has(train_step, monkeypatch, capsys):
         def close(self):
             given.append("closed")
 
-    monkeypatch.setattr(train_step, "Contender", Made)
+    monkeypatch.setattr(train_step, "Contender", SystemOutput)
     row = train_step.sweep(types.SimpleNamespace(rounds=1, profile=""))
     assert row["ms_scan_32_float32"] == 4.0 and row["ratio_torch_over_scan_32_tf32"] == 0.5
     assert row["ratio_torch_over_cudnn_256_float32"] == 2.0 and row["ratio_scan_over_cudnn_1024_float32"] == 4.0

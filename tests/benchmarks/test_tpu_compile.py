@@ -181,8 +181,8 @@ def test_batches_have_the_shapes_of_real_ones(tpu_compile, tiny_dir):
 
     records = input_pipeline.Records(input_pipeline.find_dataset(tiny_dir), "train")
     real = devices.split(next(input_pipeline.train_batches(records, 8, seed=0)), "shard_map")
-    made_up = tpu_compile.batch_shapes(8)
-    assert {k: (v.shape, v.dtype) for k, v in made_up.items()} == {k: (v.shape, v.dtype) for k, v in real.items()}
+    invented = tpu_compile.batch_shapes(8)
+    assert {k: (v.shape, v.dtype) for k, v in invented.items()} == {k: (v.shape, v.dtype) for k, v in real.items()}
 
 
 def test_every_config_that_trains_under_its_own_name_is_a_system(tpu_compile):

@@ -113,7 +113,7 @@ def test_text_is_read_as_the_type_of_the_field(name, field, text, expected):
         ("base", "batch_sise", "4", "no field config.batch_sise (did you mean batch_size"),
         ("base", "loss.gab", "1", "did you mean loss.gap"),
         ("base", "loss", "1", "no field config.loss "),
-        ("base", "gaps.low", "1", "gaps.low_ms"),
+        ("base", "gaps.total_mean", "1", "gaps.total_mean_ms"),
         ("base", "units.more", "1", "no field config.units.more"),
     ],
 )
@@ -176,7 +176,13 @@ def test_what_the_papers_code_does():
     c = configs.load("av_mtl_s2s", FAITHFUL)
     assert (c.preset, c.landmarks, c.motion, c.ctc_units, c.mask_input) == ("paper", "face", "pixels", "characters", False)
     assert (c.layers, c.units, c.bottleneck, c.output, c.dropout) == (3, 256, 136, "relu", 0.0)
-    assert (c.gaps.protocol, c.gaps.max_count, c.gaps.total, c.gaps.low_ms, c.gaps.high_ms) == ("paper", 8, "normal", 900.0, 300.0)
+    assert (c.gaps.protocol, c.gaps.max_count, c.gaps.total, c.gaps.total_mean_ms, c.gaps.total_std_ms) == (
+        "paper",
+        8,
+        "normal",
+        900.0,
+        300.0,
+    )
     assert (c.loss.kind, c.loss.whole, c.loss.gap, c.loss.ctc) == ("mse", 1.0, 0.0, 1e-3)
     assert (c.batch_size, c.learning_rate, c.clip_norm, c.plateau_factor, c.plateau_patience) == (32, 1e-3, 0.0, 0.1, 5)
     assert configs.load("av_s2s", FAITHFUL).bottleneck == 0
@@ -189,7 +195,7 @@ def test_what_the_papers_code_does():
         ("av_mtl_s2s", {"preset": "wide"}, "config.fidelity=paper: found preset='wide', the paper's code has 'paper'; "),
         ("av_mtl_s2s", {"output": "linear"}, "found output='linear', the paper's code has 'relu'"),  # base's own value, but said
         ("a_si", {"gaps.max_count": "4"}, "found gaps.max_count=4, the paper's code has 8"),
-        ("av_si", {"augment.lose_video": "0.1"}, "found augment.lose_video=0.1, the paper's code has 0.0"),
+        ("av_si", {"augment.drop_video": "0.1"}, "found augment.drop_video=0.1, the paper's code has 0.0"),
         ("av_mtl_s2s_mouth", {}, "found landmarks='mouth', the paper's code has 'face'"),  # said by the file
         ("av_mtl_s2s_phones", {}, "found ctc_units='phones'"),
         ("tiny", {}, "found layers=1, the paper's code has 3"),
@@ -209,9 +215,16 @@ def test_what_contradicts_fidelity_is_refused(name, overrides, says, first):
 
 
 def test_what_agrees_with_fidelity_or_is_not_its_business_stays():
-    wanted = {"gaps.low_ms": "900", "min_delta": "1e-4", "epochs": "3", "seed": "7", "data_dir": "there", "bottleneck": "136"}
+    wanted = {
+        "gaps.total_mean_ms": "900",
+        "min_delta": "1e-4",
+        "epochs": "3",
+        "seed": "7",
+        "data_dir": "there",
+        "bottleneck": "136",
+    }
     c = configs.load("av_s2s", [*wanted.items(), *FAITHFUL])
-    assert (c.gaps.low_ms, c.min_delta, c.epochs, c.seed, c.data_dir, c.bottleneck) == (900.0, 1e-4, 3, 7, "there", 136)
+    assert (c.gaps.total_mean_ms, c.min_delta, c.epochs, c.seed, c.data_dir, c.bottleneck) == (900.0, 1e-4, 3, 7, "there", 136)
     assert configs.load("av_s2s_136", FAITHFUL).bottleneck == 136, "the ablation's own size"
 
 
@@ -221,7 +234,7 @@ def test_what_agrees_with_fidelity_or_is_not_its_business_stays():
 # run_directory.LATER_FIELDS, or those runs can't be read.
 FIRST = """
 system preset landmarks layers units bottleneck output lstm data_dir builder_config train_split validation_split gaps.protocol
-gaps.max_count gaps.total gaps.low_ms gaps.high_ms gaps.min_ms loss.kind loss.whole loss.gap loss.ctc seed batch_size epochs
+gaps.max_count gaps.total gaps.total_mean_ms gaps.total_std_ms gaps.total_min_ms gaps.total_max_ms gaps.min_ms loss.kind loss.whole loss.gap loss.ctc seed batch_size epochs
 learning_rate clip_norm schedule warmup_epochs monitor plateau_factor plateau_patience early_stop_patience min_delta validate_every
 checkpoint_every keep""".split()
 
@@ -252,8 +265,8 @@ def test_an_older_run_goes_on_where_the_new_fields_say_what_it_did(tmp_path):
     (tmp_path / "metrics.csv").write_text("step\n")
     run_directory.check_config(configs.load("base"), tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(old))
-    with pytest.raises(ValueError, match="another config .augment: .*'lose_video': 0.0.* there, .*'lose_video': 0.1.* here"):
-        run_directory.check_config(configs.load("base", [("augment.lose_video", "0.1")]), tmp_path)
+    with pytest.raises(ValueError, match="another config .augment: .*'drop_video': 0.0.* there, .*'drop_video': 0.1.* here"):
+        run_directory.check_config(configs.load("base", [("augment.drop_video", "0.1")]), tmp_path)
 
 
 def test_a_field_that_a_run_has_is_never_written_over(tmp_path):

@@ -13,10 +13,10 @@ from avsi_jax.data import augmentation, features
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 RATE = 16_000
-NOTHING = dict.fromkeys(("speed", "gain_db", "mirror", "stretch", "noise_px", "jitter_ms", "lose_video", "trim"), 0.0)
+NOTHING = dict.fromkeys(("speed", "gain_db", "mirror", "stretch", "noise_px", "jitter_ms", "drop_video", "trim"), 0.0)
 EVERYTHING = {
     "speed": 0.1, "gain_db": 12.0, "mirror": 0.5, "stretch": 0.2, "noise_px": 0.5, "jitter_ms": 30.0,
-    "lose_video": 0.5, "trim": 1.0,
+    "drop_video": 0.5, "trim": 1.0,
 }  # fmt: skip
 TOUCHES = {
     "speed": {"audio", "audio_length", "fps", "offset_s"},
@@ -25,12 +25,12 @@ TOUCHES = {
     "stretch": {"landmarks"},
     "noise_px": {"landmarks"},
     "jitter_ms": {"offset_s"},
-    "lose_video": {"landmarks_valid"},
+    "drop_video": {"landmarks_valid"},
     "trim": {"audio", "audio_length", "offset_s"},
 }
 
 
-def clips(count=6, samples=4_000, pictures=9, seed=0):
+def clips(count=6, samples=4_000, video=9, seed=0):
     """Noise, and points that walk; of several lengths, picture sizes and rates."""
     rng = np.random.default_rng(seed)
     length = np.resize(np.int32([samples, samples - 700, samples // 2]), count)
@@ -38,9 +38,9 @@ def clips(count=6, samples=4_000, pictures=9, seed=0):
     return {
         "audio": np.where(np.arange(samples) < length[:, None], audio, 0).astype(np.int16),
         "audio_length": length,
-        "landmarks": np.float32(100 + rng.normal(0, 3, (count, pictures, 68, 2)).cumsum(1)),
-        "landmarks_valid": rng.uniform(size=(count, pictures)) < 0.9,
-        "num_frames": np.full(count, pictures, np.int32),
+        "landmarks": np.float32(100 + rng.normal(0, 3, (count, video, 68, 2)).cumsum(1)),
+        "landmarks_valid": rng.uniform(size=(count, video)) < 0.9,
+        "num_frames": np.full(count, video, np.int32),
         "frame_size": np.resize(np.int32([[360, 288], [720, 576]]), (count, 2)),
         "fps": np.resize(np.float32([25, 25, 30]), count),
         "offset_s": np.resize(np.float32([0, 0.011, -0.04]), count),
@@ -114,7 +114,7 @@ def test_one_change_draws_nothing_of_another():
         np.testing.assert_array_equal(one[name], two[name])
 
 
-def test_sound_keeps_to_16_bits():
+def test_audio_keeps_to_16_bits():
     batch = clips()
     batch["audio"][:] = np.where(np.arange(4_000) % 50 < 25, -32_768, 32_767)
     found = changed(batch, **EVERYTHING)["audio"]
@@ -157,7 +157,7 @@ def test_a_tone_becomes_higher_where_it_runs_faster():
         np.testing.assert_allclose(found["audio"][b, : n - 1], tone[: n - 1], atol=60)
 
 
-def test_what_belongs_to_a_picture_stays_with_it():
+def test_what_belongs_to_a_frame_stays_with_it():
     """A click as picture 5 is seen, and a jump of the face there: together before, together after, whatever the speed."""
     batch = clips(samples=10_000)
     batch["audio_length"][:] = 10_000
@@ -167,7 +167,7 @@ def test_what_belongs_to_a_picture_stays_with_it():
     heard_s = found["audio"].argmax(1) / RATE
     np.testing.assert_allclose(heard_s, 5 / found["fps"] + found["offset_s"], atol=1.01 / RATE)
     assert np.abs(heard_s - click / RATE).max() > 0.01
-    position = np.asarray(features.picture_positions(found, presets.get("wide")))  # a frame is 10 ms
+    position = np.asarray(features.video_positions(found, presets.get("wide")))  # a frame is 10 ms
     for b, rate in enumerate(rates(found, batch)):  # to any time of the sound belongs the picture that was there
         before_s = np.arange(301) / 100 * rate - batch["offset_s"][b]
         np.testing.assert_allclose(position[b], np.clip(before_s * batch["fps"][b], 0, 8), atol=1e-4)
@@ -185,7 +185,7 @@ def test_gain_is_one_factor_a_clip():
     assert_uniform(20 * np.log10(changed(tone, gain_db=12.0)["audio"][:, 0] / 1_000), -12, 12)
 
 
-def test_jitter_shifts_sound_against_picture():
+def test_jitter_shifts_audio_against_frame():
     lag_ms = 1_000 * (changed(many(), jitter_ms=20.0)["offset_s"] - many()["offset_s"])
     assert_uniform(np.round(lag_ms, 3), -20, 20)
 
@@ -240,7 +240,7 @@ def test_stretch_makes_movements_larger():
     assert np.abs(np.corrcoef(factor.T)[0, 1]) < 4 / np.sqrt(400)
 
 
-def test_noise_is_of_every_point_and_picture():
+def test_noise_is_of_every_point_and_frame():
     """0.5 px of a 360-wide picture: 1 px of a 720-wide one."""
     batch = clips(60, 40, 7)
     noise = changed(batch, noise_px=0.5)["landmarks"] - batch["landmarks"].astype(np.float64)
@@ -269,10 +269,10 @@ def test_trim_cuts_silence_alone():
 
 def test_lost_video_is_that_of_whole_clips():
     batch = many()
-    found = changed(batch, lose_video=0.1)["landmarks_valid"]
-    lost = ~found.any(1) & batch["landmarks_valid"].any(1)
-    np.testing.assert_array_equal(found[~lost], batch["landmarks_valid"][~lost])
-    assert lost.mean() == pytest.approx(0.1, abs=4 * np.sqrt(0.1 * 0.9 / 2_000))
+    found = changed(batch, drop_video=0.1)["landmarks_valid"]
+    missing = ~found.any(1) & batch["landmarks_valid"].any(1)
+    np.testing.assert_array_equal(found[~missing], batch["landmarks_valid"][~missing])
+    assert missing.mean() == pytest.approx(0.1, abs=4 * np.sqrt(0.1 * 0.9 / 2_000))
 
 
 # ---- nothing hidden leaks ------------------------------------------------------------------------------------------------------
@@ -300,5 +300,5 @@ def test_what_a_gap_hides_stays_hidden():
     unheard, _ = jax.jit(heard)(np.where(dark, 1_000, batch["audio"]).astype(np.float32))
     for name in set(features.Features._fields) - {"target"}:
         np.testing.assert_array_equal(getattr(unheard, name), getattr(seen, name), err_msg=name)
-    lost = np.asarray(gap_masks.lost_samples(gap, 48_000)) & (position < other["audio_length"][:, None])
-    np.testing.assert_array_equal(seen.mask, gap_masks.touched_frames(lost, config.spec) & seen.valid)
+    missing = np.asarray(gap_masks.gap_samples(gap, 48_000)) & (position < other["audio_length"][:, None])
+    np.testing.assert_array_equal(seen.mask, gap_masks.touched_frames(missing, config.spec) & seen.valid)

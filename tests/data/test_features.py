@@ -21,7 +21,7 @@ by_name = pytest.mark.parametrize("preset", PRESETS, ids=lambda s: s.name)
 
 B = 5
 LENGTHS = np.int32([48_000, 47_648, 20_001, 639, 47_647])
-PICTURES = np.int32([75, 74, 30, 1, 75])
+VIDEO = np.int32([75, 74, 30, 1, 75])
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +29,15 @@ def batch():
     """Clips of many lengths, rates and picture sizes as `input_pipeline` pads them: sound with zeros, points with the last ones."""
     rng = np.random.default_rng(0)
     points = np.float32(150 + rng.normal(0, 2, (B, 75, 68, 2)).cumsum(1))
-    for row, n in zip(points, PICTURES):
+    for row, n in zip(points, VIDEO):
         row[n:] = row[n - 1]
     audio = rng.normal(0, 3_000, (B, 48_000)).clip(-32_768, 32_767).astype(np.int16)
     return {
         "audio": np.where(np.arange(48_000) < LENGTHS[:, None], audio, 0).astype(np.int16),
         "audio_length": LENGTHS,
         "landmarks": points,
-        "landmarks_valid": np.arange(75) < PICTURES[:, None],
-        "num_frames": PICTURES,
+        "landmarks_valid": np.arange(75) < VIDEO[:, None],
+        "num_frames": VIDEO,
         "frame_size": np.int32([[360, 288], [720, 576], [360, 288], [1920, 1080], [360, 288]]),
         "fps": np.float32([25, 25, 30, 25, 29.97]),
         "offset_s": np.float32([0, 0.011, -0.04, 0.011, 0.2]),
@@ -86,12 +86,12 @@ def test_motion_begins_and_ends_still(batch):
     video = np.asarray(make(batch, NO_GAP, features.FeatureConfig(PAPER)).video)
     assert not video[:, 0].any()
     assert not video[3].any()  # a single picture does not move
-    last_s = (PICTURES[2] - 1) / 30 - 0.04  # clip 2: its last picture, heard earlier than seen
+    last_s = (VIDEO[2] - 1) / 30 - 0.04  # clip 2: its last picture, heard earlier than seen
     moving = video[2].any(-1)
     assert moving[: int(last_s * 50)].sum() > 0.9 * int(last_s * 50) and not moving[int(last_s * 50) + 2 :].any()
 
 
-def test_the_sound_is_never_shifted(batch):
+def test_the_audio_is_never_shifted(batch):
     config = features.FeatureConfig(PAPER)
     late = make(batch | {"offset_s": batch["offset_s"] + np.float32(0.08)}, NO_GAP, config)
     now = make(batch, NO_GAP, config)
@@ -102,14 +102,14 @@ def test_the_sound_is_never_shifted(batch):
 
 def test_padding_points_do_not_matter(batch):
     config = features.FeatureConfig(PAPER)
-    points = np.where(np.arange(75)[None, :, None, None] < PICTURES[:, None, None, None], batch["landmarks"], 1e6)
+    points = np.where(np.arange(75)[None, :, None, None] < VIDEO[:, None, None, None], batch["landmarks"], 1e6)
     np.testing.assert_array_equal(
         make(batch | {"landmarks": points.astype(np.float32)}, NO_GAP, config).video, make(batch, NO_GAP, config).video
     )
 
 
 @pytest.mark.parametrize("landmarks", ["face", "mouth"])
-def test_motion_at_video_rate_is_from_picture_to_picture(batch, landmarks):
+def test_motion_at_video_rate_is_from_frame_to_frame(batch, landmarks):
     config = features.FeatureConfig(WIDE, landmarks=landmarks, video_rate="video")
     found = make(batch, NO_GAP, config)
     assert found.video.shape == (B, 75, config.video_size)
@@ -117,15 +117,15 @@ def test_motion_at_video_rate_is_from_picture_to_picture(batch, landmarks):
     pixels = points.astype(np.float64) * (360 / batch["frame_size"][:, :1, None])
     np.testing.assert_allclose(found.video[:, 1:], np.diff(pixels, axis=1), atol=1e-4)
     assert not np.asarray(found.video[:, 0]).any()
-    np.testing.assert_array_equal(found.num_pictures, PICTURES)
+    np.testing.assert_array_equal(found.num_video_frames, VIDEO)
 
 
 @by_name
-def test_positions_are_the_frames_times_on_the_pictures_clock(batch, preset):
+def test_positions_are_the_frames_times_on_the_frames_clock(batch, preset):
     found = np.asarray(make(batch, NO_GAP, features.FeatureConfig(preset)).positions)
     middle_s = (np.arange(preset.num_frames) * preset.hop + (0 if preset.centred else preset.window / 2)) / preset.rate
     for b in range(B):
-        expected = np.clip((middle_s - float(batch["offset_s"][b])) * float(batch["fps"][b]), 0, PICTURES[b] - 1)
+        expected = np.clip((middle_s - float(batch["offset_s"][b])) * float(batch["fps"][b]), 0, VIDEO[b] - 1)
         np.testing.assert_allclose(found[b], expected, atol=1e-4)
 
 
@@ -164,9 +164,9 @@ def moved(points, angle, size, shift):
 
 
 def known():
-    valid = np.arange(75) < PICTURES[:, None]
-    for clip, pictures in UNSEEN.items():
-        valid[clip, pictures] = False
+    valid = np.arange(75) < VIDEO[:, None]
+    for clip, video in UNSEEN.items():
+        valid[clip, video] = False
     valid[4] = False
     return valid
 
@@ -194,7 +194,7 @@ describe = jax.jit(features.lips, static_argnums=1)
 
 
 @pytest.mark.parametrize("landmarks", ["face", "mouth"])
-def test_pose_is_numpys_picture_by_picture(faces, landmarks):
+def test_pose_is_numpys_frame_by_frame(faces, landmarks):
     config = dataclasses.replace(POSE, landmarks=landmarks)
     found, seen = describe(faces, config)
     assert found.shape == (B, 75, config.video_size) and config.video_size == {"face": 272, "mouth": 80}[landmarks]
@@ -213,8 +213,8 @@ def test_pose_and_what_is_seen_at_audio_rate(faces, preset):
     found = make(faces, NO_GAP, features.FeatureConfig(preset, motion="pose"))
     positions = np.asarray(found.positions, np.float64)
     for b in range(B):
-        pictures = pose_by_hand(faces, b)
-        expected = np.stack([np.interp(positions[b], np.arange(75), column) for column in pictures.T], -1)
+        video = pose_by_hand(faces, b)
+        expected = np.stack([np.interp(positions[b], np.arange(75), column) for column in video.T], -1)
         np.testing.assert_allclose(found.video[b], expected, atol=2e-5)
         low, valid = np.floor(positions[b]).astype(int), faces["landmarks_valid"][b]
         high = np.where(positions[b] > low, low + 1, low)
@@ -234,13 +234,13 @@ def test_pose_does_not_know_where_the_head_is(faces, change):
     np.testing.assert_allclose(after, before, atol=1e-5 * np.abs(before).max() + 2e-5)
 
 
-def test_pose_of_pictures_with_a_face_has_mean_zero(faces):
+def test_pose_of_frames_with_a_face_has_mean_zero(faces):
     place = np.asarray(describe(faces, POSE)[0])[..., :136]
     for b in range(4):
         np.testing.assert_allclose(place[b][faces["landmarks_valid"][b]].mean(0), 0, atol=1e-5)
 
 
-def test_speed_is_that_at_25_pictures_a_second(faces):
+def test_speed_is_that_at_25_frames_a_second(faces):
     place, speed = np.split(np.asarray(describe(faces, POSE)[0]), 2, axis=-1)
     twice = faces | {"fps": faces["fps"] * 2}
     place_of_twice, speed_of_twice = np.split(np.asarray(describe(twice, POSE)[0]), 2, axis=-1)
@@ -249,7 +249,7 @@ def test_speed_is_that_at_25_pictures_a_second(faces):
 
 
 @pytest.mark.parametrize("what", [1e4, np.nan])
-def test_pictures_without_a_face_change_nothing_else(faces, what):
+def test_frames_without_a_face_change_nothing_else(faces, what):
     """Whatever stands for their points, and for those behind the last picture."""
     points = np.where(faces["landmarks_valid"][..., None, None], faces["landmarks"], np.float32(what))
     one, two = (make(f, NO_GAP, dataclasses.replace(POSE, video_rate="audio")) for f in (faces, faces | {"landmarks": points}))
@@ -327,14 +327,14 @@ def test_padding_is_never_marked(batch, preset, protocol):
     np.testing.assert_array_equal(beyond.spectrogram, beyond.target)
 
 
-def test_record_sound_is_cut_or_padded_to_the_preset(batch):
-    sound, length = features.record_sound(batch, PAPER)
-    assert sound.shape == (B, 47_648) and sound.dtype == jnp.float32
+def test_record_audio_is_cut_or_padded_to_the_preset(batch):
+    audio, length = features.record_audio(batch, PAPER)
+    assert audio.shape == (B, 47_648) and audio.dtype == jnp.float32
     np.testing.assert_array_equal(length, np.minimum(LENGTHS, 47_648))
-    np.testing.assert_array_equal(sound, batch["audio"][:, :47_648] / np.float32(32_768))
+    np.testing.assert_array_equal(audio, batch["audio"][:, :47_648] / np.float32(32_768))
     short = {"audio": batch["audio"][:, :30_000], "audio_length": np.minimum(LENGTHS, 30_000)}
-    sound, length = features.record_sound(short, WIDE)
-    assert sound.shape == (B, 48_000) and not np.asarray(sound)[:, 30_000:].any()
+    audio, length = features.record_audio(short, WIDE)
+    assert audio.shape == (B, 48_000) and not np.asarray(audio)[:, 30_000:].any()
     np.testing.assert_array_equal(length, short["audio_length"])
 
 
@@ -345,9 +345,9 @@ def scales(preset, per_band):
     """A Normalisation of made-up numbers."""
     rng = np.random.default_rng(2)
     size = preset.bands if per_band else 1
-    made_up = lambda n, low: tuple(map(float, rng.uniform(low, 3, n)))
+    invented = lambda n, low: tuple(map(float, rng.uniform(low, 3, n)))
     return features.Normalisation(
-        features.Scale(made_up(size, -6), made_up(size, 0.5)), features.Scale(made_up(136, -1), made_up(136, 0.5))
+        features.Scale(invented(size, -6), invented(size, 0.5)), features.Scale(invented(136, -1), invented(136, 0.5))
     )
 
 
@@ -367,8 +367,8 @@ def test_standardised_features_are_the_plain_ones_less_mean_over_std(batch, pres
     for name, scale in (("spectrogram", "level"), ("target", "level"), ("video", "motion")):
         mean, std = (np.asarray(v) for v in getattr(normalisation, scale))
         expected = (np.asarray(getattr(plain, name), np.float64) - mean) / std
-        hole = (0 - mean) / std if preset is PAPER else 0  # silence; on a log level the mean spectrum, Morrone's
-        expected = np.where(mask, hole, expected) if name == "spectrogram" else expected
+        gap_mask = (0 - mean) / std if preset is PAPER else 0  # silence; on a log level the mean spectrum, Morrone's
+        expected = np.where(mask, gap_mask, expected) if name == "spectrogram" else expected
         np.testing.assert_allclose(getattr(found, name), expected, atol=1e-5 * np.abs(expected).max())
     if mask.any() and preset is not PAPER:
         assert not np.asarray(found.spectrogram)[mask[..., 0]].any(), "0 to the last bit"

@@ -61,11 +61,11 @@ def test_shapes_are_fixed(samples, frames):
     np.testing.assert_array_equal(x["landmarks"][t:], np.broadcast_to(raw["landmarks"][t - 1], (75 - t, 68, 2)))
 
 
-def test_speech_is_on_the_clock_of_the_sound():
+def test_speech_is_on_the_clock_of_the_audio():
     x = pipeline.to_example(raw_example())
     np.testing.assert_allclose(x["speech"], [0.75, 2.25])  # words at 0.5 and 2.0 in the picture, sound 0.25 s late
     assert x["has_words"] and x["label_length"] == 21
-    x = pipeline.to_example(raw_example(words=False, said=""))
+    x = pipeline.to_example(raw_example(words=False, transcript=""))
     np.testing.assert_allclose(x["speech"], [0, 47_647 / 16_000])
     assert not x["has_words"] and x["label_length"] == 0 and not x["labels"].any()
 
@@ -92,7 +92,7 @@ def test_labels_are_those_of_the_text():
     ],
 )
 def test_a_text_without_labels_is_read_all_the_same(said, characters, phones):
-    x = pipeline.to_example(raw_example(said=said))
+    x = pipeline.to_example(raw_example(transcript=said))
     assert (x["label_length"], x["phone_length"]) == (characters, phones)
     assert (np.count_nonzero(x["labels"]), np.count_nonzero(x["phones"])) == (characters, phones)
     assert x["weight"] == 1  # only the text is left out
@@ -112,7 +112,7 @@ def test_a_clip_without_labels_teaches_the_reader_of_lips_nothing():
     ctc = jax.jit(jax.value_and_grad(mean))
     said = ["bin blue at f two now", "caf\u00e9 at 8", "set white with p two soon"]
     labels, lengths = (
-        np.stack([x[k] for x in (pipeline.to_example(raw_example(said=t)) for t in said)]) for k in ("labels", "label_length")
+        np.stack([x[k] for x in (pipeline.to_example(raw_example(transcript=t)) for t in said)]) for k in ("labels", "label_length")
     )
     logits, ones = jax.random.normal(jax.random.key(0), (3, 40, grid_text.NUM_LABELS)), np.ones(3, np.float32)
     value, slope = ctc(logits, labels, lengths, ones)

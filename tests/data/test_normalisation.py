@@ -251,12 +251,12 @@ def test_a_restored_clip_is_of_true_levels(restorer, batch, plain):
     np.testing.assert_array_equal(level[~mask], np.asarray(plain.spectrogram)[~mask])
     heard = np.asarray(plain.target)[valid]
     assert np.isfinite(level).all() and heard.min() - 3 < level[mask].mean() < heard.max() + 3
-    sound = restorer.to_sound(restored.level, batch, GAP)
+    audio = restorer.to_audio(restored.level, batch, GAP)
     position = np.arange(48_000)
-    lost = (position >= SPANS[:, :1]) & (position < SPANS[:, 1:])
-    np.testing.assert_array_equal(sound[~lost], (batch["audio"] / np.float32(32_768))[~lost])
-    assert np.isfinite(sound).all() and all(np.std(sound[b, lost[b]]) > 1e-5 for b in range(3))
-    oracle = restorer.to_sound(restored.features.target, batch, GAP)
+    missing = (position >= SPANS[:, :1]) & (position < SPANS[:, 1:])
+    np.testing.assert_array_equal(audio[~missing], (batch["audio"] / np.float32(32_768))[~missing])
+    assert np.isfinite(audio).all() and all(np.std(audio[b, missing[b]]) > 1e-5 for b in range(3))
+    oracle = restorer.to_audio(restored.features.target, batch, GAP)
     np.testing.assert_array_equal(oracle, fill(plain.target, batch, GAP, "wide"))
 
 

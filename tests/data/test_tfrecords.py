@@ -69,7 +69,7 @@ def message(k: int, described) -> bytes:
 
     raw = clip(k)
     if "mouth" in described:
-        raw["mouth"] = [io.BytesIO(cv2.imencode(".jpg", picture)[1].tobytes()) for picture in mouth_of(k)]
+        raw["mouth"] = [io.BytesIO(cv2.imencode(".jpg", image)[1].tobytes()) for image in mouth_of(k)]
     return example_serializer.ExampleSerializer(described.get_serialized_info()).serialize_example(described.encode_example(raw))
 
 
@@ -366,27 +366,27 @@ def test_foreign_messages_give_the_named_error_and_no_other(copy):
 
 
 @pytest.fixture
-def damaged(copy, monkeypatch):
+def masked(copy, monkeypatch):
     """A split too large to be read through at the start, with a changed bit in the data of its sixth record."""
     monkeypatch.setattr(tfrecords, "CHECKED_AT_START", 0)
     flip(shard(copy, 1), Records(copy, "train")._places[5].start + 700)
     return Records(copy, "train")
 
 
-def test_large_splits_are_verified_record_by_record(damaged):
+def test_large_splits_are_verified_record_by_record(masked):
     says = r"00001-of-00003: record 1 is damaged, the checksum of its data"
-    for i in set(range(len(damaged))) - {5}:
-        assert damaged[i]["id"] == f"clip{i}"
-    for read in (lambda: damaged[5], damaged.verify):
+    for i in set(range(len(masked))) - {5}:
+        assert masked[i]["id"] == f"clip{i}"
+    for read in (lambda: masked[5], masked.verify):
         with pytest.raises(RecordError, match=says):
             read()
 
 
-def test_batches_end_in_the_named_error(damaged):
+def test_batches_end_in_the_named_error(masked):
     says = r"00001-of-00003: record 1 is damaged"
     with pytest.raises(RecordError, match=says):
-        list(input_pipeline.eval_batches(damaged, 2))
-    batches, seen = input_pipeline.train_batches(damaged, 2, seed=0), []
+        list(input_pipeline.eval_batches(masked, 2))
+    batches, seen = input_pipeline.train_batches(masked, 2, seed=0), []
     with pytest.raises(RecordError, match=says):
         while len(seen) < 2 * sum(TRAIN):
             seen += next(batches)["clip_id"]

@@ -21,13 +21,13 @@ PAPER, WIDE, MORRONE = PRESETS = [presets.get(name) for name in ("paper", "wide"
 by_name = pytest.mark.parametrize("preset", PRESETS, ids=lambda s: s.name)
 
 LENGTHS = (47_648, 48_000, 20_001, 300, 50_000)  # samples: of Grid's MPEG and wav, short, shorter than a window, too long
-PICTURES = (75, 74, 30, 2, 80)
+VIDEO = (75, 74, 30, 2, 80)
 
 
 def record(i, **changes):
     """The i-th made-up clip as it is stored: noise whose loudness wanders, points that wander, two stretches without a face."""
     rng = np.random.default_rng(i)
-    n, t = LENGTHS[i], PICTURES[i]
+    n, t = LENGTHS[i], VIDEO[i]
     loudness = np.interp(np.arange(n), np.linspace(0, n, 9), rng.permutation(np.linspace(-100, -3, 9)))
     valid = np.ones(t, bool)
     valid[[5, 6, 20] if t > 20 else []] = False
@@ -144,22 +144,22 @@ def sums_of_posed(i):
 @pytest.mark.parametrize("i", range(len(LENGTHS)))
 def test_sums_of_a_clips_poses(i):
     found, pose = sums_of_posed(i), pose_of(posed(i))
-    assert found["pose.pictures"] == len(pose) == {0: 75, 1: 74, 2: 30, 3: 2, 4: 75}[i] - 1 - (5 if PICTURES[i] > 20 else 0)
+    assert found["pose.pictures"] == len(pose) == {0: 75, 1: 74, 2: 30, 3: 2, 4: 75}[i] - 1 - (5 if VIDEO[i] > 20 else 0)
     np.testing.assert_allclose(found["pose.pose"] / UNIT, pose.sum(0), atol=2e-5 * np.sqrt(len(pose)) + 1e-6)
     most = 2 * np.abs(pose).max() * 2e-5 * len(pose)
     np.testing.assert_allclose(found["pose.pose_squares"] / UNIT, (pose**2).sum(0), atol=most + 1e-6)
 
 
-def test_moments_of_poses_are_numpys_of_all_pictures_together():
+def test_moments_of_poses_are_numpys_of_all_frames_together():
     kept = train_statistics.finish(functools.reduce(train_statistics.add, map(sums_of_posed, range(len(LENGTHS)))))["pose"]
-    pictures = np.concatenate([pose_of(posed(i)) for i in range(len(LENGTHS))])
-    assert kept["pictures"] == len(pictures) and len(kept["pose_mean"]) == 272
-    np.testing.assert_allclose(kept["pose_mean"], pictures.mean(0), atol=1e-5)
-    np.testing.assert_allclose(kept["pose_std"], np.maximum(pictures.std(0), 1e-3), atol=1e-5)
+    video = np.concatenate([pose_of(posed(i)) for i in range(len(LENGTHS))])
+    assert kept["pictures"] == len(video) and len(kept["pose_mean"]) == 272
+    np.testing.assert_allclose(kept["pose_mean"], video.mean(0), atol=1e-5)
+    np.testing.assert_allclose(kept["pose_std"], np.maximum(video.std(0), 1e-3), atol=1e-5)
     assert kept["pose_std"][2 * 27] == 1e-3, "the bridge is where all is measured from, and has a floor"
 
 
-def test_pictures_without_a_face_do_not_count():
+def test_frames_without_a_face_do_not_count():
     """Moving such a picture's points about changes nothing."""
     clip = record(0)
     points = np.where(clip["landmarks_valid"][:, None, None], clip["landmarks"], 1e4).astype(np.float32)

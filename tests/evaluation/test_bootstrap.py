@@ -78,16 +78,16 @@ def test_summary_by_hand():
         row("s1a", 300, "ours", "0.9", pesq_wb=""),  # as csv gives it
         row("s2b", 300, "ours", 0.7),
         row("s3c", 300, "ours", None),
-        row("s2b", 300, "damaged", 0.5),
-        row("s1a", 300, "damaged", 0.6),
-        row("s3c", 300, "damaged", 0.1),
-        row("s4d", 300, "damaged", 0.2),
+        row("s2b", 300, "masked", 0.5),
+        row("s1a", 300, "masked", 0.6),
+        row("s3c", 300, "masked", 0.1),
+        row("s4d", 300, "masked", 0.2),
     ]
-    summary = bootstrap.summarise(rows, ("stoi", "pesq_wb"), [("ours", "damaged")])
+    summary = bootstrap.summarise(rows, ("stoi", "pesq_wb"), [("ours", "masked")])
     short = [(r["gap_ms"], r["system"], r["metric"], pytest.approx(r["mean"]), r["n"], r["missing"]) for r in summary["table"]]
-    assert short == [(300, "ours", "stoi", 0.8, 2, 1), (300, "damaged", "stoi", 0.35, 4, 0), (600, "ours", "stoi", 0.8, 1, 0)]
+    assert short == [(300, "ours", "stoi", 0.8, 2, 1), (300, "masked", "stoi", 0.35, 4, 0), (600, "ours", "stoi", 0.8, 1, 0)]
     (pair,) = summary["paired"]
-    assert pair == {"case": "", "gap_ms": 300, "a": "ours", "b": "damaged", "metric": "stoi", "n": 2, "missing": 1} | {
+    assert pair == {"case": "", "gap_ms": 300, "a": "ours", "b": "masked", "metric": "stoi", "n": 2, "missing": 1} | {
         k: pair[k] for k in ("mean", "low", "high")
     }
     assert pair["mean"] == pytest.approx(0.25) and pair["low"] == pytest.approx(0.2) and pair["high"] == pytest.approx(0.3)
@@ -102,19 +102,19 @@ def test_cases_are_tables_of_their_own():
     rows = [
         row("s1a", 900, "ours", 0.9, case=""),
         row("s1a", 300, "ours", 0.8),  # no case is the plain one
-        row("s1a", 300, "damaged", 0.1, case=None),
+        row("s1a", 300, "masked", 0.1, case=None),
         row("s1a", 900, "ours", 0.5, case="shift_ms=-80"),
-        row("s1a", 900, "damaged", 0.3, case="shift_ms=-80"),
+        row("s1a", 900, "masked", 0.3, case="shift_ms=-80"),
         row("s1a", 300, "ours", 0.4, case="frozen_ms=100"),
     ]
-    summary = bootstrap.summarise(rows, ("stoi",), [("ours", "damaged")])
+    summary = bootstrap.summarise(rows, ("stoi",), [("ours", "masked")])
     found = [(e["case"], e["gap_ms"], e["system"], e["mean"]) for e in summary["table"]]
     assert found == [
         ("", 300, "ours", 0.8),
-        ("", 300, "damaged", 0.1),
+        ("", 300, "masked", 0.1),
         ("", 900, "ours", 0.9),
         ("shift_ms=-80", 900, "ours", 0.5),
-        ("shift_ms=-80", 900, "damaged", 0.3),
+        ("shift_ms=-80", 900, "masked", 0.3),
         ("frozen_ms=100", 300, "ours", 0.4),
     ]
     pairs = [(e["case"], e["gap_ms"], pytest.approx(e["mean"])) for e in summary["paired"]]
@@ -167,7 +167,7 @@ def test_what_can_not_be_compared_is_told():
         ([{**b[0], "start_s": 0.6}], "s1a, 300 ms: start_s is 0.5 on one side, 0.6 on the other"),
         ([{**b[0], "gap_ms": 600}], "share no clip"),
         ([*b, *b], "two rows of s1a, 300 ms, theirs"),
-        ([*b, row("s1a", 300, "damaged", 0)], r"rows b hold 2 systems \(damaged, theirs\)"),
+        ([*b, row("s1a", 300, "masked", 0)], r"rows b hold 2 systems \(damaged, theirs\)"),
     ):
         with pytest.raises(ValueError, match=says):
             bootstrap.paired(a, [dict(r) for r in other], ("stoi",))
@@ -217,7 +217,7 @@ def test_systems_of_several_seeds_are_compared_by_their_means():
         ([], "rows of 0 runs: none; expected one run or more"),
         ([*seeds_of((1, 2, 3)), seeds_of((1, 2, 3))[0][:2]], "rows of 2 runs: 3, 2; expected .* the same clips"),
         ([*seeds_of((1, 2, 3)), [{**r, "gap_ms": 600} for r in seeds_of((1, 2, 3))[0]]], "rows of 2 runs: 3, 3; expected"),
-        ([seeds_of((1, 2, 3))[0] + seeds_of((1, 2, 3), system="damaged")[0]], "rows of run 1 hold 2 systems"),
+        ([seeds_of((1, 2, 3))[0] + seeds_of((1, 2, 3), system="masked")[0]], "rows of run 1 hold 2 systems"),
         ([*seeds_of((1, 2, 3)), [{**r, "speaker": "s9"} for r in seeds_of((1, 2, 3))[0]]], "speaker is s1 on one side, s9"),
     ],
 )

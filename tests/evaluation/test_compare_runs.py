@@ -10,7 +10,7 @@ from avsi_jax.evaluation import report, tables
 from tests.evaluation.test_report import Page
 from tests.support import fake_evaluations
 
-TWO = [{"name": "av_mtl_s2s", "kind": "system"}, {"name": "damaged", "kind": "damaged"}]
+TWO = [{"name": "av_mtl_s2s", "kind": "system"}, {"name": "masked", "kind": "masked"}]
 
 
 def run(root, name, **changed):
@@ -50,7 +50,7 @@ def test_the_page_shows_both(compared):
     side = page.part("Systems side by side", "ESTOI")
     assert "av_mtl_s2s (first) av_mtl_s2s (second) n" in side and "300 ms 10.80 [10.30, 11.30] 12.80 [12.30, 13.30] 2" in side
     assert "3 clips and gaps that not every run has are left out" in page.text and "2 clips" in page.text
-    assert page.part("Gap of 300 ms", "Gap of 600 ms").count("damaged") == 1
+    assert page.part("Gap of 300 ms", "Gap of 600 ms").count("masked") == 1
     differences = page.part("av_mtl_s2s (second) minus av_mtl_s2s (first)", "Words and phones")
     assert "300 ms +2.00 [+2.00, +2.00] worse" in differences
     assert "python -m avsi_jax.report" in page.text

@@ -45,7 +45,7 @@ def test_every_case_is_another_one_and_has_a_label(suite):
     assert all(c.family in conditions.FAMILIES for c in cases if c.family)
 
 
-def test_only_a_change_of_sound_or_gap_gives_other_references():
+def test_only_a_change_of_audio_or_gap_gives_other_references():
     assert [c.changes_references for c in (Case(900), Case(900, "noise_db", 10), Case(900, "gaps", 4, 4))] == [True] * 3
     assert not any(Case(900, family, 1).changes_references for family in conditions.VIDEO)
 
@@ -55,19 +55,19 @@ def test_a_plain_case_changes_nothing(batch):
 
 
 @pytest.mark.parametrize("count", [1, 5, 40, 75])
-def test_lost_pictures_lie_around_the_gap_and_are_drawn_straight(batch, count):
+def test_lost_frames_lie_around_the_gap_and_are_drawn_straight(batch, count):
     after = change(batch, "frames_lost", count)
     assert changed_fields(batch, after) <= {"landmarks", "landmarks_valid"}
     for b, frames in enumerate(batch["num_frames"]):
-        lost = np.flatnonzero(~after["landmarks_valid"][b, :frames])
-        assert len(lost) == min(count, frames) and (np.diff(lost) == 1).all()
+        missing = np.flatnonzero(~after["landmarks_valid"][b, :frames])
+        assert len(missing) == min(count, frames) and (np.diff(missing) == 1).all()
         middle = (GAP[b, 0].mean() / 16_000 - batch["offset_s"][b]) * 25
-        assert abs(lost.mean() - middle) <= 1 or lost[0] == 0 or lost[-1] == frames - 1
-        if lost[0] > 0 and lost[-1] < frames - 1:
-            before, behind = after["landmarks"][b, lost[0] - 1], after["landmarks"][b, lost[-1] + 1]
+        assert abs(missing.mean() - middle) <= 1 or missing[0] == 0 or missing[-1] == frames - 1
+        if missing[0] > 0 and missing[-1] < frames - 1:
+            before, behind = after["landmarks"][b, missing[0] - 1], after["landmarks"][b, missing[-1] + 1]
             part = (1 + np.arange(count))[:, None, None] / (count + 1)
-            np.testing.assert_allclose(after["landmarks"][b, lost], before + part * (behind - before), atol=1e-3)
-        kept = np.setdiff1d(np.arange(frames), lost)
+            np.testing.assert_allclose(after["landmarks"][b, missing], before + part * (behind - before), atol=1e-3)
+        kept = np.setdiff1d(np.arange(frames), missing)
         assert (after["landmarks"][b, kept] == batch["landmarks"][b, kept]).all()
 
 
@@ -94,18 +94,18 @@ def test_noise_on_points_is_as_loud_as_said_and_drawn_by_the_id(batch, clips):
     assert abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.05
 
 
-def test_a_shift_takes_the_picture_that_belongs_to_sound_said_so_much_later(batch):
+def test_a_shift_takes_the_frame_that_belongs_to_audio_said_so_much_later(batch):
     """Sound 80 ms after the picture: at every frame the network gets the picture two further on."""
     from avsi_jax import presets
     from avsi_jax.data import features
 
     after, preset = change(batch, "shift_ms", 80), presets.get("paper")
     assert changed_fields(batch, after) == {"offset_s"}
-    before, later = (np.asarray(features.picture_positions(b, preset))[:, 20:100] for b in (batch, after))
+    before, later = (np.asarray(features.video_positions(b, preset))[:, 20:100] for b in (batch, after))
     np.testing.assert_allclose(later - before, 2.0, atol=1e-3)
 
 
-def test_noise_under_the_sound_is_as_loud_as_said_and_not_behind_the_clip(batch):
+def test_noise_under_the_audio_is_as_loud_as_said_and_not_behind_the_clip(batch):
     for wanted in (20, 0):
         after = change(batch, "noise_db", wanted)
         assert changed_fields(batch, after) == {"audio"}
@@ -125,7 +125,7 @@ def test_another_video_is_another_clips_or_another_speakers():
     assert run_systems.other_speakers({"a": "s1", "b": "s1"}) == {"a": "b", "b": "a"}
 
 
-def test_another_clips_video_brings_all_of_the_pictures_side(batch):
+def test_another_clips_video_brings_all_of_the_frames_side(batch):
     after = change(batch, "video_of", 1)
     assert changed_fields(batch, after) <= set(run_systems.VIDEO) and "landmarks" in changed_fields(batch, after)
     ids = list(batch["clip_id"])
@@ -144,7 +144,7 @@ def test_a_hand_stays_as_long_as_the_gap_at_most():
     assert told == {(c.gap_ms, c.family, c.value) for c in conditions.occlusion(()) if c.family and not c.family.endswith("_told")}
 
 
-def test_pictures_around_the_gap_are_those_of_its_time(batch):
+def test_frames_around_the_gap_are_those_of_its_time(batch):
     """The gap's middle on the pictures' clock: the sound lags it by offset_s."""
     for b, (first, last) in enumerate(conditions.around_gap(batch, GAP, 10)):
         middle = (GAP[b].mean() / 16_000 - batch["offset_s"][b]) * batch["fps"][b]
@@ -153,7 +153,7 @@ def test_pictures_around_the_gap_are_those_of_its_time(batch):
 
 
 @pytest.mark.parametrize("told", [False, True])
-def test_what_the_tracker_said_of_painted_pictures_takes_the_place_of_what_it_said_before(batch, told):
+def test_what_the_tracker_said_of_painted_frames_takes_the_place_of_what_it_said_before(batch, told):
     mouth = np.ones_like(batch["landmarks_valid"])
     mouth[:, 20:30] = False
     painted = {"landmarks": batch["landmarks"] + 3, "landmarks_valid": np.ones_like(mouth), "mouth": mouth}

@@ -14,12 +14,12 @@ from avsi_jax.evaluation import cli, occlusion, run_systems
 
 GAP_MS = (300, 900)
 SYSTEMS = {  # name -> kind, in the order of the tables
-    "damaged": "damaged",
+    "masked": "masked",
     "interpolation": "interpolation",
     "a_si": "baseline",
     "av_mtl_s2s": "system",
     "av_mtl_s2s, another clip's video": "other_video",
-    "true mel (ceiling)": "ceiling",
+    "true mel (ceiling)": "oracle_mel",
 }
 METRICS = ("gap_l1_mel_db", "gap_l1_db", "pesq_nb", "stoi", "estoi", "stoi_gap", "cer")
 
@@ -104,7 +104,7 @@ def test_every_row_is_scored(rows):
         assert r["reason"] == "" and r["pesq_wb"] == "", "8 kHz has no wide band"
         for metric in ("gap_l1_db", "pesq_nb", "stoi", "estoi"):
             assert np.isfinite(float(r[metric]))
-        assert (r["gap_l1_mel_db"] == "") == (r["kind"] == "damaged")
+        assert (r["gap_l1_mel_db"] == "") == (r["kind"] == "masked")
         assert (r["cer"] != "") == (r["kind"] in ("system", "other_video")), "a_si reads no lips"
         assert len(r["text"].split()) == 6
 
@@ -113,11 +113,11 @@ def test_the_order_that_must_be(rows):
     """True mel > what a network of two epochs says; something in the gap > nothing in it."""
     for g in GAP_MS:
         mean = {s: values(rows, s, "stoi", g).mean() for s in SYSTEMS}
-        assert mean["true mel (ceiling)"] > mean["damaged"] + 0.02
+        assert mean["true mel (ceiling)"] > mean["masked"] + 0.02
         error = {s: values(rows, s, "gap_l1_db", g).mean() for s in SYSTEMS}
         assert error["true mel (ceiling)"] < min(e for s, e in error.items() if s != "true mel (ceiling)")
-        assert error["damaged"] == max(error.values())
-    assert values(rows, "damaged", "stoi", 300).mean() > values(rows, "damaged", "stoi", 900).mean()
+        assert error["masked"] == max(error.values())
+    assert values(rows, "masked", "stoi", 300).mean() > values(rows, "masked", "stoi", 900).mean()
     assert not values(rows, "true mel (ceiling)", "gap_l1_mel_db").any(), "the true mel is the true mel"
 
 
@@ -167,15 +167,15 @@ def test_examples_can_be_heard(folder, summary):
     assert 2 < len(shown) <= 6 and len(set(shown)) == len(shown) and {g for _, g in shown} == set(GAP_MS)
     assert {e["why"] for e in summary["examples"]} == {"", "among the best", "among the worst"}
     for example in summary["examples"]:
-        sounds = {name: clip_io.read_clip(folder / path).sound for name, path in example["sounds"].items()}
-        assert set(sounds) == {"original", *SYSTEMS}
+        waveforms = {name: clip_io.read_clip(folder / path).audio for name, path in example["sounds"].items()}
+        assert set(waveforms) == {"original", *SYSTEMS}
         start, end = (round(example[k] * 16_000) for k in ("start_s", "end_s"))
-        original = sounds["original"].samples[:, 0]
-        for name, sound in sounds.items():
-            x = sound.samples[:, 0]
-            assert sound.rate == 16_000 and len(x) == len(original)
+        original = waveforms["original"].samples[:, 0]
+        for name, audio in waveforms.items():
+            x = audio.samples[:, 0]
+            assert audio.rate == 16_000 and len(x) == len(original)
             np.testing.assert_array_equal(np.delete(x, np.s_[start:end]), np.delete(original, np.s_[start:end]))
-            assert x[start:end].any() == (name != "damaged")
+            assert x[start:end].any() == (name != "masked")
     assert (folder / "report.html").stat().st_size > 100_000
 
 
@@ -196,7 +196,7 @@ def test_a_second_run_gives_the_same_numbers(runs, rows, folder):
 def test_kept_references_give_the_same_bytes(runs, rows, folder, cache):
     """Damaged, interpolation and ceiling are scored once for a split and protocol, whoever asks."""
     kept = list((cache / "avsi_jax" / "references").glob("*.csv"))
-    assert len(kept) == 1 and {r["kind"] for r in read_file(kept[0])} == {"damaged", "interpolation", "ceiling"}
+    assert len(kept) == 1 and {r["kind"] for r in read_file(kept[0])} == {"masked", "interpolation", "oracle_mel"}
     copy = Path(shutil.copytree(runs / "system", runs / "kept"))
     shutil.rmtree(copy / "eval", ignore_errors=True)
     again = cli.evaluate(eval_config(examples=0, workers=1), copy, baseline=runs / "baseline")
@@ -257,8 +257,8 @@ def test_a_suite_has_a_row_for_every_case(runs, suite, monkeypatch):
     assert sorted(set(mine)) == sorted((c.name, c.gap_ms) for c in conditions.SUITES[suite]((600,))) and len(mine) == 2 * len(
         set(mine)
     )
-    damaged = {r["case"] for r in rows if r["kind"] == "damaged"}
-    assert damaged == {c.name for c in conditions.SUITES[suite]((600,)) if c.changes_references}
+    masked = {r["case"] for r in rows if r["kind"] == "masked"}
+    assert masked == {c.name for c in conditions.SUITES[suite]((600,)) if c.changes_references}
     assert all(r["gap_l1_db"] for r in rows)
     if suite == "robustness":
         error = {r["case"]: float(r["gap_l1_mel_db"]) for r in rows if r["kind"] == "system" and r["clip_id"] == rows[0]["clip_id"]}
@@ -273,7 +273,7 @@ def test_the_other_protocols_run_and_say_whose_they_are(runs, protocol):
     chosen = eval_config(protocol=protocol, gap_ms=gap_ms, max_clips=2, examples=1, workers=1, other_video=False)
     folder = cli.evaluate(chosen, copy)
     summary, rows = json.loads((folder / "summary.json").read_text()), read(folder)
-    assert {r["kind"] for r in rows} == {"damaged", "interpolation", "system", "ceiling"}, "as told, no other clip's lips"
+    assert {r["kind"] for r in rows} == {"masked", "interpolation", "system", "oracle_mel"}, "as told, no other clip's lips"
     assert summary["protocol"] == protocol and protocol in summary["title"] and folder.name == f"{protocol}-test-lengths"
     assert summary["metric_rate"] == {"peer": 16_000, "paper": 8_000}[protocol]
     assert all((r["pesq_wb"] != "") == (protocol == "peer") and r["pesq_nb"] for r in rows)

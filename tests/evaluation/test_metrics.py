@@ -29,7 +29,7 @@ def speech_like(rate, seconds=2.0, seed=0):
     return (0.1 * buzz * syllables + 0.002 * rng.standard_normal(len(t))).astype(np.float32)
 
 
-def damaged(x, rate, gap_s=GAP_S):
+def masked(x, rate, gap_s=GAP_S):
     y = x.copy()
     y[round(gap_s[0] * rate) : round(gap_s[1] * rate)] = 0
     return y
@@ -38,8 +38,8 @@ def damaged(x, rate, gap_s=GAP_S):
 @pytest.fixture(scope="session")
 def recording(grid_dir):
     """(N,) float32 at 16 kHz: a real clip, one and a half seconds of its middle."""
-    sound = clip_io.read_clip(sorted(grid_dir.glob("s1/*.mpg"))[0], pictures=False).sound
-    x = clip_io.resample(clip_io.mono(sound.samples), sound.rate, 16_000)
+    audio = clip_io.read_clip(sorted(grid_dir.glob("s1/*.mpg"))[0], video=False).audio
+    x = clip_io.resample(clip_io.mono(audio.samples), audio.rate, 16_000)
     return np.ascontiguousarray(x[6_000:36_000])
 
 
@@ -51,7 +51,7 @@ def test_whole_clip_scores_are_the_packages_own(recording):
     import pystoi
     import soxr
 
-    x, y = recording, damaged(recording, 16_000)
+    x, y = recording, masked(recording, 16_000)
     row = metrics.score(x, y, 16_000, GAPS_S)
     assert row["reason"] == "" and tuple(row) == (*metrics.SCORES, "reason")
     assert row["pesq_wb"] == pesq.pesq(16_000, x, y, "wb")
@@ -67,7 +67,7 @@ def test_whole_clip_scores_are_the_packages_own(recording):
     assert narrow["gap_l1_db"] == pytest.approx(row["gap_l1_db"], rel=1e-6)
 
 
-def test_equal_sounds_score_best(recording):
+def test_equal_waveforms_score_best(recording):
     row = metrics.score(recording, recording, 16_000, GAPS_S)
     assert row["gap_l1_db"] == 0 and [row[m] for m in ("stoi", "estoi", "stoi_gap")] == pytest.approx([1, 1, 1])
     assert row["pesq_nb"] == pytest.approx(4.5486, abs=1e-3)  # ITU-T P.862.1: raw 4.5 maps to 4.549
@@ -76,7 +76,7 @@ def test_equal_sounds_score_best(recording):
 
 def test_scores_repeat_and_leave_numpy_alone():
     x = speech_like(16_000)
-    y = damaged(x, 16_000)
+    y = masked(x, 16_000)
     first = metrics.score(x, y, 16_000, GAPS_S)  # also imports jax, which draws from numpy's generator
     np.random.seed(5)
     before = np.random.get_state()[1].copy()
@@ -109,7 +109,7 @@ def inside_of(frames, gaps_s):
 def test_gap_error_is_librosas(gaps_s):
     x = y = speech_like(8_000, seconds=2.0)
     for gap_s in gaps_s:
-        y = damaged(y, 8_000, gap_s)
+        y = masked(y, 8_000, gap_s)
     y = (y + 0.01 * speech_like(8_000, 2.0, seed=1)).astype(np.float32)
     expected = librosa_gap_error(x, y, *gaps_s)
     assert expected > 1
@@ -133,7 +133,7 @@ def test_gap_error_counts_frames_of_the_gap_alone():
 def test_padding_to_whole_seconds_is_no_part_of_the_error():
     """Frames past the end of the clip do not count, those before it see the silence that ends every clip."""
     x = speech_like(8_000, seconds=23_824 / 8_000)  # the paper's clip
-    y = damaged(x, 8_000, (2.6, 3.0))
+    y = masked(x, 8_000, (2.6, 3.0))
     assert metrics.score(x, y, 8_000, [(2.5, 3.5)])["gap_l1_db"] == pytest.approx(librosa_gap_error(x, y, (2.5, 3.5)), rel=1e-5)
 
 
@@ -161,7 +161,7 @@ def test_an_excerpt_without_speech_is_left_out_and_told():
     rate = 8_000
     x = speech_like(rate, seconds=3.0)
     x[: round(0.9 * rate)] = 0  # gap 0.2 to 0.5 s: the recording is silent there
-    y = damaged(x, rate, (2.0, 2.2))
+    y = masked(x, rate, (2.0, 2.2))
     row = metrics.score(x, y, rate, ((0.2, 0.5), (2.0, 2.2)))
     assert row["stoi_gap"] == pystoi.stoi(x[14_400:19_200], y[14_400:19_200], rate)
     assert row["reason"] == "stoi_gap: 1 of 2 excerpts alone, the others hold too little speech"
@@ -195,7 +195,7 @@ def test_silent_restoration_is_a_row():
 )
 def test_what_cannot_be_scored_says_why(change, says):
     x = speech_like(8_000)
-    row = metrics.score(*change(x, damaged(x, 8_000)), 8_000, [(0.01, 0.1)])
+    row = metrics.score(*change(x, masked(x, 8_000)), 8_000, [(0.01, 0.1)])
     assert says in row["reason"] and "\n" not in row["reason"]
     assert row["stoi"] is None and row["estoi"] is None and row["stoi_gap"] is None
 
@@ -265,7 +265,7 @@ def faults_by_loudness(reference, degraded, rate, gaps_s):
 def test_every_clip_in_is_a_row_out(monkeypatch):
     """The nasty set, by two workers, from a generator: each clip one row, in order, those that can't be scored with the reason."""
     rate = 8_000
-    x, y = speech_like(rate, seconds=1.6), damaged(speech_like(rate, seconds=1.6), rate, (0.9, 1.1))
+    x, y = speech_like(rate, seconds=1.6), masked(speech_like(rate, seconds=1.6), rate, (0.9, 1.1))
     loud = lambda top: (x / x.max() * top).astype(np.float32)
     with_nan = np.where(np.arange(x.size) == 99, np.float32("nan"), y)
     nasty = [
@@ -307,8 +307,8 @@ def test_input_is_read_as_workers_get_free(monkeypatch):
 
 
 def test_many_are_as_one_by_one_in_order():
-    sounds = [speech_like(rate, seconds, seed) for rate, seconds, seed in ((8_000, 1.6, 0), (16_000, 1.6, 1), (8_000, 2.3, 2))]
-    items = [(x, damaged(x, rate), rate, [(1.0, 1.2)]) for x, rate in zip(sounds, (8_000, 16_000, 8_000))]
+    waveforms = [speech_like(rate, seconds, seed) for rate, seconds, seed in ((8_000, 1.6, 0), (16_000, 1.6, 1), (8_000, 2.3, 2))]
+    items = [(x, masked(x, rate), rate, [(1.0, 1.2)]) for x, rate in zip(waveforms, (8_000, 16_000, 8_000))]
     seen = []
     rows = metrics.score_many(items, workers=2, progress=lambda *of: seen.append(of))
     assert seen == [(1, 3), (2, 3), (3, 3)]

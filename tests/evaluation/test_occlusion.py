@@ -19,7 +19,7 @@ def video(grid_dir):
 
 @pytest.fixture(scope="module")
 def rgb(video):
-    return clip_io.read_clip(video, sound=False).pictures.rgb
+    return clip_io.read_clip(video, audio=False).video.rgb
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_the_same_clip_gets_the_same_hand_another_clip_another(rgb, points):
     assert (one[FIRST] != other[FIRST]).any()
 
 
-def test_a_gap_without_a_picture_paints_nothing(rgb, points):
+def test_a_gap_without_a_frame_paints_nothing(rgb, points):
     assert occlusion.covered(rgb, points, 5, 5, 1.0, np.random.default_rng(0)) is rgb
 
 
@@ -64,7 +64,7 @@ def test_a_head_not_turned_is_the_head(rgb, points):
 
 
 @pytest.mark.parametrize("degrees", [15, 30, 45])
-def test_a_turned_picture_is_narrower_by_the_cosine(points, degrees):
+def test_a_turned_frame_is_narrower_by_the_cosine(points, degrees):
     """Near the middle of the face, where distance plays no part; the side that comes nearer is taller."""
     dots = np.zeros((1, 288, 360, 3), np.uint8)
     x, y = np.rint(points[:1].mean((0, 1))).astype(int)
@@ -87,7 +87,7 @@ def test_a_turned_head_is_narrower_to_the_tracker_too(rgb, points, degrees):
     assert chin_to_brow(seen) / chin_to_brow(points[:5]) == pytest.approx(1, rel=0.06)
 
 
-def test_what_the_tracker_says_of_painted_pictures(video, points):
+def test_what_the_tracker_says_of_painted_frames(video, points):
     changes = [("key", "covered_100", 400, FIRST, LAST), ("other", "turned_deg", 30, 0, 0)]
     found = occlusion.track(str(video), points, "bbaz5s", changes)
     assert set(found) == {"key", "other"}

@@ -15,7 +15,7 @@ from avsi_jax.inference import restorer
 RATE = 16_000
 
 
-def made_up(count: int, seed: int = 0) -> dict:
+def invented(count: int, seed: int = 0) -> dict:
     """The fields that placing takes, of `count` clips with words somewhere in three seconds."""
     rng = np.random.default_rng(seed)
     first = rng.uniform(0.1, 0.9, count)
@@ -30,21 +30,21 @@ def made_up(count: int, seed: int = 0) -> dict:
 
 @pytest.mark.parametrize("ms", [300, 1500, 2500])
 def test_a_gap_in_speech_is_the_one_of_the_gap_protocol(ms):
-    batch = made_up(20)
+    batch = invented(20)
     found = protocols.in_speech(batch, Case(ms))
     rows = zip(batch["clip_id"], batch["speech"], batch["audio_length"], strict=True)
     assert found[:, 0].tolist() == [list(gap_masks.place_in_speech(c, ms, tuple(s), int(n))) for c, s, n in rows]
 
 
 def test_three_seconds_are_the_whole_clip():
-    batch = made_up(5)
+    batch = invented(5)
     assert protocols.in_speech(batch, Case(3000))[:, 0].tolist() == [[0, n] for n in batch["audio_length"]]
 
 
 @pytest.mark.parametrize("ms", [900, 1500, 2500])
 @pytest.mark.parametrize("count", [2, 4, 8])
 def test_several_gaps_lose_as_much_in_all_and_keep_apart(ms, count):
-    batch = made_up(50)
+    batch = invented(50)
     found = protocols.in_speech(batch, Case(ms, "gaps", count, count))
     assert found.shape == (50, count, 2) and ((found[..., 1] - found[..., 0]) == ms * 16 // count).all()
     assert ((found[:, 1:, 0] - found[:, :-1, 1]) >= RATE // 50).all(), "20 ms at least lie between two"
@@ -57,7 +57,7 @@ def test_several_gaps_lose_as_much_in_all_and_keep_apart(ms, count):
 
 
 def test_the_peers_gap_starts_where_the_hash_says_anywhere_in_the_clip():
-    batch = made_up(400)
+    batch = invented(400)
     found = protocols.anywhere(batch, Case(1000))[:, 0]
     assert ((found[:, 1] - found[:, 0]) == RATE).all()
     room = batch["audio_length"] - RATE
@@ -67,7 +67,7 @@ def test_the_peers_gap_starts_where_the_hash_says_anywhere_in_the_clip():
 
 
 def test_the_papers_gaps_lose_what_the_paper_says():
-    batch = made_up(1000)
+    batch = invented(1000)
     found = protocols.as_in_the_paper(batch, protocols.PAPER_CASE)
     lengths = (found[..., 1] - found[..., 0]) / 16
     total, count = lengths.sum(1), (lengths > 0).sum(1)
@@ -121,7 +121,7 @@ def made_of(batch, protocol, case=SIX_HUNDRED):
     network = Network(protocol.damage)
     heard = network.hear
     network.hear = lambda batch, gap: heard({k: v for k, v in batch.items() if isinstance(v, np.ndarray)}, gap)
-    lineup = [{"name": k, "kind": k} for k in ("damaged", "interpolation", "system", "ceiling")]
+    lineup = [{"name": k, "kind": k} for k in ("masked", "interpolation", "system", "oracle_mel")]
     return run_systems.restore_case(batch, case, protocol, network, lineup)
 
 
@@ -131,11 +131,11 @@ def test_outside_the_gap_stands_the_recording_and_in_the_damaged_one_nothing(bat
     for made in made_of(batch, protocol):
         assert made.rate == RATE and made.item["rate"] == {"waveform": 8_000, "peer": 16_000}[name]
         start, end = (round(t * RATE) for t in made.item["gaps_s"][0])
-        outside = np.ones(len(made.sound), bool)
+        outside = np.ones(len(made.audio), bool)
         outside[start:end] = False
-        clip = batch["audio"][batch["clip_id"].index(made.row["clip_id"])][: len(made.sound)] / 32768
-        assert (made.truth == clip.astype(np.float32)).all() and (made.sound[outside] == made.truth[outside]).all()
-        assert made.sound[start:end].any() == (made.row["kind"] != "damaged")
+        clip = batch["audio"][batch["clip_id"].index(made.row["clip_id"])][: len(made.audio)] / 32768
+        assert (made.truth == clip.astype(np.float32)).all() and (made.audio[outside] == made.truth[outside]).all()
+        assert made.audio[start:end].any() == (made.row["kind"] != "masked")
         assert end - start == 0.6 * RATE and made.row["gap_ms"] == 600 and made.row["case"] == ""
 
 
@@ -145,20 +145,20 @@ def test_the_papers_protocol_sends_everything_through_its_own_inversion(batch):
     assert {m.rate for m in made} == {m.item["rate"] for m in made} == {8_000}
     by = {(m.row["clip_id"], m.row["kind"]): m for m in made}
     for clip in batch["clip_id"]:
-        ceiling, damaged = by[clip, "ceiling"], by[clip, "damaged"]
-        assert (by[clip, "system"].sound == ceiling.sound).all() and (damaged.truth == ceiling.truth).all()
-        assert not np.allclose(ceiling.sound, ceiling.truth)
+        oracle_mel, masked = by[clip, "oracle_mel"], by[clip, "masked"]
+        assert (by[clip, "system"].audio == oracle_mel.audio).all() and (masked.truth == oracle_mel.truth).all()
+        assert not np.allclose(oracle_mel.audio, oracle_mel.truth)
         size = np.linalg.norm
-        assert size(ceiling.truth) == pytest.approx(size(ceiling.sound), rel=0.1)
-        assert size(damaged.sound) < size(ceiling.sound) and damaged.row["gap_l1_mel_db"] is None
-        assert by[clip, "ceiling"].row["gap_l1_mel_db"] == 0 < by[clip, "interpolation"].row["gap_l1_mel_db"]
-        assert damaged.row["case"] == "paper_gaps=8" and len(damaged.item["gaps_s"]) == len(damaged.row["gaps_s"].split())
+        assert size(oracle_mel.truth) == pytest.approx(size(oracle_mel.audio), rel=0.1)
+        assert size(masked.audio) < size(oracle_mel.audio) and masked.row["gap_l1_mel_db"] is None
+        assert by[clip, "oracle_mel"].row["gap_l1_mel_db"] == 0 < by[clip, "interpolation"].row["gap_l1_mel_db"]
+        assert masked.row["case"] == "paper_gaps=8" and len(masked.item["gaps_s"]) == len(masked.row["gaps_s"].split())
 
 
 def test_noise_reaches_the_network_and_the_context_but_not_the_truth(batch):
     plain, noisy = (made_of(batch, protocols.PROTOCOLS["waveform"], c) for c in (SIX_HUNDRED, Case(600, "noise_db", 10)))
     for a, b in zip(plain, noisy, strict=True):
         assert (a.truth == b.truth).all() and (a.item["reference"] == b.item["reference"]).all()
-        assert a.item["gaps_s"] == b.item["gaps_s"] and not (a.sound == b.sound).all()
+        assert a.item["gaps_s"] == b.item["gaps_s"] and not (a.audio == b.audio).all()
     errors = {m.row["kind"]: m.row["gap_l1_mel_db"] for m in noisy}
-    assert errors["ceiling"] == 0, "what is to be said stays clean"
+    assert errors["oracle_mel"] == 0, "what is to be said stays clean"

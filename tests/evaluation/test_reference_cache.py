@@ -6,8 +6,8 @@ from avsi_jax.evaluation import reference_cache
 
 COLUMNS = ("clip_id", "kind", "pesq_nb", "reason")
 ROWS = [
-    {"clip_id": "a", "kind": "damaged", "pesq_nb": 0.1 + 0.2, "reason": 'said "no", twice'},
-    {"clip_id": "b", "kind": "ceiling", "pesq_nb": None, "reason": ""},
+    {"clip_id": "a", "kind": "masked", "pesq_nb": 0.1 + 0.2, "reason": 'said "no", twice'},
+    {"clip_id": "b", "kind": "oracle_mel", "pesq_nb": None, "reason": ""},
 ]
 FROM = {"data": "abc", "clips": ["a", "b"], "protocol": "waveform", "versions": {"pesq": "0.0.4"}}
 

@@ -105,7 +105,7 @@ def test_it_begins_with_what_was_found(page):
 
 def test_tables_hold_the_means_in_order(page):
     first = page.part("Gap of 300 ms", "Gap of 600 ms")
-    means = (("damaged", "21.30"), ("a_si", "16.30"), ("av_mtl_s2s", "11.30"), ("true mel (ceiling)", "6.30"))
+    means = (("masked", "21.30"), ("a_si", "16.30"), ("av_mtl_s2s", "11.30"), ("true mel (ceiling)", "6.30"))
     places = [first.index(f"{name} {mean}") for name, mean in means]
     assert places == sorted(places)
     assert "[10.30, 12.30]" in first and "0.125" in first
@@ -118,7 +118,7 @@ def test_changes_have_their_tables(page):
     """13.4 = 11.9 + 1.5 where sound and picture are out of step; what has no lips has no rows there."""
     table = page.part("What changes nothing", "Clip by clip").split("sound after the picture by, ms")[-1].split("noise under")[0]
     assert table.index("−80 a_si") < table.index("0 damaged") < table.index(" 80 a_si")
-    assert "av_mtl_s2s 13.40" in table and table.count("damaged") == 1
+    assert "av_mtl_s2s 13.40" in table and table.count("masked") == 1
 
 
 def test_differences_say_which_way_is_better(page):
@@ -147,7 +147,7 @@ def test_examples_play_the_very_files(folder, page):
     assert kind == "data:audio/wav" and base64.b64decode(data) == (folder / "sounds/bbaf2n-300-damaged.wav").read_bytes()
     assert players[5]["src"].startswith("data:audio/flac;base64,")
     labels = [player["aria-label"] for player in players[:5]]
-    assert labels == [f"bbaf2n, {n}" for n in ("damaged", "a_si", "av_mtl_s2s", "true mel (ceiling)", "original")]
+    assert labels == [f"bbaf2n, {n}" for n in ("masked", "a_si", "av_mtl_s2s", "true mel (ceiling)", "original")]
     assert "Spoken: bin blue at f two now" in page.text and "Read: bin green at f two now" in page.text
     assert "Heard: bin blue at s two now" in page.text
     assert page.text.index("Spread over all") < page.text.index("Among the worst")
@@ -161,20 +161,20 @@ def pixels(address):
     return Image.open(io.BytesIO(base64.b64decode(address.removeprefix("data:image/png;base64,"))))
 
 
-def test_pictures_are_pictures(page):
-    pictures = page.all("img")
-    assert len(pictures) == 10 + 4 + 2 * 2  # sounds; over gap length; over two changes
-    for picture in pictures:
-        image = pixels(picture["src"])
+def test_frames_are_frames(page):
+    video = page.all("img")
+    assert len(video) == 10 + 4 + 2 * 2  # sounds; over gap length; over two changes
+    for picture_array in video:
+        image = pixels(picture_array["src"])
         assert image.format == "PNG" and len(set(image.convert("L").tobytes())) > 20
-        assert len(picture["src"]) < 160_000
+        assert len(picture_array["src"]) < 160_000
 
 
 def test_every_gap_is_drawn():
     """A white bar over each gap, dashes at its ends: as many columns with white at the top of the picture as gaps are long."""
 
     def columns(gaps_s):
-        drawn = plots.spectrogram(fake_evaluations.sound(0), fake_evaluations.RATE, 0.0, gaps_s, "")
+        drawn = plots.spectrogram(fake_evaluations.audio(0), fake_evaluations.RATE, 0.0, gaps_s, "")
         image = np.asarray(pixels(drawn).convert("RGB"), int)
         black = image.sum(-1) < 60
         inside = black.mean(0) > 0.3  # of the axes: the sound's silence is black
@@ -214,8 +214,8 @@ def test_an_evaluation_of_nothing(tmp_path):
         (lambda f: (f / "clips.csv").unlink(), FileNotFoundError, "found no clips.csv; expected the results of avsi-evaluate"),
         (lambda f: (f / "clips.csv").write_text("clip_id,speaker\n"), ValueError, "lacks the columns case, gap_ms, gaps_s"),
         (lambda f: (f / "summary.json").write_text('{"title": "x"}'), ValueError, "lacks cases, command, date"),
-        (lambda f: rename_sound(f, "../outside.wav"), ValueError, "expected a .wav or .flac inside"),
-        (lambda f: rename_sound(f, "summary.json"), ValueError, "expected a .wav or .flac inside"),
+        (lambda f: rename_audio(f, "../outside.wav"), ValueError, "expected a .wav or .flac inside"),
+        (lambda f: rename_audio(f, "summary.json"), ValueError, "expected a .wav or .flac inside"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, change, error, says):
@@ -225,8 +225,8 @@ def test_what_is_wrong_is_named(tmp_path, change, error, says):
         report.write_report(folder)
 
 
-def rename_sound(folder, name):
-    clip_io.write_sound(folder.parent / "outside.wav", fake_evaluations.sound(0), fake_evaluations.RATE)
+def rename_audio(folder, name):
+    clip_io.write_audio(folder.parent / "outside.wav", fake_evaluations.audio(0), fake_evaluations.RATE)
     example = fake_evaluations.example(folder, "bbaf2n", fake_evaluations.CASES[0], ".wav", [(0.4, 0.7)])
     example["sounds"]["original"] = name
     summary = json.loads((folder / "summary.json").read_text())
@@ -302,21 +302,21 @@ def test_what_a_change_cannot_reach_is_a_level_line(monkeypatch):
     cases = cases_of((900,), (900, "shift_ms", -80), (900, "shift_ms", 40))
     systems = [{"name": "interpolation", "kind": "interpolation"}, {"name": "av", "kind": "system"}]
     summary = {"cases": cases, "systems": systems, "families": {"shift_ms": "late by"}}
-    pictures, _ = drawn(monkeypatch, summary | {"table": entries(cases, interpolation=(9, None, None), av=(5, 7, 6))})
-    ((title, (ticks, lines)),) = pictures.items()  # one gap length is no curve
+    video, _ = drawn(monkeypatch, summary | {"table": entries(cases, interpolation=(9, None, None), av=(5, 7, 6))})
+    ((title, (ticks, lines)),) = video.items()  # one gap length is no curve
     assert title == "Late by; gap of 900 ms" and ticks == {-80: "−80", 0: "0", 40: "40"}
     assert lines == [("interpolation", (-80, 0, 40), (9, 9, 9)), ("av", (-80, 0, 40), (7, 5, 6))]
 
 
 def test_streams_are_lines_over_gap_length(monkeypatch):
     cases = cases_of((300,), (300, "no_video", 1), (900,), (900, "no_video", 1), (3000, "whole_clip", 1))
-    systems = [{"name": "damaged", "kind": "damaged"}, {"name": "av", "kind": "system"}]
+    systems = [{"name": "masked", "kind": "masked"}, {"name": "av", "kind": "system"}]
     summary = {"cases": cases, "systems": systems, "families": {"no_video": "no lips", "whole_clip": "no sound"}}
-    table = entries(cases, damaged=(30, None, 31, None, 32), av=(5, 6, 7, 8, 9))
-    pictures, made = drawn(monkeypatch, summary | {"table": table})
-    ((title, (ticks, lines)),) = pictures.items()
+    table = entries(cases, masked=(30, None, 31, None, 32), av=(5, 6, 7, 8, 9))
+    video, made = drawn(monkeypatch, summary | {"table": table})
+    ((title, (ticks, lines)),) = video.items()
     assert title == "Over the length of the gap, by what is heard and seen" and list(ticks) == [300, 900, 3000]
     assert lines == [  # the damaged line is far above all others: named, not drawn
         ("av", (300, 900), (5, 7)), ("av, sound only", (300, 900), (6, 8)), ("av, lips only", (3000,), (9,)),
     ]  # fmt: skip
-    assert made[0]["pictures"][0]["above"] == "damaged"
+    assert made[0]["pictures"][0]["above"] == "masked"

@@ -161,11 +161,11 @@ SUMMARY = {"cases": [{"name": "", "family": "", "value": 0, "gap_ms": 300}], "sy
 def test_only_what_can_be_judged_counts():
     """Words that the gap doesn't touch, rows without a judge, of other sentences or other cases are no words."""
     rows = [
-        row("s1a", "bin red at f two now", "110000"), row("s1b", "", ""), row("s1c", "bin", "111111", said="hello"),
+        row("s1a", "bin red at f two now", "110000"), row("s1b", "", ""), row("s1c", "bin", "111111", transcript="hello"),
         row("s1d", "set red by s one soon", case="shift_ms=80"), row("s1e", "", "000100"),
     ]  # fmt: skip
     words = word_errors.touched_words(SUMMARY, rows)
-    assert [(w.cluster, w.slot, w.said, w.heard) for w in words] == [
+    assert [(w.cluster, w.slot, w.transcript, w.heard) for w in words] == [
         ("s1a", 0, "bin", "bin"), ("s1a", 1, "blue", "red"), ("s1e", 3, "f", ""),
     ]  # fmt: skip
     rates = {e["item"]: (e["mean"], e["n"]) for e in word_errors.estimates(SUMMARY, words) if e["kind"] == "word"}

@@ -30,14 +30,14 @@ def drawn_mouth(t):
 def noise(rate, later_s, seed=0):
     """(N, 2): noise of all bands as loud as the mouth is open `later_s` before."""
     t = np.arange(round(SECONDS * rate)) / rate
-    sound = np.random.default_rng(seed).normal(size=len(t)) * 10 ** (2 * loudness(t - later_s) - 3)
-    return np.stack([sound, 0.5 * sound], 1).astype(np.float32)
+    audio = np.random.default_rng(seed).normal(size=len(t)) * 10 ** (2 * loudness(t - later_s) - 3)
+    return np.stack([audio, 0.5 * audio], 1).astype(np.float32)
 
 
-def measured(rate=16_000, fps=25.0, later_s=0.0, lost=(), lag_s=0.0, samples=None):
+def measured(rate=16_000, fps=25.0, later_s=0.0, missing=(), lag_s=0.0, samples=None):
     times = np.arange(round(SECONDS * fps)) / fps
     samples = noise(rate, later_s) if samples is None else samples
-    return av_sync.measure(drawn_mouth(times), np.ones(len(times), bool), times, samples, rate, list(lost), lag_s)
+    return av_sync.measure(drawn_mouth(times), np.ones(len(times), bool), times, samples, rate, list(missing), lag_s)
 
 
 @pytest.mark.parametrize(
@@ -54,17 +54,17 @@ def test_the_offset_is_what_the_lag_lacks():
 
 
 def test_what_lies_in_a_gap_is_not_listened_to():
-    lost = [(1.0, 2.2), (5.03, 5.81)]
+    missing = [(1.0, 2.2), (5.03, 5.81)]
     other = noise(16_000, 0.12)
-    for start, end in lost:
+    for start, end in missing:
         other[round(start * 16_000) : round(end * 16_000)] = (
             30 * noise(16_000, 0.0, seed=1)[: round(end * 16_000) - round(start * 16_000)]
         )
-    assert measured(samples=other, lost=lost) == measured(later_s=0.12, lost=lost)
-    assert measured(samples=other, lost=lost).offset_s == pytest.approx(0.12, abs=0.015)
+    assert measured(samples=other, missing=missing) == measured(later_s=0.12, missing=missing)
+    assert measured(samples=other, missing=missing).offset_s == pytest.approx(0.12, abs=0.015)
 
 
-def test_pictures_that_were_not_seen_are_left_out():
+def test_frames_that_were_not_seen_are_left_out():
     times = np.arange(200) / 25
     points, valid = drawn_mouth(times), np.ones(200, bool)
     points[40:70], valid[40:70] = 0.0, False
@@ -83,7 +83,7 @@ def test_a_turned_or_larger_face_says_the_same():
 def test_nothing_to_go_by_is_never_sure():
     times, still = np.arange(200) / 25, drawn_mouth(np.zeros(200))
     seen = np.ones(200, bool)
-    for points, valid, samples, lost in (
+    for points, valid, samples, missing in (
         (still, seen, noise(16_000, 0.0), []),
         (drawn_mouth(times), seen, np.zeros((128_000, 1), np.float32), []),
         (drawn_mouth(times), ~seen, noise(16_000, 0.0), []),
@@ -91,7 +91,7 @@ def test_nothing_to_go_by_is_never_sure():
         (drawn_mouth(times), seen, noise(16_000, 0.0)[:0], []),
         (drawn_mouth(times + 3.3), seen, noise(16_000, 0.0), []),  # another speech
     ):
-        found = av_sync.measure(points, valid, times, samples, 16_000, lost, 0.0)
+        found = av_sync.measure(points, valid, times, samples, 16_000, missing, 0.0)
         assert found.certainty < av_sync.SURE and found.correction_s == 0.0
 
 
@@ -117,22 +117,22 @@ def speech(grid_dir):
     for speaker in ("s1", "s31"):
         files = [f for f in sorted((grid_dir / speaker).glob("*.mpg")) if f.stem not in reserved][5:10]
         clips = [clip_io.read_clip(f) for f in files]
-        tracks = [tracker(clip.pictures.rgb) for clip in clips]
-        sounds = [
-            np.roll(np.pad(c.sound.samples, ((0, 132_300 - len(c.sound.samples)), (0, 0)), "reflect"), -485, 0) for c in clips
+        tracks = [tracker(clip.video.rgb) for clip in clips]
+        waveforms = [
+            np.roll(np.pad(c.audio.samples, ((0, 132_300 - len(c.audio.samples)), (0, 0)), "reflect"), -485, 0) for c in clips
         ]
-        found[speaker] = [np.concatenate(x) for x in ([t.points for t in tracks], [t.valid for t in tracks], sounds)]
+        found[speaker] = [np.concatenate(x) for x in ([t.points for t in tracks], [t.valid for t in tracks], waveforms)]
     return found
 
 
 @pytest.mark.parametrize(("speaker", "later_s"), [("s1", 0.0), ("s1", -0.16), ("s31", 0.16)])
 def test_real_speech_out_of_step(speech, speaker, later_s):
-    points, valid, sound = speech[speaker]
+    points, valid, audio = speech[speaker]
     gap = [(4.0, 5.0), (10.2, 10.9)]
-    found = av_sync.measure(points, valid, np.arange(375) / 25, np.roll(sound, round(later_s * 44_100), 0), 44_100, gap, 0.0)
+    found = av_sync.measure(points, valid, np.arange(375) / 25, np.roll(audio, round(later_s * 44_100), 0), 44_100, gap, 0.0)
     assert found.offset_s == pytest.approx(later_s, abs=av_sync.NEAR_S) and found.certainty > av_sync.SURE
 
 
-def test_the_sound_of_another_speaker_is_not_sure(speech):
-    (points, valid, _), (_, _, sound) = speech["s1"], speech["s31"]
-    assert av_sync.measure(points, valid, np.arange(375) / 25, sound, 44_100, [], 0.0).certainty < av_sync.SURE
+def test_the_audio_of_another_speaker_is_not_sure(speech):
+    (points, valid, _), (_, _, audio) = speech["s1"], speech["s31"]
+    assert av_sync.measure(points, valid, np.arange(375) / 25, audio, 44_100, [], 0.0).certainty < av_sync.SURE

@@ -27,7 +27,7 @@ def clean(grid_dir):
 
 @pytest.fixture(scope="module")
 def track(tracker, clean):
-    return tracker(clean.pictures.rgb)
+    return tracker(clean.video.rgb)
 
 
 def test_clean_clip_is_seen_in_every_frame(track):
@@ -55,7 +55,7 @@ def test_points_have_the_order_of_ibug(track):
 def test_points_lie_on_the_face(clean, track):
     """Oracle: the studio's wall is blue, skin is red; the inside of the outline at nose, cheeks and chin is skin."""
     for t in (0, 37, 74):
-        rgb, points = clean.pictures.rgb[t].astype(int), track.points[t]
+        rgb, points = clean.video.rgb[t].astype(int), track.points[t]
         inside = np.zeros(rgb.shape[:2], np.uint8)
         cv2.fillConvexPoly(inside, cv2.convexHull(points[2:15].round().astype(np.int32)), 1)
         face = rgb[inside > 0]
@@ -64,29 +64,29 @@ def test_points_lie_on_the_face(clean, track):
         assert inside[y, x]
 
 
-def lips_and_sound(clip, points, lag_s):
+def lips_and_audio(clip, points, lag_s):
     """Correlation of the opening of the lips with the log energy of the sound `lag_s` after it, one value a frame."""
     opening = np.linalg.norm(points[:, INNER_LIPS[0]] - points[:, INNER_LIPS[1]], axis=1)
-    sound, frame = clip_io.mono(clip.sound.samples), int(clip.sound.rate / clip.pictures.fps)
-    middle = (clip.pictures.times + clip_io.sound_lag_s(clip) + lag_s) * clip.sound.rate
+    audio, frame = clip_io.mono(clip.audio.samples), int(clip.audio.rate / clip.video.fps)
+    middle = (clip.video.times + clip_io.audio_lag_s(clip) + lag_s) * clip.audio.rate
     starts = (middle - frame / 2).astype(int)
-    heard = (starts >= 0) & (starts + frame <= len(sound))
-    energy = np.array([np.mean(sound[n : n + frame] ** 2) for n in starts[heard]])
+    heard = (starts >= 0) & (starts + frame <= len(audio))
+    energy = np.array([np.mean(audio[n : n + frame] ** 2) for n in starts[heard]])
     return np.corrcoef(opening[heard], np.log10(1e-4 + energy))[0, 1]
 
 
-def test_lips_open_with_the_sound(tracker, grid_dir):
+def test_lips_open_with_the_audio(tracker, grid_dir):
     """Mean of eight clips of four unlike speakers (one clip alone gives 0.3 to 0.7): in step, and less so 120 ms apart."""
     speakers = [sorted((grid_dir / s).glob("b*.mpg"))[:2] for s in ("s1", "s2", "s31", "s34")]
     clips = [clip_io.read_clip(path) for pair in speakers for path in pair]
-    tracked = [(clip, tracker(clip.pictures.rgb).points) for clip in clips]
-    early, now, late = (np.mean([lips_and_sound(*pair, lag) for pair in tracked]) for lag in (-0.12, 0.0, 0.12))
+    tracked = [(clip, tracker(clip.video.rgb).points) for clip in clips]
+    early, now, late = (np.mean([lips_and_audio(*pair, lag) for pair in tracked]) for lag in (-0.12, 0.0, 0.12))
     assert now > 0.4 and now > early + 0.05 and now > late + 0.05
 
 
 def test_grey_opening_is_marked_and_held(tracker, grid_dir):
-    rgb = clip_io.read_clip(grid_dir / "s1" / "bbizzn.mpg", sound=False).pictures.rgb
-    assert landmarks.damaged_until(rgb) == 12
+    rgb = clip_io.read_clip(grid_dir / "s1" / "bbizzn.mpg", audio=False).video.rgb
+    assert landmarks.corrupt_until(rgb) == 12
     track = tracker(rgb)
     np.testing.assert_array_equal(np.flatnonzero(~track.valid), np.arange(12))
     np.testing.assert_array_equal(track.points[:12], np.repeat(track.points[12:13], 12, 0))
@@ -100,28 +100,28 @@ def test_damage_in_the_clips_known_for_it_and_in_no_other(grid_dir):
     for speaker in sorted(grid_dir.glob("s*/")):
         others = [path for path in sorted(speaker.glob("*.mpg")) if path not in expected]
         expected.update({path: 0 for path in others[:1]})
-    read = {path: clip_io.read_clip(path, sound=False).pictures.rgb for path in expected if path.exists()}
-    assert {path: landmarks.damaged_until(rgb) for path, rgb in read.items()} == {path: expected[path] for path in read}
+    read = {path: clip_io.read_clip(path, audio=False).video.rgb for path in expected if path.exists()}
+    assert {path: landmarks.corrupt_until(rgb) for path, rgb in read.items()} == {path: expected[path] for path in read}
 
 
 def test_cuts_fades_and_black_openings_are_no_damage(clean):
-    rgb = clean.pictures.rgb
+    rgb = clean.video.rgb
     black = np.zeros_like(rgb[:5])
-    assert landmarks.damaged_until(rgb) == 0
-    assert landmarks.damaged_until(np.concatenate([black, rgb])) == 0
-    assert landmarks.damaged_until(np.concatenate([rgb[:30], 255 - rgb[:30], rgb[30:]])) == 0
+    assert landmarks.corrupt_until(rgb) == 0
+    assert landmarks.corrupt_until(np.concatenate([black, rgb])) == 0
+    assert landmarks.corrupt_until(np.concatenate([rgb[:30], 255 - rgb[:30], rgb[30:]])) == 0
 
 
 def test_clip_that_is_damaged_throughout_is_never_shown_to_the_models(tracker, grid_dir, monkeypatch):
-    rgb = clip_io.read_clip(grid_dir / "s1" / "bbizzn.mpg", sound=False).pictures.rgb[:12]
-    assert landmarks.damaged_until(rgb) == 12
-    monkeypatch.setattr(landmarks._Model, "__call__", lambda *_: pytest.fail("a damaged picture reached a model"))
+    rgb = clip_io.read_clip(grid_dir / "s1" / "bbizzn.mpg", audio=False).video.rgb[:12]
+    assert landmarks.corrupt_until(rgb) == 12
+    monkeypatch.setattr(landmarks._Model, "__call__", lambda *_: pytest.fail("a damaged image reached a model"))
     with pytest.raises(landmarks.NoFaceError, match="12 of them damaged"):
         tracker(rgb)
 
 
 def test_frames_without_the_face_lie_between_their_neighbours(tracker, clean, track):
-    rgb = clean.pictures.rgb[:20].copy()
+    rgb = clean.video.rgb[:20].copy()
     rgb[8:12] = 0
     hidden = tracker(rgb)
     np.testing.assert_array_equal(np.flatnonzero(~hidden.valid), np.arange(8, 12))
@@ -133,28 +133,28 @@ def test_frames_without_the_face_lie_between_their_neighbours(tracker, clean, tr
 
 
 def test_black_opening_is_held_from_the_first_good_frame(tracker, clean):
-    rgb = np.concatenate([np.zeros_like(clean.pictures.rgb[:4]), clean.pictures.rgb[:6]])
+    rgb = np.concatenate([np.zeros_like(clean.video.rgb[:4]), clean.video.rgb[:6]])
     track = tracker(rgb)
     assert not track.valid[:4].any() and track.valid[4:].all()
     np.testing.assert_array_equal(track.points[0], track.points[4])
 
 
-def test_small_face_in_a_large_picture_is_found(tracker, clean, track):
-    h, w = clean.pictures.rgb.shape[1:3]
+def test_small_face_in_a_large_frame_is_found(tracker, clean, track):
+    h, w = clean.video.rgb.shape[1:3]
     rgb = np.full((3, 3 * h, 3 * w, 3), 90, np.uint8)
-    rgb[:, h : 2 * h, w : 2 * w] = clean.pictures.rgb[:3]
+    rgb[:, h : 2 * h, w : 2 * w] = clean.video.rgb[:3]
     found = tracker(rgb)
     assert found.valid.all()
     assert np.abs(found.points - track.points[:3] - (w, h)).max() < 6
 
 
 def test_of_two_faces_the_larger_is_followed_with_a_warning(tracker, clean, track):
-    rgb = clean.pictures.rgb[:30]
+    rgb = clean.video.rgb[:30]
     h, w = rgb.shape[1:3]
     pair = np.full((len(rgb), h, 2 * w, 3), 90, np.uint8)
-    for t, picture in enumerate(rgb):
-        pair[t, :, w:] = picture
-        pair[t, h // 4 : h // 4 + h // 2, w // 4 : w // 4 + w // 2] = cv2.resize(picture, (w // 2, h // 2))
+    for t, image in enumerate(rgb):
+        pair[t, :, w:] = image
+        pair[t, h // 4 : h // 4 + h // 2, w // 4 : w // 4 + w // 2] = cv2.resize(image, (w // 2, h // 2))
     found = tracker(pair)
     assert found.valid.all() and len(found.warnings) == 1 and "2 faces" in found.warnings[0]
     assert np.abs(found.points - track.points[:30] - (w, 0)).max() < 6
@@ -163,9 +163,9 @@ def test_of_two_faces_the_larger_is_followed_with_a_warning(tracker, clean, trac
 @pytest.fixture(scope="module")
 def beside(tracker, clean, track, grid_dir):
     """Two real clips, s1 on the left, and the points of each by itself, where they lie in the joined pictures."""
-    other = clip_io.read_clip(grid_dir / "s2" / "bbaf1n.mpg", sound=False).pictures.rgb[:30]
-    pair = np.concatenate([clean.pictures.rgb[:30], other], axis=2)
-    width = np.float32([clean.pictures.rgb.shape[2], 0])
+    other = clip_io.read_clip(grid_dir / "s2" / "bbaf1n.mpg", audio=False).video.rgb[:30]
+    pair = np.concatenate([clean.video.rgb[:30], other], axis=2)
+    width = np.float32([clean.video.rgb.shape[2], 0])
     return pair, (track.points[:30], tracker(other).points + width)
 
 
@@ -204,8 +204,8 @@ def test_a_chosen_face_that_is_hidden_is_waited_for(tracker, beside, face):
 
 def test_fewer_faces_than_asked_for(tracker, beside, clean, track):
     pair, _ = beside
-    np.testing.assert_array_equal(tracker(clean.pictures.rgb[:5], face=0).points, track.points[:5])
-    for rgb, face, said in ((clean.pictures.rgb[:3], 1, "found 1 face, expected .* not 1"), (pair[:3], 2, "found 2 faces")):
+    np.testing.assert_array_equal(tracker(clean.video.rgb[:5], face=0).points, track.points[:5])
+    for rgb, face, said in ((clean.video.rgb[:3], 1, "found 1 face, expected .* not 1"), (pair[:3], 2, "found 2 faces")):
         with pytest.raises(ValueError, match=said):
             tracker(rgb, face=face)
     with pytest.raises(ValueError, match="expected a number from 0"):
@@ -225,12 +225,12 @@ def test_no_face(tracker):
 
 def test_mouth_crops_show_the_mouth_upright(tracker, clean, track):
     """A clip turned by 15 degrees gives the crops of the upright one, up to resampling."""
-    rgb = clean.pictures.rgb[::10]
+    rgb = clean.video.rgb[::10]
     crops = landmarks.mouth_crops(rgb, track.points[::10])
     assert crops.shape == (8, 96, 96) and crops.dtype == np.uint8
     h, w = rgb.shape[1:3]
     turn = cv2.getRotationMatrix2D((w / 2, h / 2), 15, 1.0)
-    turned = np.stack([cv2.warpAffine(picture, turn, (w, h), borderMode=cv2.BORDER_REPLICATE) for picture in rgb])
+    turned = np.stack([cv2.warpAffine(image, turn, (w, h), borderMode=cv2.BORDER_REPLICATE) for image in rgb])
     points = track.points[::10] @ turn[:, :2].T.astype(np.float32) + turn[:, 2].astype(np.float32)
     again = landmarks.mouth_crops(turned, points)
     assert np.abs(again.astype(int) - crops).mean() < 3

@@ -13,7 +13,7 @@ FIRST, LAST = 25, 47
 @pytest.fixture(scope="module")
 def clip(grid_dir):
     """rgb and its Track."""
-    rgb = clip_io.read_clip(grid_dir / "s1" / "bbaz5s.mpg", sound=False).pictures.rgb
+    rgb = clip_io.read_clip(grid_dir / "s1" / "bbaz5s.mpg", audio=False).video.rgb
     return rgb, landmarks.FaceTracker()(rgb)
 
 
@@ -70,7 +70,7 @@ def test_a_mouth_behind_something_is_not(clip, family):
     np.testing.assert_array_equal(seen[~edge], ~inside[~edge])
 
 
-def test_one_odd_picture_decides_nothing():
+def test_one_odd_frame_decides_nothing():
     values = np.ones(20)
     values[[4, 11]] = -50
     assert (mouth_visibility.smoothed(values) == 1).all()

@@ -61,9 +61,9 @@ def clips():
     time = np.arange(N) / 16_000
     voice = 0.1 * np.sin(2 * np.pi * 140 * time) * np.clip(np.sin(9 * time), 0, None) + 0.01 * rng.normal(size=(2, N))
     length = np.array([N, 40_000], np.int32)
-    sound = np.where(np.arange(N) < length[:, None], np.rint(voice * 32_768) / 32_768, 0).astype(np.float32)
+    audio = np.where(np.arange(N) < length[:, None], np.rint(voice * 32_768) / 32_768, 0).astype(np.float32)
     return {
-        "sound": sound, "length": length,
+        "sound": audio, "length": length,
         "gaps": np.array([[[16_000, 24_000], [30_000, 32_000]], [[5_000, 20_000], [0, 0]]], np.int32),
         "landmarks": (150 + 30 * rng.normal(size=(2, 60, 68, 2))).astype(np.float32), "landmarks_valid": rng.random((2, 60)) < 0.9,
         "num_pictures": np.array([60, 50], np.int32), "fps": np.full(2, 25, np.float32), "lag_s": np.array([0, 0.011], np.float32),
@@ -93,19 +93,19 @@ def test_it_gives_what_the_restorer_gives_with_jax_and_numpy_alone(run, folder, 
     found = np.load(tmp_path / "restored.npz")
 
     restorer = Restorer(*run)
-    of = dict(length="audio_length", num_pictures="num_frames", lag_s="offset_s", picture_size="frame_size", seed="id_hash")
+    of = dict(length="audio_length", num_video_frames="num_frames", lag_s="offset_s", frame_size="frame_size", seed="id_hash")
     batch = {of.get(k, k): v for k, v in clips.items() if k not in ("sound", "gaps")}
     batch["audio"] = np.rint(clips["sound"] * 32_768).astype(np.int16)
     restored = restorer.restore(batch, clips["gaps"])
     np.testing.assert_allclose(found["level"], restored.level, atol=1e-5)
     np.testing.assert_allclose(found["logits"], restored.logits, atol=1e-5)
     np.testing.assert_array_equal(found["num_steps"], restored.num_steps)
-    sound = restorer.to_sound(restored.level, batch, clips["gaps"])
-    np.testing.assert_allclose(found["sound"], sound, atol=1e-5)
-    lost = np.zeros((2, N), bool)
-    lost[0, 16_000:24_000] = lost[0, 30_000:32_000] = lost[1, 5_000:20_000] = True
-    np.testing.assert_array_equal(found["sound"][~lost], clips["sound"][~lost])
-    assert (np.abs(found["sound"][lost]) > 0).mean() > 0.9, "something is said in the gaps"
+    audio = restorer.to_audio(restored.level, batch, clips["gaps"])
+    np.testing.assert_allclose(found["sound"], audio, atol=1e-5)
+    missing = np.zeros((2, N), bool)
+    missing[0, 16_000:24_000] = missing[0, 30_000:32_000] = missing[1, 5_000:20_000] = True
+    np.testing.assert_array_equal(found["sound"][~missing], clips["sound"][~missing])
+    assert (np.abs(found["sound"][missing]) > 0).mean() > 0.9, "something is said in the gaps"
 
 
 def test_what_lies_beside_it(run, folder, clips):

@@ -44,9 +44,9 @@ def workdir(tiny_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def recogniser(workdir):
-    from avsi_jax.inference.recognizer import Recogniser
+    from avsi_jax.inference.recognizer import Recognizer
 
-    return Recogniser.from_workdir(workdir)
+    return Recognizer.from_workdir(workdir)
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,10 @@ def heard(recogniser, batch):
 
 
 def test_six_words_of_the_grammar_at_times_inside_the_clip(heard, batch):
-    assert len(heard.said) == len(heard.words) == 3 and heard.span_s.shape == (3, 6, 2) and heard.log_probability.shape == (3,)
-    for said, words in zip(heard.said, heard.words):
+    assert (
+        len(heard.transcript) == len(heard.words) == 3 and heard.span_s.shape == (3, 6, 2) and heard.log_probability.shape == (3,)
+    )
+    for said, words in zip(heard.transcript, heard.words):
         assert len(words) == 6 and all(word in slot.values() for word, slot in zip(words, grid_text.SLOTS))
         assert set(said.split()) <= set(grid_text.PHONES)
     start, end = np.moveaxis(heard.span_s, -1, 0)
@@ -87,31 +89,31 @@ def test_it_hears_what_training_heard(recogniser, heard, batch, workdir):
     made = features.make_features(arrays, np.zeros((3, 1, 2), int), build.make_feature_config(config, normalisation))
     output = build.make_model(config).apply({"params": recogniser.params}, made)
     found = ctc_decoding.best_sentences(output.logits, output.num_steps, "phones")
-    assert heard.words == found.words and heard.said == ctc_decoding.greedy(output.logits, output.num_steps, "phones")
+    assert heard.words == found.words and heard.transcript == ctc_decoding.greedy(output.logits, output.num_steps, "phones")
     np.testing.assert_allclose(heard.log_probability * np.asarray(output.num_steps), found.log_probability, rtol=1e-5)
 
 
-def test_float_sound_is_heard_as_int16(recogniser, heard, batch):
+def test_float_audio_is_heard_as_int16(recogniser, heard, batch):
     for kind in (np.float32, np.float64):
         again = recogniser.hear(batch["audio"] / kind(32_768), batch["audio_length"])
-        assert again.words == heard.words and again.said == heard.said
+        assert again.words == heard.words and again.transcript == heard.transcript
         np.testing.assert_array_equal(again.log_probability, heard.log_probability)
 
 
 def test_neither_padding_nor_other_clips_matter(recogniser, heard, batch):
-    sound = np.full((3, 50_000), np.nan)
-    for row, audio, n in zip(sound, batch["audio"], batch["audio_length"]):
+    waveform = np.full((3, 50_000), np.nan)
+    for row, audio, n in zip(waveform, batch["audio"], batch["audio_length"]):
         row[:n] = audio[:n] / 32_768
-    longer = recogniser.hear(sound, batch["audio_length"])
-    assert longer.words == heard.words and longer.said == heard.said
+    longer = recogniser.hear(waveform, batch["audio_length"])
+    assert longer.words == heard.words and longer.transcript == heard.transcript
     np.testing.assert_array_equal(longer.log_probability, heard.log_probability)
     alone = recogniser.hear(batch["audio"][1:2], batch["audio_length"][1:2])
-    assert alone.words == heard.words[1:2] and alone.said == heard.said[1:2]
+    assert alone.words == heard.words[1:2] and alone.transcript == heard.transcript[1:2]
     np.testing.assert_allclose(alone.log_probability, heard.log_probability[1:2], rtol=1e-5)
     np.testing.assert_array_equal(alone.span_s, heard.span_s[1:2])
 
 
-def test_the_times_are_those_of_the_sound(recogniser, monkeypatch, batch):
+def test_the_times_are_those_of_the_audio(recogniser, monkeypatch, batch):
     """Made-up logits that say a phone every third step of 20 ms from step 30 on.
 
     Steps hold frames 2 s and 2 s + 1, centred at 20 s and 20 s + 10 ms (librosa's centred frames at a hop of 10 ms): step s lasts
@@ -122,9 +124,9 @@ def test_the_times_are_those_of_the_sound(recogniser, monkeypatch, batch):
     logits[..., 0] = 10
     at = 30 + 3 * np.arange(len(labels))
     logits[0, at, labels] = 30
-    monkeypatch.setattr(recogniser, "_read", lambda params, sound, lengths: (logits, np.array([151])))
+    monkeypatch.setattr(recogniser, "_read", lambda params, audio, lengths: (logits, np.array([151])))
     heard = recogniser.hear(batch["audio"][:1], batch["audio_length"][:1])
-    assert heard.words == [TRUE] and heard.said == [" ".join(grid_text.phones_of(" ".join(TRUE)))]
+    assert heard.words == [TRUE] and heard.transcript == [" ".join(grid_text.phones_of(" ".join(TRUE)))]
     counts = np.cumsum([0] + [len(grid_text.phones_of(word)) for word in TRUE])
     expected = [(0.02 * at[a] - 0.005, 0.02 * at[b - 1] + 0.015) for a, b in zip(counts, counts[1:])]
     np.testing.assert_allclose(heard.span_s[0], expected, atol=1e-9)
@@ -132,10 +134,10 @@ def test_the_times_are_those_of_the_sound(recogniser, monkeypatch, batch):
 
 def test_a_fault_is_heard_where_it_is(recogniser, batch):
     """A layer's two steps on either side, of 20 ms each, and half a window of 25 ms: farther away nothing changes."""
-    sound, lengths = batch["audio"].astype(np.float32), batch["audio_length"].astype(np.int32)
-    other = sound.copy()
+    audio, lengths = batch["audio"].astype(np.float32), batch["audio_length"].astype(np.int32)
+    other = audio.copy()
     other[:, 20_000:24_000] = np.random.default_rng(0).normal(0, 9_000, (3, 4_000))
-    one, two = (np.asarray(recogniser._read(recogniser.params, x, lengths)[0]) for x in (sound, other))
+    one, two = (np.asarray(recogniser._read(recogniser.params, x, lengths)[0]) for x in (audio, other))
     changed_s = 0.02 * np.flatnonzero((one != two).any((0, 2)))
     reach_s = 2 * recogniser.config.layers * 0.02 + 0.0125 + 0.02
     assert 1.25 - reach_s <= changed_s.min() < 1.25 and 1.5 < changed_s.max() <= 1.5 + reach_s
@@ -147,7 +149,7 @@ def test_too_short_for_a_sentence(recogniser, batch):
 
 
 @pytest.mark.parametrize(
-    ("sound", "lengths", "says"),
+    ("audio", "lengths", "says"),
     [
         (np.zeros(9, np.int16), [9], r"sound: found int16 \(9,\), expected \(B, N\)"),
         (np.zeros((1, 9), np.int32), [9], "sound: found int32"),
@@ -158,16 +160,16 @@ def test_too_short_for_a_sentence(recogniser, batch):
         (np.full((2, 9), [[0], [np.nan]], np.float32), [9, 9], "sound: 1 of 2 hold NaN"),
     ],
 )
-def test_ill_formed_sound_is_refused(recogniser, sound, lengths, says):
+def test_ill_formed_audio_is_refused(recogniser, audio, lengths, says):
     with pytest.raises(ValueError, match=says):
-        recogniser.hear(sound, np.array(lengths))
+        recogniser.hear(audio, np.array(lengths))
 
 
 @pytest.mark.slow
 def test_it_learns_by_heart(tiny_dir, tmp_path):
     """After enough passes over nine clips it reads their words back, in their order, and phones without the grammar too."""
     from avsi_jax.data import input_pipeline
-    from avsi_jax.inference.recognizer import Recogniser, wrong_words
+    from avsi_jax.inference.recognizer import Recognizer, wrong_words
     from avsi_jax.training import cli
 
     network = {"units": 64, "layers": 2, "dropout": 0.0, "augment__speed": 0.0, "augment__gain_db": 0.0}
@@ -177,9 +179,9 @@ def test_it_learns_by_heart(tiny_dir, tmp_path):
     records = input_pipeline.Records(input_pipeline.find_dataset(tiny_dir), "train")
     raw = [records[i] for i in range(len(records))]
     clips = [input_pipeline.to_example(r) for r in raw]
-    heard = Recogniser.from_workdir(tmp_path / "run").hear(*(np.stack([c[k] for c in clips]) for k in ("audio", "audio_length")))
+    heard = Recognizer.from_workdir(tmp_path / "run").hear(*(np.stack([c[k] for c in clips]) for k in ("audio", "audio_length")))
     assert not wrong_words(heard.words, [r["text"].split() for r in raw]).any()
-    pairs = [(said, " ".join(grid_text.phones_of(r["text"]))) for said, r in zip(heard.said, raw)]
+    pairs = [(said, " ".join(grid_text.phones_of(r["text"]))) for said, r in zip(heard.transcript, raw)]
     assert ctc_decoding.phone_error_rate(pairs).rate < 0.05
 
 
@@ -188,12 +190,12 @@ def test_it_learns_by_heart(tiny_dir, tmp_path):
 
 def test_who_restores_is_no_judge_and_the_judge_restores_nothing(untrained_a_si, workdir, tmp_path, capsys):
     from avsi_jax.evaluation import cli
-    from avsi_jax.inference.recognizer import Recogniser
+    from avsi_jax.inference.recognizer import Recognizer
     from avsi_jax.inference.restorer import Restorer
 
     for load, folder, says in (
-        (Recogniser, untrained_a_si, "holds a run of a_si; expected a recogniser"),
-        (Recogniser, tmp_path, "no config.json in"),
+        (Recognizer, untrained_a_si, "holds a run of a_si; expected a recogniser"),
+        (Recognizer, tmp_path, "no config.json in"),
         (Restorer, workdir, "holds a run of asr, which restores nothing"),
     ):
         with pytest.raises(CheckpointError, match=says) as error:
@@ -235,18 +237,18 @@ WORD_S = np.array([(k / 2, k / 2 + 0.5) for k in range(6)])  # words of half a s
 
 def test_judged_by_hand():
     """Four clips, a gap over words 1 and 2: two words heard right, one, nothing heard; and what isn't Grid's is not judged."""
-    from avsi_jax.inference.recognizer import Heard, judged
+    from avsi_jax.inference.recognizer import Recognition, judged
 
     said = " ".join(TRUE)
     words = [("lay", "blue", "at", "f", "two", "now"), ("bin", "red", "at", "f", "two", "now"), (), TRUE]
-    heard = Heard(["B"] * 4, words, np.zeros((4, 6, 2)), np.zeros(4))
+    heard = Recognition(["B"] * 4, words, np.zeros((4, 6, 2)), np.zeros(4))
     gap = np.array([[(12_000, 20_000), (0, 0)]] * 4)
     found = judged(heard, [said, said, said, "hello there"], np.stack([WORD_S] * 4), gap)
     assert [np.flatnonzero(row).tolist() for row in found.touched] == [[1, 2], [1, 2], [1, 2], []]
     assert [np.flatnonzero(row).tolist() for row in found.wrong] == [[], [1], [1, 2], []]
     np.testing.assert_array_equal(found.error, [0, 0.5, 1, np.nan])
     assert found.words == ["lay blue at f two now", "bin red at f two now", "", said] and found.phones == ["B"] * 4
-    nothing = judged(Heard([], [], np.zeros((0, 6, 2)), np.zeros(0)), [], np.zeros((0, 6, 2)), np.zeros((0, 1, 2), int))
+    nothing = judged(Recognition([], [], np.zeros((0, 6, 2)), np.zeros(0)), [], np.zeros((0, 6, 2)), np.zeros((0, 1, 2), int))
     assert nothing.wrong.shape == nothing.touched.shape == (0, 6)
 
 
@@ -255,9 +257,9 @@ def test_judged_by_hand():
     [(1, (2, 6, 2), (2, 1, 2)), (2, (2, 5, 2), (2, 1, 2)), (2, (2, 6, 2), (2, 2)), (2, (2, 6, 2), (1, 1, 2))],
 )
 def test_ill_formed_judgement_is_refused(true, spans, gap):
-    from avsi_jax.inference.recognizer import Heard, judged
+    from avsi_jax.inference.recognizer import Recognition, judged
 
-    heard = Heard([""] * 2, [TRUE] * 2, np.zeros((2, 6, 2)), np.zeros(2))
+    heard = Recognition([""] * 2, [TRUE] * 2, np.zeros((2, 6, 2)), np.zeros(2))
     with pytest.raises(ValueError, match=r"found 2 sounds, and texts, spans and gaps \("):
         judged(heard, [" ".join(TRUE)] * true, np.zeros(spans), np.zeros(gap))
 
@@ -280,11 +282,11 @@ def test_word_times_are_the_corpus_own_or_those_heard():
 def test_another_checkpoint_is_another_judge(recogniser, workdir):
     import jax
 
-    from avsi_jax.inference.recognizer import Recogniser
+    from avsi_jax.inference.recognizer import Recognizer
 
-    again = Recogniser.from_workdir(workdir)
+    again = Recognizer.from_workdir(workdir)
     assert again.fingerprint == recogniser.fingerprint and again.described == f"asr, step 0, {again.fingerprint}"
-    other = Recogniser.from_workdir(workdir)
+    other = Recognizer.from_workdir(workdir)
     other.params = jax.tree.map(lambda x: x + 1e-6, other.params)
     assert other.fingerprint != recogniser.fingerprint
 
@@ -293,7 +295,7 @@ def test_the_judge_judges_what_it_hears(recogniser, heard, batch):
     gap = np.array([[(0, 48_000)]] * 3)
     true = [" ".join(words) for words in heard.words]
     found = recogniser.judge(batch["audio"], batch["audio_length"], true, heard.span_s, gap)
-    assert found.touched.all() and not found.wrong.any() and found.words == true and found.phones == heard.said
+    assert found.touched.all() and not found.wrong.any() and found.words == true and found.phones == heard.transcript
     other = [("lay " if t.startswith("bin") else "bin ") + t.split(" ", 1)[1] for t in true]
     found = recogniser.judge(batch["audio"], batch["audio_length"], other, heard.span_s, gap)
     assert found.wrong.tolist() == [[True] + [False] * 5] * 3
@@ -333,9 +335,9 @@ def test_an_evaluation_knows_what_its_system_reads(tiny_config, tmp_path, batch)
 
     restorer = Restorer.from_workdir(write_untrained(tiny_config(ctc_units="phones"), tmp_path / "run"))
     gap = np.array([[(16_000, 20_000)]] * 3)
-    pictures = {"clip": {k: batch[k] for k in run_systems.VIDEO}}
-    _, said = run_systems.restore_levels(batch | {"donors": pictures}, batch, gap, restorer, {"system", "other_video"})
-    assert said.keys() == {"system", "other_video"} and said["system"] == restorer.restore(batch, gap).said
+    video = {"clip": {k: batch[k] for k in run_systems.VIDEO}}
+    _, said = run_systems.restore_levels(batch | {"donors": video}, batch, gap, restorer, {"system", "other_video"})
+    assert said.keys() == {"system", "other_video"} and said["system"] == restorer.restore(batch, gap).transcript
     assert "per" in cli.METRICS and "per" in cli.COLUMNS
 
 

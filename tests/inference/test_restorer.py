@@ -38,17 +38,17 @@ def restored(restorer, batch, gap):
 
 
 @pytest.fixture(scope="module")
-def sound(restorer, restored, batch, gap):
-    return restorer.to_sound(restored.level, batch, gap)
+def audio(restorer, restored, batch, gap):
+    return restorer.to_audio(restored.level, batch, gap)
 
 
 def inside(gap, samples):
     """bool (B, samples): lost. Written out, not taken from audio/gap_masks.py."""
-    lost = np.zeros((len(gap), samples), bool)
+    missing = np.zeros((len(gap), samples), bool)
     for b, spans in enumerate(gap):
         for start, end in spans:
-            lost[b, start:end] = True
-    return lost
+            missing[b, start:end] = True
+    return missing
 
 
 # ------------------------------------------------------------------------------------------------------------ from_workdir
@@ -141,11 +141,11 @@ def test_what_was_heard_stays(restored, batch, gap):
     assert level.shape == (3, 149, 64) and mask.any(1).all() and not mask.all(1).any()
     # a gap of 300 ms at a hop of 20 ms: 15 centres, and what windows of 40 ms and the filter of 8 ms reach beside it
     assert 15 < mask[0].sum() <= 15 + 4
-    assert len(restored.said) == 3
+    assert len(restored.transcript) == 3
 
 
 @pytest.mark.parametrize("protocol", ["waveform", "paper"])
-def test_hidden_samples_change_nothing(restorer, restored, sound, batch, gap, protocol):
+def test_hidden_samples_change_nothing(restorer, restored, audio, batch, gap, protocol):
     """Also for a network that was trained on the paper's protocol: who repairs a clip doesn't have the hidden samples."""
     from avsi_jax.inference.restorer import Restorer
 
@@ -157,10 +157,10 @@ def test_hidden_samples_change_nothing(restorer, restored, sound, batch, gap, pr
     changed = batch | {"audio": np.where(inside(gap, 48_000), noise, batch["audio"])}
     a, b = (other.restore(x, gap) for x in (batch, changed))
     np.testing.assert_array_equal(a.level, b.level)
-    assert a.said == b.said
+    assert a.transcript == b.transcript
     if protocol == "waveform":
         np.testing.assert_array_equal(a.level, restored.level)
-        np.testing.assert_array_equal(other.to_sound(b.level, changed, gap), sound)
+        np.testing.assert_array_equal(other.to_audio(b.level, changed, gap), audio)
 
 
 def test_the_lips_matter(restorer, restored, batch, gap):
@@ -174,43 +174,43 @@ def test_the_lips_matter(restorer, restored, batch, gap):
 # --------------------------------------------------------------------------------------------------------------------- sound
 
 
-def test_samples_outside_the_gaps_are_the_recording(sound, batch, gap):
+def test_samples_outside_the_gaps_are_the_recording(audio, batch, gap):
     n = 47_648  # the preset's clip at 16 kHz: 23,824 samples at 8 kHz
-    assert sound.shape == (3, n) and sound.dtype == np.float32
+    assert audio.shape == (3, n) and audio.dtype == np.float32
     position = np.arange(n) < batch["audio_length"][:, None]
     known = ~inside(gap, n) & position
-    np.testing.assert_array_equal(sound[known], (batch["audio"][:, :n] / np.float32(32_768))[known])
-    assert not sound[~position].any(), "nothing is made up after the end of a clip"
+    np.testing.assert_array_equal(audio[known], (batch["audio"][:, :n] / np.float32(32_768))[known])
+    assert not audio[~position].any(), "nothing is made up after the end of a clip"
 
 
-def test_gaps_hold_sound(sound, gap):
+def test_gaps_hold_audio(audio, gap):
     """At least as loud as a band at -70 dB, and no louder than the voice beside it."""
     for b, spans in enumerate(gap):
         for start, end in spans:
             if end > start:
-                part = sound[b, start:end]
+                part = audio[b, start:end]
                 assert np.isfinite(part).all() and 1e-5 < np.sqrt(np.mean(part**2)) < 1
 
 
 def test_the_clean_level_gives_back_the_voice(restorer, restored, batch, gap):
     """The vocoder's own part: with the true log-mel the gap's loudness is the recording's to 3 dB."""
-    whole = restorer.to_sound(restored.features.target, batch, gap)
+    whole = restorer.to_audio(restored.features.target, batch, gap)
     for b, spans in enumerate(gap):
         start, end = max(spans, key=lambda s: s[1] - s[0])
         recorded = batch["audio"][b, start:end] / 32_768
         assert 20 * np.log10(np.std(whole[b, start:end]) / np.std(recorded)) == pytest.approx(0, abs=3)
 
 
-def test_a_clip_is_restored_alike_in_any_batch(restorer, restored, sound, batch, gap):
+def test_a_clip_is_restored_alike_in_any_batch(restorer, restored, audio, batch, gap):
     """Alone, and among others: the level to the last bits, the sound as far as 60 iterations carry them."""
     for b in range(3):
         one = {k: v[b : b + 1] for k, v in batch.items() if isinstance(v, np.ndarray)}
         alone = restorer.restore(one, gap[b : b + 1])
         np.testing.assert_allclose(alone.level[0], restored.level[b], atol=1e-5)
-        assert alone.said[0] == restored.said[b]
-        again = restorer.to_sound(restored.level[b : b + 1], one, gap[b : b + 1])[0]
-        difference = np.abs(again - sound[b])[inside(gap[b : b + 1], 47_648)[0]]
-        loud = np.abs(sound[b])[inside(gap[b : b + 1], 47_648)[0]].max()
+        assert alone.transcript[0] == restored.transcript[b]
+        again = restorer.to_audio(restored.level[b : b + 1], one, gap[b : b + 1])[0]
+        difference = np.abs(again - audio[b])[inside(gap[b : b + 1], 47_648)[0]]
+        loud = np.abs(audio[b])[inside(gap[b : b + 1], 47_648)[0]].max()
         assert difference.max() < 1e-2 * loud
 
 
@@ -229,10 +229,10 @@ def test_sentences_are_words_of_grid_and_nothing_where_little_was_read(restorer,
         logits[0, 3 * k, label] = 8.0
     logits[1, 30, grid_text.encode("n")[0]] = 8.0
     steps = np.full(3, frames)
-    made = restored._replace(said=ctc_decoding.greedy(logits, steps), logits=logits, num_steps=steps)
-    assert made.said == [wrong, "n", ""]
+    made = restored._replace(transcript=ctc_decoding.greedy(logits, steps), logits=logits, num_steps=steps)
+    assert made.transcript == [wrong, "n", ""]
     assert restorer.sentences(made) == ["bin blue at f two now", "", ""]
-    assert restorer.sentences(restored._replace(said=["", ""], logits=None)) == ["", ""]
+    assert restorer.sentences(restored._replace(transcript=["", ""], logits=None)) == ["", ""]
 
 
 def test_interpolation_is_numpys():

@@ -23,14 +23,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def made_up(monkeypatch, tmp_path):
+def invented(monkeypatch, tmp_path):
     return stand_in(monkeypatch, tmp_path)
 
 
 # ---- outcomes ----------------------------------------------------------------------------------------------------------------
 
 
-def test_an_outcome_is_a_line(made_up, capsys):
+def test_an_outcome_is_a_line(invented, capsys):
     touch("a.wav", "half.wav", "whole.wav")
     assert run("a.wav", "half.wav", "whole.wav") == 0
     said = capsys.readouterr()
@@ -47,19 +47,19 @@ def test_a_whole_clip_is_told_in_the_words_that_the_command_looks_for():
     from avsi_jax.media import clip_source
 
     noise = 0.1 * np.random.default_rng(0).normal(size=(32_000, 1)).astype(np.float32)
-    clip = clip_io.Clip("whole", None, clip_io.Sound(noise, 16_000, 0.0, "PCM_16", "pcm"))
-    with pytest.raises(ValueError, match=cli.NO_HOLE):
-        clip_inpainter.found_gaps(clip_source.source_of(clip))
+    clip = clip_io.Clip("whole", None, clip_io.Audio(noise, 16_000, 0.0, "PCM_16", "pcm"))
+    with pytest.raises(ValueError, match=cli.NO_GAP):
+        clip_inpainter.detected_gaps(clip_source.source_of(clip))
 
 
-def test_many_gaps_are_not_all_told(made_up, capsys):
+def test_many_gaps_are_not_all_told(invented, capsys):
     touch("a.wav")
     assert run("a.wav", *(f"--gap={i}-{i}.5" for i in range(9))) == 0
     out = capsys.readouterr().out
     assert out.count("confidence") == 3 and out.count("bin blue") == 1 and "; 6 more; likeliest" in out
 
 
-def test_one_bad_clip_stops_no_other(made_up, capsys):
+def test_one_bad_clip_stops_no_other(invented, capsys):
     """Junk, a missing file, no clip at all, one that is too big, and a mistake of ours."""
     names = ["a.wav", "junk.wav", "none.wav", "notes.txt", "huge.wav", "bug.wav", "z.wav"]
     touch(*(n for n in names if n != "none.wav"))
@@ -74,13 +74,13 @@ def test_one_bad_clip_stops_no_other(made_up, capsys):
     assert lines[4].startswith("avsi-inpaint: bug.wav: unexpected KeyError at made_up.py:") and len(lines) == 5
 
 
-def test_where_all_fail_nothing_is_done(made_up, capsys):
+def test_where_all_fail_nothing_is_done(invented, capsys):
     touch("junk.wav", "bug.wav")
     assert run("junk.wav", "bug.wav", "-o", "new/out") == 2
     assert files() == ["bug.wav", "junk.wav"] and not Path("new").exists(), "an empty folder is left behind"
 
 
-def test_json_is_all_there_is_on_stdout(made_up, capsys):
+def test_json_is_all_there_is_on_stdout(invented, capsys):
     touch("a.wav", "junk.wav", "whole.wav", "half.wav", "b.restored.wav", "b.wav")
     names = ("a.wav", "junk.wav", "none.mpg", "whole.wav", "half.wav", "b.wav")
     assert run(*names, "--json", "--resume") == 1
@@ -96,7 +96,7 @@ def test_json_is_all_there_is_on_stdout(made_up, capsys):
     assert found[4]["warnings"] == ["half a face"] and found[5]["output"] == "b.restored.wav"
 
 
-def test_names_that_would_break_a_line(made_up, capsys):
+def test_names_that_would_break_a_line(invented, capsys):
     """Line breaks, colours and bytes that are no text."""
     names = ["a\nb.wav", "\x1b[31mred.wav", os.fsdecode(b"\xff.wav")]
     touch(*names)
@@ -108,7 +108,7 @@ def test_names_that_would_break_a_line(made_up, capsys):
     assert [o["path"] for o in found] == names
 
 
-def test_quiet_tells_of_failures_only(made_up, capsys):
+def test_quiet_tells_of_failures_only(invented, capsys):
     touch("half.wav", "junk.wav")
     assert run("half.wav", "junk.wav", "--quiet") == 1
     said = capsys.readouterr()
@@ -118,7 +118,7 @@ def test_quiet_tells_of_failures_only(made_up, capsys):
 # ---- stopped, and gone on ----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_was_stopped_goes_on(made_up, capsys):
+def test_a_run_that_was_stopped_goes_on(invented, capsys):
     touch("a.wav", "b.wav", "stop.wav", "z.wav")
     assert run("a.wav", "b.wav", "stop.wav", "z.wav", "-o", "out") == 130
     assert "avsi-inpaint: stopped; 2 clips are done, --resume goes on" in capsys.readouterr().err
@@ -126,21 +126,21 @@ def test_a_run_that_was_stopped_goes_on(made_up, capsys):
     assert run("a.wav", "b.wav", "c.wav", "z.wav", "-o", "out") == 2
     says = "out/a.restored.wav exists, as do 1 more of 4; take --overwrite to replace, --resume to leave out what is there"
     assert says in one_line(capsys.readouterr().err)
-    made_up.calls.clear()
+    invented.calls.clear()
     assert run("a.wav", "b.wav", "c.wav", "z.wav", "-o", "out", "--resume") == 0
-    assert [str(c["source"]) for c in made_up.calls] == ["c.wav", "z.wav"]
+    assert [str(c["source"]) for c in invented.calls] == ["c.wav", "z.wav"]
     assert capsys.readouterr().out.startswith("out/a.restored.wav: there already\nout/b.restored.wav: there already\n")
-    made_up.asked.clear()
-    assert run("a.wav", "b.wav", "c.wav", "z.wav", "-o", "out", "--resume") == 0 and not made_up.asked, "loads for nothing"
+    invented.asked.clear()
+    assert run("a.wav", "b.wav", "c.wav", "z.wav", "-o", "out", "--resume") == 0 and not invented.asked, "loads for nothing"
 
 
-def test_a_full_disk_is_one_line_and_the_end(made_up, capsys):
+def test_a_full_disk_is_one_line_and_the_end(invented, capsys):
     touch("a.wav", "full.wav", "z.wav")
     assert run("a.wav", "full.wav", "z.wav", "-o", "out") == 1
-    assert "no room left for out/full.restored.wav" in one_line(capsys.readouterr().err) and len(made_up.calls) == 2
+    assert "no room left for out/full.restored.wav" in one_line(capsys.readouterr().err) and len(invented.calls) == 2
 
 
-def test_a_disk_without_room_is_seen_where_a_library_does_not_say(made_up, capsys, monkeypatch):
+def test_a_disk_without_room_is_seen_where_a_library_does_not_say(invented, capsys, monkeypatch):
     touch("junk.wav", "z.wav")
     monkeypatch.setattr(cli.shutil, "disk_usage", lambda folder: shutil_usage(free=1000))
     assert run("junk.wav", "z.wav", "-o", "out") == 2
@@ -210,7 +210,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_bar_on_a_terminal(made_up, monkeypatch, capsys):
+def test_a_bar_on_a_terminal(invented, monkeypatch, capsys):
     touch("a.wav", "b.wav", "junk.wav", "c.wav")
     monkeypatch.setattr(sys, "stderr", screen := Terminal())
     assert run("a.wav", "b.wav", "junk.wav", "c.wav") == 1
@@ -224,13 +224,13 @@ def test_a_line_now_and_then_elsewhere(monkeypatch, capsys):
     """20 s a quarter: told at most every 30 s, with the time that is left."""
     now = [100.0]
     monkeypatch.setattr(cli_output.time, "monotonic", lambda: now[0])
-    teller = cli_output.Teller(2, quiet=False, as_json=True)
+    reporter = cli_output.ProgressReporter(2, quiet=False, as_json=True)
     for share in (0.25, 0.5, 0.75):
         now[0] += 20
-        teller.tick(share)
+        reporter.tick(share)
     assert capsys.readouterr().err == "0.5/2 clips, 80.0 s each, 120 s left\n"
     now[0] += 20
-    teller.outcome(cli_output.Outcome("a", "b", "restored"))
+    reporter.outcome(cli_output.ClipOutcome("a", "b", "restored"))
     assert capsys.readouterr().err == "1.0/2 clips, 80.0 s each, 80 s left\n"
 
 

@@ -22,14 +22,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def made_up(monkeypatch, tmp_path):
+def invented(monkeypatch, tmp_path):
     return stand_in(monkeypatch, tmp_path)
 
 
 # ---- which clips, into which files -------------------------------------------------------------------------------------------
 
 
-def test_a_folder_gives_its_clips_and_keeps_its_tree(made_up):
+def test_a_folder_gives_its_clips_and_keeps_its_tree(invented):
     """Junk that systems leave behind is no clip, nor is what was restored before."""
     touch("in/a.wav", "in/b/c.MPG", "in/b/d.mov", "in/b/e/f.avi")
     touch(
@@ -39,12 +39,12 @@ def test_a_folder_gives_its_clips_and_keeps_its_tree(made_up):
     written = ["out/a.restored.wav", "out/b/c.restored.mkv", "out/b/d.restored.mov", "out/b/e/f.restored.mkv"]
     assert [f for f in files() if f.startswith("out")] == written
     before = files()
-    assert run("in", "-o", "in", "--format", "wav", "--overwrite") == 0 and len(made_up.calls) == 8
-    assert run("in", "-o", "in", "--format", "wav", "--overwrite") == 0 and len(made_up.calls) == 12, "takes its own for clips"
+    assert run("in", "-o", "in", "--format", "wav", "--overwrite") == 0 and len(invented.calls) == 8
+    assert run("in", "-o", "in", "--format", "wav", "--overwrite") == 0 and len(invented.calls) == 12, "takes its own for clips"
     assert set(before) < set(files())
 
 
-def test_without_an_output_it_is_written_where_the_command_is_run(made_up):
+def test_without_an_output_it_is_written_where_the_command_is_run(invented):
     touch("far/away/clip.mp4", "far/b/talk.flac")
     assert run("far/away/clip.mp4", "far/b") == 0
     assert [f for f in files() if not f.startswith("far")] == ["clip.restored.mp4", "talk.restored.flac"]
@@ -64,36 +64,36 @@ def test_without_an_output_it_is_written_where_the_command_is_run(made_up):
         ("a.mpg", ["-o", "v1.2"], "v1.2/a.restored.mkv"),
     ],
 )
-def test_where_one_clip_goes(made_up, clip, arguments, target):
+def test_where_one_clip_goes(invented, clip, arguments, target):
     touch(clip)
     assert run(clip, *arguments) == 0
     assert files() == sorted([clip, target])
 
 
-def test_a_folder_that_is_named_like_a_file(made_up):
+def test_a_folder_that_is_named_like_a_file(invented):
     touch("a.wav")
     Path("out.wav").mkdir()
     assert run("a.wav", "-o", "out.wav") == 0 and files() == ["a.wav", "out.wav/a.restored.wav"]
 
 
-def test_names_from_lists(made_up, monkeypatch):
+def test_names_from_lists(invented, monkeypatch):
     """Of any bytes; a clip named twice is repaired once."""
     odd = os.fsdecode(b"b\xff.wav")
     touch("a.wav", odd, "c d.wav", "e.wav")
     Path("list.txt").write_bytes(b"a.wav\r\n\nb\xff.wav\n./a.wav\n")
     monkeypatch.setattr(sys, "stdin", io.StringIO("c d.wav\n"))
     assert run("@list.txt", "-", "e.wav", "-o", "out") == 0
-    assert [str(c["source"]) for c in made_up.calls] == ["a.wav", odd, "c d.wav", "e.wav"]
+    assert [str(c["source"]) for c in invented.calls] == ["a.wav", odd, "c d.wav", "e.wav"]
 
 
-def test_options_may_stand_anywhere(made_up):
+def test_options_may_stand_anywhere(invented):
     touch("a.wav", "b.wav", "c.wav")
     assert run("a.wav", "--gap", "0.1-0.2", "b.wav", "--report", "c.wav", "--report=x.html", "--gap=1:00-1:01.5") == 0
-    assert len(made_up.calls) == 3 and made_up.calls[0]["gaps"] == [(0.1, 0.2), (60.0, 61.5)]
+    assert len(invented.calls) == 3 and invented.calls[0]["gaps"] == [(0.1, 0.2), (60.0, 61.5)]
     assert "x.html" in files() and "Can&#39;t be shown: a.wav: cannot be decoded" in Path("x.html").read_text()
 
 
-def test_a_report_lies_beside_what_is_written(made_up, capsys):
+def test_a_report_lies_beside_what_is_written(invented, capsys):
     touch("junk.wav")
     assert run("junk.wav", "-o", "out", "--report") == 2 and "out/repair.html" in files()
     assert capsys.readouterr().out == "report: out/repair.html\n"
@@ -105,29 +105,29 @@ def test_a_report_lies_beside_what_is_written(made_up, capsys):
     assert "avsi-inpaint: --report: " in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_what_is_asked_reaches_the_inpainter(made_up):
+def test_what_is_asked_reaches_the_inpainter(invented):
     touch("a.wav")
     assert run("a.wav", "--face=2", "--sync", "-0.08", "--checkpoint=runs/x", "--overwrite", "--gap", "auto") == 0
-    (call,) = made_up.calls
+    (call,) = invented.calls
     assert (call["gaps"], call["face"], call["sync"], call["overwrite"]) == ("auto", 2, -0.08, True)
     assert run("a.wav", "--sync=auto", "-o", "out") == 0
-    call = made_up.calls[1]
+    call = invented.calls[1]
     assert (call["gaps"], call["face"], call["sync"], call["overwrite"]) == ("auto", None, "auto", False)
-    assert made_up.asked == ["runs/x", "pretrained"]
+    assert invented.asked == ["runs/x", "pretrained"]
 
 
-def test_a_table_of_gaps(made_up):
+def test_a_table_of_gaps(invented):
     """As a spreadsheet saves it, with a mark before and columns of its own; paths from here or from beside the table."""
     touch("far/a.wav", "far/b.wav", "c.wav")
     rows = "note,path,start_s,end_s\r\nx,a.wav,1,2\r\n,far/b.wav,0.5,0.75\r\nx,a.wav,1:00,1:00.5\r\n"
     Path("far/gaps.csv").write_text("\ufeff" + rows)
     assert run("--gaps", "far/gaps.csv", "-o", "out") == 0
-    assert [(str(c["source"])[-5:], c["gaps"]) for c in made_up.calls] == [
+    assert [(str(c["source"])[-5:], c["gaps"]) for c in invented.calls] == [
         ("a.wav", [(1, 2), (60, 60.5)]),
         ("b.wav", [(0.5, 0.75)]),
     ]
     assert run("far", "c.wav", "--gap=0.1-0.2", "--gaps", "far/gaps.csv", "-o", "out2") == 0
-    assert [c["gaps"] for c in made_up.calls[2:]] == [[(1, 2), (60, 60.5)], [(0.5, 0.75)], [(0.1, 0.2)]]
+    assert [c["gaps"] for c in invented.calls[2:]] == [[(1, 2), (60, 60.5)], [(0.5, 0.75)], [(0.1, 0.2)]]
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def test_a_table_of_gaps(made_up):
     ],
     ids=lambda a: " ".join(a) if isinstance(a, list) else "",
 )
-def test_mistakes_take_one_line_and_nothing_is_done(made_up, capsys, arguments, says):
+def test_mistakes_take_one_line_and_nothing_is_done(invented, capsys, arguments, says):
     touch("a.wav", "a.mpg", "b/a.wav", "notes.txt", "there.wav", "there.html")
     Path("blank").touch()
     Path("zeros").write_text("a.wav\0b.wav\0")
@@ -188,10 +188,10 @@ def test_mistakes_take_one_line_and_nothing_is_done(made_up, capsys, arguments, 
         code = error.code
     said = capsys.readouterr()
     assert says in one_line(said.err) and said.out == ""
-    assert code == 2 and files() == before and not made_up.calls and not made_up.asked
+    assert code == 2 and files() == before and not invented.calls and not invented.asked
 
 
-def test_a_folder_that_takes_no_files(made_up, capsys, monkeypatch):
+def test_a_folder_that_takes_no_files(invented, capsys, monkeypatch):
     touch("a.wav")
     Path("out").mkdir()
     monkeypatch.setattr(cli_jobs.os, "access", lambda path, mode: path.name != "out")
@@ -199,7 +199,7 @@ def test_a_folder_that_takes_no_files(made_up, capsys, monkeypatch):
     assert "/out can't be written; take another --output" in one_line(capsys.readouterr().err)
 
 
-def test_a_checkpoint_that_is_none(made_up, capsys, monkeypatch):
+def test_a_checkpoint_that_is_none(invented, capsys, monkeypatch):
     touch("a.wav")
 
     def load(checkpoint):
@@ -219,7 +219,7 @@ def voice(seconds, rate, *, channels=1):
     return np.stack([0.5 * x / (k + 1) for k in range(channels)], 1).astype(np.float32)
 
 
-def test_sound_files_keep_rate_subtype_and_all_bits(untrained_a_si, tmp_path, capsys):
+def test_audio_files_keep_rate_subtype_and_all_bits(untrained_a_si, tmp_path, capsys):
     """Of 8, 24 and 64 bits, outside the gaps; read back by libsndfile itself. One of them is no clip, one too short for the gap."""
     import soundfile
 
@@ -264,12 +264,12 @@ def test_a_film_by_the_command(trained, grid_dir, tmp_path):
     assert [line for line in lines if "TensorFlow Lite XNNPACK" not in line] == []  # that one is LiteRT's own
 
     def packets(path):
-        with av.open(str(path)) as film:
-            return [hashlib.sha256(bytes(packet)).digest() for packet in film.demux(video=0) if packet.size]
+        with av.open(str(path)) as video_file:
+            return [hashlib.sha256(bytes(packet)).digest() for packet in video_file.demux(video=0) if packet.size]
 
     target = tmp_path / "bbaz5s.restored.mkv"
     assert packets(target) == packets(arguments[0]) and len(packets(target)) == 75
-    before, after = clip_io.read_clip(arguments[0]).sound, clip_io.read_clip(target).sound
+    before, after = clip_io.read_clip(arguments[0]).audio, clip_io.read_clip(target).audio
     assert (after.rate, after.samples.shape) == (44_100, (131_328, 2))
     kept = np.r_[0 : round(0.93 * 44_100), round(1.73 * 44_100) : 131_328]
     decoded = np.clip(np.rint(before.samples.astype(np.float64) * 32_768), -32_768, 32_767)

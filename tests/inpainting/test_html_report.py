@@ -6,7 +6,7 @@ import soundfile
 
 from avsi_jax.inpainting import html_report
 from avsi_jax.inpainting.api import Gap
-from avsi_jax.inpainting.cli_output import Outcome
+from avsi_jax.inpainting.cli_output import ClipOutcome
 from tests.app.test_pages import PLAYED, TOO_PALE, TOO_TIGHT, TOO_WIDE
 from tests.support import browser
 
@@ -24,17 +24,17 @@ def outcome(folder, name, seconds, gaps, **facts):
         soundfile.write(path, y, RATE, format="WAV")
     found = tuple(Gap(a, b, 0.7, "bin blue at f two now", "sound and lips") for a, b in gaps)
     facts = {"seconds": {"decode": 0.1, "all": 0.5}, "duration_s": seconds} | facts
-    return Outcome(str(paths[0]), str(paths[1]), "restored", found, **facts)
+    return ClipOutcome(str(paths[0]), str(paths[1]), "restored", found, **facts)
 
 
 @pytest.fixture
 def outcomes(tmp_path):
     return [
-        outcome(tmp_path, "short.wav", 3.0, [(1.0, 1.5), (2.0, 2.2)], warnings=("half a <b>face</b>",), sync_s=-0.08),
-        Outcome("junk.wav", None, "failed", error="junk.wav: cannot be decoded"),
+        outcome(tmp_path, "short.wav", 3.0, [(1.0, 1.5), (2.0, 2.2)], warnings=("half a <b>face</b>",), av_offset_s=-0.08),
+        ClipOutcome("junk.wav", None, "failed", error="junk.wav: cannot be decoded"),
         outcome(tmp_path, "long & <u>1.wav", 90.0, [(10, 11), (12, 13), (70, 71)]),
-        Outcome("whole.wav", None, "no hole found", duration_s=3725.5),
-        Outcome("b.wav", "b.restored.wav", "there already"),
+        ClipOutcome("whole.wav", None, "no hole found", duration_s=3725.5),
+        ClipOutcome("b.wav", "b.restored.wav", "there already"),
     ]
 
 
@@ -75,12 +75,12 @@ def test_what_is_gone_is_told(tmp_path, outcomes):
     assert text.count("<audio") == 4 and "Can&#39;t be shown" in text and "no such file" in text
 
 
-def test_odd_sounds_are_made_to_play(tmp_path):
+def test_odd_waveforms_are_made_to_play(tmp_path):
     """Of 3 channels, 96 kHz and not finite."""
     x = np.full((96_000, 3), np.nan, np.float32)
     x[::2] = 0.1
     soundfile.write(tmp_path / "odd.wav", x, 96_000, subtype="FLOAT")
-    found = Outcome(
+    found = ClipOutcome(
         str(tmp_path / "odd.wav"), str(tmp_path / "odd.wav"), "restored", (Gap(0, 0.5, 0.5, "", "sound"),), duration_s=1.0
     )
     text = write(tmp_path, [found]).read_text()

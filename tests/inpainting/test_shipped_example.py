@@ -16,7 +16,7 @@ class Writer:
     def __init__(self):
         self.asked = []
 
-    def repair_file(self, source, target, gaps, **asked):
+    def inpaint_file(self, source, target, gaps, **asked):
         self.asked.append((Path(source), Path(target), gaps))
         Path(target).write_bytes(b"restored")
         return api.FileRepair((), (), None, {"all": 0.1}, str(target), 3.0)
@@ -48,7 +48,7 @@ def test_it_is_a_clip_of_grid_that_may_be_here(grid_dir):
     """The corpus' own file, of a test speaker, not one that is kept back; small, and with what CC BY 4.0 asks for beside it."""
     path = cli_jobs.EXAMPLE
     clip = clip_io.read_clip(path)
-    assert clip.pictures.rgb.shape == (75, 288, 360, 3) and clip.sound.samples.shape == (131_328, 2)
+    assert clip.video.rgb.shape == (75, 288, 360, 3) and clip.audio.samples.shape == (131_328, 2)
     assert path.stat().st_size < 500_000
     sums = dict(reversed(line.split()) for line in (grid_dir / "SHA256SUMS").read_text().splitlines())
     (name,) = [name for name, found in sums.items() if found == hashlib.sha256(path.read_bytes()).hexdigest()]

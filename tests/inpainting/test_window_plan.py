@@ -10,7 +10,7 @@ import pytest
 
 from avsi_jax.inpainting import confidence, face_tracks, masked_audio, window_plan
 from avsi_jax.media import clip_io, clip_source
-from tests.support.inpainting_fakes import MadeUpTracker, all_seen, clip_of, lost, voice
+from tests.support.inpainting_fakes import FakeTracker, all_seen, clip_of, missing, voice
 
 SIZE, HOP = 48_000, 160
 
@@ -88,11 +88,11 @@ def test_intervals_that_overlap_are_one():
 
 
 def a_damaged(samples, rate, spans):
-    return masked_audio.Damaged(clip_source.source_of(clip_of(samples, rate)), spans)
+    return masked_audio.MaskedAudio(clip_source.source_of(clip_of(samples, rate)), spans)
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 44_101, 48_000])
-def test_a_stretch_is_the_sound_that_the_whole_clip_gives(rate):
+def test_a_stretch_is_the_audio_that_the_whole_clip_gives(rate):
     """clip_io.resample of the whole clip."""
     samples = voice(6, rate, channels=2)
     whole = clip_io.resample(clip_io.mono(samples), rate, 16_000)
@@ -106,15 +106,15 @@ def test_a_stretch_is_the_sound_that_the_whole_clip_gives(rate):
 
 def test_what_gaps_hold_is_not_heard():
     samples = voice(6, 44_100)
-    hole = lost([(1, 2), (3, 3.5)], len(samples), 44_100)
-    samples[hole] = np.nan
+    gap = missing([(1, 2), (3, 3.5)], len(samples), 44_100)
+    samples[gap] = np.nan
     found = a_damaged(samples, 44_100, [(44_100, 88_200), (132_300, 154_350)])
-    silent = a_damaged(np.where(hole[:, None], 0, samples), 44_100, [])
+    silent = a_damaged(np.where(gap[:, None], 0, samples), 44_100, [])
     np.testing.assert_array_equal(found.record(0, 90_000), silent.record(0, 90_000))
-    np.testing.assert_array_equal(found.lost, [[15_968, 32_032], [47_968, 56_032]])
+    np.testing.assert_array_equal(found.missing, [[15_968, 32_032], [47_968, 56_032]])
 
 
-def test_sound_that_is_not_finite_is_told_where():
+def test_audio_that_is_not_finite_is_told_where():
     samples = voice(2, 16_000)
     samples[16_000] = np.inf
     with pytest.raises(clip_io.MediaError, match=r"NaN or infinite samples, the first at 1\.000 s"):
@@ -128,7 +128,7 @@ def test_a_true_fill_gives_the_clip_back(rate, monkeypatch):
     samples = np.concatenate([samples, samples / 2], 1)
     span = (round(1.2 * rate), round(3.9 * rate))
     found = a_damaged(samples, rate, [span])
-    fill = masked_audio.Fill(*(int(x) for x in found.lost[0]))
+    fill = masked_audio.InpaintedSpan(*(int(x) for x in found.missing[0]))
     fill.put(fill.start, a_damaged(samples, rate, []).record(fill.start, len(fill.samples)))
     whole = np.concatenate(list(found.pieces(0, fill)))
     np.testing.assert_allclose(whole, samples[slice(*span)], atol=0.01 * np.abs(samples).max())
@@ -142,7 +142,7 @@ def test_a_fill_joins_the_samples_beside_it():
     """A fill of another voice begins where the recording ends: the step there is none that either voice has not."""
     samples, other = voice(5, 44_100), voice(5, 44_100, seed=3)
     found = a_damaged(samples, 44_100, [(44_100, 88_200)])
-    fill = masked_audio.Fill(*(int(x) for x in found.lost[0]))
+    fill = masked_audio.InpaintedSpan(*(int(x) for x in found.missing[0]))
     fill.put(fill.start, a_damaged(other, 44_100, []).record(fill.start, len(fill.samples)))
     made = np.concatenate(list(found.pieces(0, fill)))
     steps = np.abs(np.diff(np.concatenate([samples, other]), axis=0)).max()
@@ -154,29 +154,29 @@ def test_a_fill_joins_the_samples_beside_it():
 
 def a_watcher(clip, tracker=None, **options):
     seconds = {"decode": 0.0, "landmarks": 0.0}
-    tracker = tracker or MadeUpTracker(lambda t: 1.0 * t)
-    return face_tracks.Watcher(clip_source.source_of(clip), tracker, all_seen, threading.Lock(), seconds, **options)
+    tracker = tracker or FakeTracker(lambda t: 1.0 * t)
+    return face_tracks.FaceTracks(clip_source.source_of(clip), tracker, all_seen, threading.Lock(), seconds, **options)
 
 
-def test_each_picture_is_looked_at_once():
+def test_each_frame_is_looked_at_once():
     watched = []
 
     def tracker(rgb):
         watched.extend((rgb[:, 0, 0].astype(int) @ [1, 256, 0]).tolist())
-        return MadeUpTracker(lambda t: 1.0 * t)(rgb)
+        return FakeTracker(lambda t: 1.0 * t)(rgb)
 
-    watcher = a_watcher(clip_of(voice(20, 8_000), 8_000, num_pictures=500), tracker)
+    tracks = a_watcher(clip_of(voice(20, 8_000), 8_000, num_video_frames=500), tracker)
     for stretch in ((3.0, 6.0), (5.0, 8.0), (8.5, 9.0), (0.0, 2.0)):
-        watcher.look([stretch])
+        tracks.look([stretch])
     assert len(watched) == len(set(watched)) and set(range(75, 200)) | set(range(50)) <= set(watched) and max(watched) < 245
-    np.testing.assert_array_equal(watcher.seen(5.0, 7.0).points[:, 0, 0], np.arange(125, 175))
-    assert len(watcher.warnings) == 4 and watcher.warnings[0] == "from 3.0 s on: half a face"
+    np.testing.assert_array_equal(tracks.seen(5.0, 7.0).points[:, 0, 0], np.arange(125, 175))
+    assert len(tracks.warnings) == 4 and tracks.warnings[0] == "from 3.0 s on: half a face"
 
 
 def test_a_face_that_is_lost_for_a_while():
     """No face from 2 s to 4 s: half of what is asked about is seen, and a warning says where it was not."""
 
-    class Leaves(MadeUpTracker):
+    class Leaves(FakeTracker):
         def __call__(self, rgb):
             from avsi_jax.face import landmarks
 
@@ -186,30 +186,30 @@ def test_a_face_that_is_lost_for_a_while():
                 raise landmarks.NoFaceError("no face")
             return landmarks.Track(track.points, ~gone, ())
 
-    watcher = a_watcher(clip_of(voice(8, 8_000), 8_000, num_pictures=200), Leaves(lambda t: 1.0 * t))
-    watcher.look([(0, 2)])
-    watcher.look([(2, 4)])
-    watcher.look([(4, 8)])
-    assert watcher.share_seen(0.5, 1.5) == 1 and watcher.share_seen(2.5, 3.5) == 0
-    assert watcher.share_seen(3.0, 5.0) == pytest.approx(0.5, abs=0.03)
-    assert watcher.warnings == ("from 2.0 s on: no face in the pictures: repaired by the sound alone",)
-    assert watcher.share_seen(7.0, 9.0) == pytest.approx(0.5, abs=0.03), "nothing is seen behind the last picture"
+    tracks = a_watcher(clip_of(voice(8, 8_000), 8_000, num_video_frames=200), Leaves(lambda t: 1.0 * t))
+    tracks.look([(0, 2)])
+    tracks.look([(2, 4)])
+    tracks.look([(4, 8)])
+    assert tracks.share_seen(0.5, 1.5) == 1 and tracks.share_seen(2.5, 3.5) == 0
+    assert tracks.share_seen(3.0, 5.0) == pytest.approx(0.5, abs=0.03)
+    assert tracks.warnings == ("from 2.0 s on: no face in the pictures: repaired by the sound alone",)
+    assert tracks.share_seen(7.0, 9.0) == pytest.approx(0.5, abs=0.03), "nothing is seen behind the last picture"
 
 
-def test_a_window_beyond_the_pictures_sees_nothing_there():
-    watcher = a_watcher(clip_of(voice(8, 8_000), 8_000, num_pictures=100))
-    watcher.look([(2, 6)])
-    row = face_tracks.window(watcher, 2.5, 5.5)
+def test_a_window_beyond_the_frames_sees_nothing_there():
+    tracks = a_watcher(clip_of(voice(8, 8_000), 8_000, num_video_frames=100))
+    tracks.look([(2, 6)])
+    row = face_tracks.window(tracks, 2.5, 5.5)
     count = int(row["num_frames"])
     assert not row["landmarks_valid"][count - 1 :].any() and row["landmarks_valid"][: count - 1].all()
     nothing = face_tracks.window(None, 2.5, 5.5)
     assert not nothing["landmarks_valid"].any() and {k: v.shape for k, v in nothing.items()} == {k: v.shape for k, v in row.items()}
 
 
-def test_pictures_too_far_apart_show_nothing_between():
+def test_frames_too_far_apart_show_nothing_between():
     times = np.concatenate([np.arange(20) / 29.97, 2 + np.arange(20) / 31])
     points = np.broadcast_to(times[:, None, None], (40, 68, 2)).astype(np.float32)
-    even, rate = face_tracks.at_even_rate(face_tracks.Seen(points, np.ones(40, bool), times), 29.97)
+    even, rate = face_tracks.at_even_rate(face_tracks.TrackedFrames(points, np.ones(40, bool), times), 29.97)
     assert rate == 25
     np.testing.assert_array_equal(even.valid, (even.times <= times[19] + 0.06) | (even.times >= 2 - 0.06))
 
@@ -260,9 +260,9 @@ def spoken(level_db, seconds=3.0):
 
 
 @pytest.mark.parametrize(("level_db", "gain_db"), [(-10, 0), (-17, 0), (-40, 23), (-48, 31), (3, -8)])
-def test_a_clip_is_heard_as_loud_as_networks_know_sound(level_db, gain_db):
+def test_a_clip_is_heard_as_loud_as_networks_know_audio(level_db, gain_db):
     clip = clip_of(spoken(level_db)[:, None], 16_000)
-    where = masked_audio.Damaged(clip_source.source_of(clip), [(16_000, 24_000)])
+    where = masked_audio.MaskedAudio(clip_source.source_of(clip), [(16_000, 24_000)])
     assert 20 * np.log10(where.gain(16_000, 24_000)) == pytest.approx(gain_db, abs=1)
 
 
@@ -271,19 +271,19 @@ def test_of_little_voice_the_loudest_was_lost(known_s, gain_db):
     """A voice that is known to -25 dB: with less than LITTLE_S of it, it is not taken for all that quiet. By hand."""
     rests = np.random.default_rng(0).normal(0, 10 ** (-70 / 20), 48_000)
     rests[: round(known_s * 16_000)] *= 10 ** (45 / 20)
-    where = masked_audio.Damaged(clip_source.source_of(clip_of(rests[:, None].astype(np.float32), 16_000)), [(24_000, 25_000)])
+    where = masked_audio.MaskedAudio(clip_source.source_of(clip_of(rests[:, None].astype(np.float32), 16_000)), [(24_000, 25_000)])
     assert 20 * np.log10(where.gain(24_000, 25_000)) == pytest.approx(gain_db, abs=0.6)
 
 
 def test_what_is_lost_or_no_voice_tells_no_loudness():
     """The same where the gaps hold thunder; 1 where only rests, or nothing, are known."""
-    sound, spans = spoken(-40), [(16_000, 24_000), (30_000, 31_000)]
-    quiet, thunder = sound.copy(), sound.copy()
+    audio, spans = spoken(-40), [(16_000, 24_000), (30_000, 31_000)]
+    quiet, thunder = audio.copy(), audio.copy()
     for start, end in spans:
         thunder[start:end] = 0.9
-    rests = 0.01 * sound / np.abs(sound).max() * (np.abs(sound) < 0.001)
+    rests = 0.01 * audio / np.abs(audio).max() * (np.abs(audio) < 0.001)
     gains = [
-        masked_audio.Damaged(clip_source.source_of(clip_of(x[:, None], 16_000)), spans).gain(16_000, 24_000)
-        for x in (quiet, thunder, rests, 0 * sound)
+        masked_audio.MaskedAudio(clip_source.source_of(clip_of(x[:, None], 16_000)), spans).gain(16_000, 24_000)
+        for x in (quiet, thunder, rests, 0 * audio)
     ]
     assert gains[0] == gains[1] > 10 and gains[2:] == [1, 1]

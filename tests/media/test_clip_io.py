@@ -19,7 +19,7 @@ def level_at(x, hz, rate):
     return 2 * abs(np.exp(-2j * np.pi * hz * np.arange(len(x)) / rate) @ x) / len(x)
 
 
-def write_clip(path, video_codec=None, sound_codec=None, *, channels=(), late_s=0.0, frames=FPS, rate=RATE):
+def write_clip(path, video_codec=None, audio_codec=None, *, channels=(), late_s=0.0, frames=FPS, rate=RATE):
     """Frame t is plain grey of level 40 + 5 t; `channels` are float sounds; the pictures start `late_s` after the sound."""
     import av
 
@@ -28,16 +28,16 @@ def write_clip(path, video_codec=None, sound_codec=None, *, channels=(), late_s=
         if video is not None:
             video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
             video.time_base = video.codec_context.time_base = fractions.Fraction(1, FPS)
-        sound = out.add_stream(sound_codec, rate=rate) if sound_codec else None
-        if sound is not None:
-            sound.layout = "stereo" if len(channels) == 2 else "mono"
+        audio = out.add_stream(audio_codec, rate=rate) if audio_codec else None
+        if audio is not None:
+            audio.layout = "stereo" if len(channels) == 2 else "mono"
         for t in range(frames if video is not None else 0):
             frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 40 + 5 * t, np.uint8), format="rgb24")
             frame.pts, frame.time_base = t + round(late_s * FPS), fractions.Fraction(1, FPS)
             out.mux(video.encode(frame))
-        if sound is not None:
-            write_channels(out, sound, channels, rate)
-        for stream in filter(None, (video, sound)):
+        if audio is not None:
+            write_channels(out, audio, channels, rate)
+        for stream in filter(None, (video, audio)):
             out.mux(stream.encode(None))
     return path
 
@@ -54,17 +54,17 @@ def write_channels(out, stream, channels, rate):
 
 def test_grid_clip_as_the_corpus_describes_it(grid_dir):
     clip = clip_io.read_clip(grid_dir / "s1" / "bbaz5s.mpg")
-    assert clip.pictures.rgb.shape == (75, 288, 360, 3) and clip.pictures.rgb.dtype == np.uint8
-    assert clip.pictures.fps == 25 and clip.pictures.start_s == clip.sound.start_s == 0
-    np.testing.assert_allclose(clip.pictures.times, np.arange(75) / 25, atol=1e-9)
-    assert clip.sound.samples.shape == (131_328, 2) and clip.sound.samples.dtype == np.float32
-    assert (clip.sound.rate, clip.sound.subtype, clip.sound.codec) == (44_100, "PCM_16", "mp2")
-    assert clip_io.sound_lag_s(clip) == pytest.approx(0.0110)
+    assert clip.video.rgb.shape == (75, 288, 360, 3) and clip.video.rgb.dtype == np.uint8
+    assert clip.video.fps == 25 and clip.video.start_s == clip.audio.start_s == 0
+    np.testing.assert_allclose(clip.video.times, np.arange(75) / 25, atol=1e-9)
+    assert clip.audio.samples.shape == (131_328, 2) and clip.audio.samples.dtype == np.float32
+    assert (clip.audio.rate, clip.audio.subtype, clip.audio.codec) == (44_100, "PCM_16", "mp2")
+    assert clip_io.audio_lag_s(clip) == pytest.approx(0.0110)
 
 
-def test_lag_of_grid_sound_copied_into_an_mp4(grid_dir):
+def test_lag_of_grid_audio_copied_into_an_mp4(grid_dir):
     clip = clip_io.read_clip(next((grid_dir / "re-encoded" / "s4").glob("*.mp4")))  # MP2 sound copied, says its manifest
-    assert clip.sound.codec != "mp2" and clip_io.sound_lag_s(clip) == pytest.approx(0.0110)
+    assert clip.audio.codec != "mp2" and clip_io.audio_lag_s(clip) == pytest.approx(0.0110)
 
 
 def test_lag_of_a_grid_clip_is_what_the_original_wav_shows(grid_dir):
@@ -73,27 +73,27 @@ def test_lag_of_a_grid_clip_is_what_the_original_wav_shows(grid_dir):
     if not wavs:
         pytest.skip("no clip with its original wav")
     clip = clip_io.read_clip(grid_dir / wavs[0].parent.name / f"{wavs[0].stem}.mpg")
-    wav = clip_io.read_clip(wavs[0]).sound
+    wav = clip_io.read_clip(wavs[0]).audio
     a = clip_io.resample(clip_io.mono(wav.samples), wav.rate, 16_000)
-    b = clip_io.resample(clip_io.mono(clip.sound.samples), clip.sound.rate, 16_000)
+    b = clip_io.resample(clip_io.mono(clip.audio.samples), clip.audio.rate, 16_000)
     n = 2**17
     shift = int(np.argmax(np.fft.irfft(np.fft.rfft(b, n) * np.conj(np.fft.rfft(a, n)))[:2000]))
-    assert shift / 16_000 == pytest.approx(clip_io.sound_lag_s(clip), abs=2 / 16_000)
+    assert shift / 16_000 == pytest.approx(clip_io.audio_lag_s(clip), abs=2 / 16_000)
 
 
 def test_short_clip_keeps_its_own_frame_count(grid_dir):
     clip = clip_io.read_clip(grid_dir / "s1" / "lrae3s.mpg")
-    assert len(clip.pictures.rgb) == len(clip.pictures.times) == 74 and len(clip.sound.samples) == 131_328
+    assert len(clip.video.rgb) == len(clip.video.times) == 74 and len(clip.audio.samples) == 131_328
 
 
 def test_half_of_a_clip_is_not_decoded_when_not_asked_for(grid_dir):
     path = grid_dir / "s1" / "bbaz5s.mpg"
-    assert clip_io.read_clip(path, sound=False).sound is None
-    assert clip_io.read_clip(path, pictures=False).pictures is None
+    assert clip_io.read_clip(path, audio=False).audio is None
+    assert clip_io.read_clip(path, video=False).video is None
 
 
 @pytest.mark.parametrize(
-    "suffix, video_codec, sound_codec, subtype",
+    "suffix, video_codec, audio_codec, subtype",
     [
         (".mp4", "mpeg4", "aac", "PCM_16"),
         (".mkv", "libx264", "flac", "PCM_16"),
@@ -104,28 +104,28 @@ def test_half_of_a_clip_is_not_decoded_when_not_asked_for(grid_dir):
         (".mpg", "mpeg1video", "mp2", "PCM_16"),
     ],
 )
-def test_known_clip_in_every_container(tmp_path, suffix, video_codec, sound_codec, subtype):
-    path = write_clip(tmp_path / f"clip{suffix}", video_codec, sound_codec, channels=(tone(500), tone(500)))
+def test_known_clip_in_every_container(tmp_path, suffix, video_codec, audio_codec, subtype):
+    path = write_clip(tmp_path / f"clip{suffix}", video_codec, audio_codec, channels=(tone(500), tone(500)))
     clip = clip_io.read_clip(path)
-    levels = clip.pictures.rgb.astype(float).mean((1, 2, 3))
+    levels = clip.video.rgb.astype(float).mean((1, 2, 3))
     np.testing.assert_allclose(levels, 40 + 5 * np.arange(FPS), atol=4)
-    np.testing.assert_allclose(clip.pictures.times, np.arange(FPS) / FPS, atol=2e-3)
-    assert clip.pictures.fps == pytest.approx(FPS) and clip.sound.rate == RATE
-    assert clip.sound.subtype == subtype and clip.sound.samples.dtype == np.float32 and clip.sound.samples.shape[1] == 2
-    assert len(clip.sound.samples) >= RATE * 0.99
-    assert level_at(clip_io.mono(clip.sound.samples)[:RATE], 500, RATE) == pytest.approx(0.5, rel=0.03)
+    np.testing.assert_allclose(clip.video.times, np.arange(FPS) / FPS, atol=2e-3)
+    assert clip.video.fps == pytest.approx(FPS) and clip.audio.rate == RATE
+    assert clip.audio.subtype == subtype and clip.audio.samples.dtype == np.float32 and clip.audio.samples.shape[1] == 2
+    assert len(clip.audio.samples) >= RATE * 0.99
+    assert level_at(clip_io.mono(clip.audio.samples)[:RATE], 500, RATE) == pytest.approx(0.5, rel=0.03)
 
 
-def test_lossless_sound_comes_back_exactly(tmp_path):
+def test_lossless_audio_comes_back_exactly(tmp_path):
     x = tone(333, level=0.9)
     clip = clip_io.read_clip(write_clip(tmp_path / "a.mkv", "libx264", "pcm_s16le", channels=(x,)))
-    assert len(clip.sound.samples) == RATE
-    np.testing.assert_allclose(clip.sound.samples[:, 0], x, atol=1.01 / 32768)
+    assert len(clip.audio.samples) == RATE
+    np.testing.assert_allclose(clip.audio.samples[:, 0], x, atol=1.01 / 32768)
 
 
 def test_channels_are_averaged(tmp_path):
     path = write_clip(tmp_path / "two.mov", "mpeg4", "pcm_s16le", channels=(tone(500, level=0.8), tone(1200, level=0.4)))
-    samples = clip_io.read_clip(path).sound.samples
+    samples = clip_io.read_clip(path).audio.samples
     assert level_at(samples[:, 0], 500, RATE) == pytest.approx(0.8, rel=1e-3)
     assert level_at(samples[:, 1], 1200, RATE) == pytest.approx(0.4, rel=1e-3)
     x = clip_io.mono(samples)
@@ -133,16 +133,16 @@ def test_channels_are_averaged(tmp_path):
     assert level_at(x, 500, RATE) == pytest.approx(0.4, rel=1e-3) and level_at(x, 1200, RATE) == pytest.approx(0.2, rel=1e-3)
 
 
-def test_pictures_that_start_late_give_the_sound_a_lag(tmp_path):
+def test_frames_that_start_late_give_the_audio_a_lag(tmp_path):
     clip = clip_io.read_clip(write_clip(tmp_path / "late.mkv", "libx264", "flac", channels=(tone(500),), late_s=0.4))
-    assert clip.pictures.start_s - clip.sound.start_s == pytest.approx(0.4, abs=2e-3)
-    assert clip_io.sound_lag_s(clip) == pytest.approx(0.4, abs=2e-3) and clip.pictures.times[0] == 0
+    assert clip.video.start_s - clip.audio.start_s == pytest.approx(0.4, abs=2e-3)
+    assert clip_io.audio_lag_s(clip) == pytest.approx(0.4, abs=2e-3) and clip.video.times[0] == 0
 
 
-def test_grid_delay_only_for_sound_as_grid_made_it(tmp_path):
+def test_grid_delay_only_for_audio_as_grid_made_it(tmp_path):
     def lag(rate, late_s):
         path = tmp_path / f"{rate}{late_s}.mkv"
-        return clip_io.sound_lag_s(
+        return clip_io.audio_lag_s(
             clip_io.read_clip(write_clip(path, "mpeg1video", "mp2", channels=(tone(500, rate=rate),), rate=rate, late_s=late_s))
         )
 
@@ -152,11 +152,11 @@ def test_grid_delay_only_for_sound_as_grid_made_it(tmp_path):
 
 
 def test_missing_halves_are_none(tmp_path):
-    assert clip_io.read_clip(write_clip(tmp_path / "mute.mp4", "mpeg4")).sound is None
-    only_sound = clip_io.read_clip(write_clip(tmp_path / "sound.mp4", sound_codec="aac", channels=(tone(500),)))
-    assert only_sound.pictures is None and clip_io.sound_lag_s(only_sound) == 0
+    assert clip_io.read_clip(write_clip(tmp_path / "mute.mp4", "mpeg4")).audio is None
+    only_audio = clip_io.read_clip(write_clip(tmp_path / "sound.mp4", audio_codec="aac", channels=(tone(500),)))
+    assert only_audio.video is None and clip_io.audio_lag_s(only_audio) == 0
     with pytest.raises(clip_io.MediaError, match="found no sound"):
-        clip_io.read_clip(tmp_path / "mute.mp4", pictures=False)
+        clip_io.read_clip(tmp_path / "mute.mp4", video=False)
 
 
 def test_times_missing_from_the_file_are_put_on_the_raster():
@@ -169,19 +169,19 @@ def test_times_missing_from_the_file_are_put_on_the_raster():
 def test_wav_round_trip_is_exact(tmp_path, subtype, bits, channels):
     whole = np.random.default_rng(0).integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (4000, channels))
     x = (whole / 2 ** (bits - 1)).astype(np.float32)  # float32 holds 24 bits exactly
-    clip_io.write_sound(tmp_path / "a.wav", x, 16_000, subtype)
-    sound = clip_io.read_clip(tmp_path / "a.wav").sound
-    assert (sound.rate, sound.subtype, sound.start_s) == (16_000, subtype, 0.0)
-    np.testing.assert_array_equal(sound.samples, x)
+    clip_io.write_audio(tmp_path / "a.wav", x, 16_000, subtype)
+    audio = clip_io.read_clip(tmp_path / "a.wav").audio
+    assert (audio.rate, audio.subtype, audio.start_s) == (16_000, subtype, 0.0)
+    np.testing.assert_array_equal(audio.samples, x)
 
 
 @pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24"])
 def test_flac_round_trip_is_exact(tmp_path, subtype):
     x = np.random.default_rng(1).integers(-32768, 32768, 4000).astype(np.int16)
-    clip_io.write_sound(tmp_path / "a.FLAC", x, 25_000, subtype)
-    sound = clip_io.read_clip(tmp_path / "a.FLAC").sound
-    assert sound.subtype == subtype and sound.rate == 25_000
-    np.testing.assert_array_equal(clip_io.to_int16(sound.samples[:, 0]), x)
+    clip_io.write_audio(tmp_path / "a.FLAC", x, 25_000, subtype)
+    audio = clip_io.read_clip(tmp_path / "a.FLAC").audio
+    assert audio.subtype == subtype and audio.rate == 25_000
+    np.testing.assert_array_equal(clip_io.to_int16(audio.samples[:, 0]), x)
 
 
 def test_int16_rule():
@@ -227,16 +227,16 @@ def test_errors_are_one_line_that_says_what_was_expected(tmp_path):
         assert "\n" not in str(e.value)
 
 
-def test_refusals_of_write_sound(tmp_path):
+def test_refusals_of_write_audio(tmp_path):
     x = tone(500)
-    for name, subtype, sound, words in (
+    for name, subtype, audio, words in (
         ("a.mp3", "PCM_16", x, "expected .wav or .flac"),
         ("a.flac", "FLOAT", x, "flac cannot hold subtype FLOAT"),
         ("a.wav", "PCM_16", np.full(10, np.nan), "NaN"),
         ("absent/a.wav", "PCM_16", x, "cannot be written"),
     ):
         with pytest.raises(clip_io.MediaError, match=words):
-            clip_io.write_sound(tmp_path / name, sound, RATE, subtype)
+            clip_io.write_audio(tmp_path / name, audio, RATE, subtype)
     assert not list(tmp_path.iterdir())
 
 
@@ -244,17 +244,17 @@ def test_a_cut_off_clip_gives_what_is_there(grid_dir, tmp_path):
     data = (grid_dir / "s1" / "bbaz5s.mpg").read_bytes()
     (tmp_path / "cut.mpg").write_bytes(data[: len(data) // 2])
     clip = clip_io.read_clip(tmp_path / "cut.mpg")
-    assert 20 < len(clip.pictures.rgb) < 60 and 40_000 < len(clip.sound.samples) < 100_000
+    assert 20 < len(clip.video.rgb) < 60 and 40_000 < len(clip.audio.samples) < 100_000
 
 
 def flash_and_click(frames=50, at=20, rate=25_000):
     """Dark pictures (T, 72, 64) of yuv420p and silence, but for a white picture and a click in its first instant."""
-    pictures = np.full((frames, 72, 64), 128, np.uint8)
-    pictures[:, :48] = 20
-    pictures[at, :48] = 230
-    sound = np.zeros(frames * rate // FPS, np.int16)
-    sound[at * rate // FPS : at * rate // FPS + 50] = 20_000
-    return pictures, sound
+    video = np.full((frames, 72, 64), 128, np.uint8)
+    video[:, :48] = 20
+    video[at, :48] = 230
+    audio = np.zeros(frames * rate // FPS, np.int16)
+    audio[at * rate // FPS : at * rate // FPS + 50] = 20_000
+    return video, audio
 
 
 def test_written_mpeg_is_what_other_decoders_expect(tmp_path):
@@ -262,11 +262,11 @@ def test_written_mpeg_is_what_other_decoders_expect(tmp_path):
     import av
     import cv2
 
-    pictures, sound = flash_and_click()
-    grid_mpeg.write_clip(tmp_path / "a.mpg", pictures, FPS, sound, 25_000)
+    frames, waveform = flash_and_click()
+    grid_mpeg.write_clip(tmp_path / "a.mpg", frames, FPS, waveform, 25_000)
     reader, luma = cv2.VideoCapture(str(tmp_path / "a.mpg")), []
-    while (picture := reader.read())[0]:
-        luma.append(picture[1].mean())
+    while (image := reader.read())[0]:
+        luma.append(image[1].mean())
     assert len(luma) == 50 and np.argmax(luma) == 20 and luma[20] > 200 and max(luma[18], luma[22]) < 60
     with av.open(str(tmp_path / "a.mpg")) as container:
         assert container.format.name == "mpeg"
@@ -275,37 +275,37 @@ def test_written_mpeg_is_what_other_decoders_expect(tmp_path):
         assert audio.codec.canonical_name == "mp2" and (audio.rate, audio.channels) == (44_100, 1)
 
 
-def test_written_mpeg_keeps_sound_and_pictures_together(tmp_path):
+def test_written_mpeg_keeps_audio_and_frames_together(tmp_path):
     """What is seen at t is heard at t plus the lag that the file's times tell."""
-    pictures, sound = flash_and_click(at=30)
-    grid_mpeg.write_clip(tmp_path / "a.mpg", pictures, FPS, sound, 25_000)
+    video, audio = flash_and_click(at=30)
+    grid_mpeg.write_clip(tmp_path / "a.mpg", video, FPS, audio, 25_000)
     clip = clip_io.read_clip(tmp_path / "a.mpg")
-    click_s = np.argmax(np.abs(clip.sound.samples[:, 0])) / clip.sound.rate
-    flash_s = clip.pictures.times[clip.pictures.rgb.mean((1, 2, 3)).argmax()]
+    click_s = np.argmax(np.abs(clip.audio.samples[:, 0])) / clip.audio.rate
+    flash_s = clip.video.times[clip.video.rgb.mean((1, 2, 3)).argmax()]
     assert flash_s == pytest.approx(30 / FPS, abs=1e-3)
-    assert click_s - flash_s == pytest.approx(clip_io.sound_lag_s(clip), abs=2.5e-3)  # the click lasts 2 ms
+    assert click_s - flash_s == pytest.approx(clip_io.audio_lag_s(clip), abs=2.5e-3)  # the click lasts 2 ms
 
 
 def test_written_mpeg_has_the_same_bytes_again(tmp_path):
-    pictures, sound = flash_and_click()
+    video, audio = flash_and_click()
     rng = np.random.default_rng(0)
-    pictures = rng.integers(16, 235, pictures.shape, np.uint8)
-    for name, samples in (("a.mpg", sound), ("b.mpg", sound), ("c.mpg", clip_io.from_int16(sound))):
-        grid_mpeg.write_clip(tmp_path / name, pictures, FPS, samples, 25_000)
+    video = rng.integers(16, 235, video.shape, np.uint8)
+    for name, samples in (("a.mpg", audio), ("b.mpg", audio), ("c.mpg", clip_io.from_int16(audio))):
+        grid_mpeg.write_clip(tmp_path / name, video, FPS, samples, 25_000)
     a, b, c = ((tmp_path / name).read_bytes() for name in ("a.mpg", "b.mpg", "c.mpg"))
     assert a == b == c
 
 
 def test_refusals_of_write_clip(tmp_path):
-    pictures, sound = flash_and_click()
+    video, audio = flash_and_click()
     for name, shown, words in (
-        ("a.mp4", pictures, "found suffix '.mp4', expected .mpg"),
-        ("a.mpg", pictures[:, :71], "expected uint8"),
-        ("a.mpg", pictures.astype(float), "found pictures float64"),
-        ("absent/a.mpg", pictures, "cannot be written"),
+        ("a.mp4", video, "found suffix '.mp4', expected .mpg"),
+        ("a.mpg", video[:, :71], "expected uint8"),
+        ("a.mpg", video.astype(float), "found pictures float64"),
+        ("absent/a.mpg", video, "cannot be written"),
     ):
         with pytest.raises(clip_io.MediaError, match=words):
-            grid_mpeg.write_clip(tmp_path / name, shown, FPS, sound, 25_000)
+            grid_mpeg.write_clip(tmp_path / name, shown, FPS, audio, 25_000)
     assert not list(tmp_path.iterdir())
 
 
@@ -327,4 +327,4 @@ def test_a_play_list_opens_no_other_file(tmp_path, content):
         assert "\n" not in str(error.value)
     (tmp_path / "list.png").write_text(content)
     with pytest.raises(clip_io.MediaError, match="list.png"):
-        clip_io.read_pictures([tmp_path / "list.png"])
+        clip_io.read_frames([tmp_path / "list.png"])

@@ -8,7 +8,7 @@ import soundfile
 
 from avsi_jax.media import clip_io, clip_source
 from tests.support import video_files
-from tests.support.video_files import FPS, FRAMES, MADE, RATE, assert_same, assert_same_pictures, grid_clips, make, noise
+from tests.support.video_files import FPS, FRAMES, MADE, RATE, assert_same, assert_same_video, grid_clips, make, noise
 
 
 @pytest.fixture
@@ -32,43 +32,43 @@ def test_pieces_of_a_clip_are_what_the_whole_gives(made, name):
 
 
 @pytest.mark.parametrize("name", ["open_gop.mkv", "refresh.mp4", "float.mov", "uneven.mkv", "b.mpg"])
-def test_late_pictures_are_decoded_from_a_key_before_them(made, name, monkeypatch):
+def test_late_frames_are_decoded_from_a_key_before_them(made, name, monkeypatch):
     count = []
     with clip_source.open_source(made(name)) as source:
         decode = clip_io.decode_packet
         monkeypatch.setattr(clip_io, "decode_packet", lambda packet, reader: count.append(decode(packet, reader)))
-        end = source.pictures(0, 99).times[-1]
+        end = source.video(0, 99).times[-1]
         whole = len(count)
-        source.pictures(end - 0.1, end)
+        source.video(end - 0.1, end)
         assert whole >= FRAMES > 2 * (len(count) - whole)
 
 
 def test_a_seek_that_goes_wrong_changes_nothing(made, monkeypatch):
-    clip = clip_io.read_clip(made("open_gop.mkv"), sound=False)
+    clip = clip_io.read_clip(made("open_gop.mkv"), audio=False)
     with clip_source.open_source(made("open_gop.mkv")) as source:
-        monkeypatch.setattr(clip_source._Film, "_found", lambda *_: None)
-        assert_same_pictures(source, clip.pictures, [(2.0, 2.4)])
+        monkeypatch.setattr(clip_source._VideoFile, "_found", lambda *_: None)
+        assert_same_video(source, clip.video, [(2.0, 2.4)])
 
 
-def test_pictures_whose_times_are_missing_are_numbered(made, monkeypatch):
+def test_frames_whose_times_are_missing_are_numbered(made, monkeypatch):
     """The frames of this file carry times; all are taken away but one."""
     read = clip_io.frame_time
     monkeypatch.setattr(clip_io, "frame_time", lambda frame: read(frame) if read(frame) < 0.02 else np.nan)
-    clip = clip_io.read_clip(made("float.mov"), sound=False)
-    assert np.allclose(clip.pictures.times, np.arange(FRAMES) / FPS)
+    clip = clip_io.read_clip(made("float.mov"), audio=False)
+    assert np.allclose(clip.video.times, np.arange(FRAMES) / FPS)
     with clip_source.open_source(made("float.mov")) as source:
-        assert_same_pictures(source, clip.pictures)
+        assert_same_video(source, clip.video)
 
 
-def test_long_sound_lies_on_the_disk_and_leaves_nothing(made, tmp_path, monkeypatch):
-    clip = clip_io.read_clip(made("float.mov"), pictures=False)
+def test_long_audio_lies_on_the_disk_and_leaves_nothing(made, tmp_path, monkeypatch):
+    clip = clip_io.read_clip(made("float.mov"), video=False)
     monkeypatch.setattr(clip_source, "IN_MEMORY", 10_000)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with clip_source.open_source(made("float.mov"), pictures=False) as source:
+    with clip_source.open_source(made("float.mov"), video=False) as source:
         assert source._store.file._rolled and list(tmp_path.iterdir()) == []
         assert_same(source, clip)
     with pytest.raises(ValueError, match="closed"):
-        source.sound(0, 10)
+        source.audio(0, 10)
 
 
 def test_a_full_temporary_folder_is_told_of(made, tmp_path, monkeypatch):
@@ -83,18 +83,18 @@ def test_a_full_temporary_folder_is_told_of(made, tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_sound_outside_the_clip_is_refused(made):
+def test_audio_outside_the_clip_is_refused(made):
     with clip_source.open_source(made("float.mov")) as source:
         for start, stop in [(-1, 5), (5, 4), (0, source.num_samples + 1)]:
             with pytest.raises(ValueError, match="asked for, expected a stretch of 0 to 48000"):
-                source.sound(start, stop)
+                source.audio(start, stop)
 
 
 @pytest.mark.parametrize(
     "suffix, subtype",
     [(".wav", s) for s in ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE")] + [(".flac", "PCM_16"), (".flac", "PCM_24")],
 )
-def test_a_sound_file_goes_through_unchanged(tmp_path, suffix, subtype):
+def test_a_audio_file_goes_through_unchanged(tmp_path, suffix, subtype):
     path, target = tmp_path / f"in{suffix}", tmp_path / f"out{suffix}"
     soundfile.write(path, noise(20_000, 2).astype(np.float64), 22_050, subtype=subtype)
     clip = clip_io.read_clip(path)
@@ -105,7 +105,7 @@ def test_a_sound_file_goes_through_unchanged(tmp_path, suffix, subtype):
         assert clip_source.write_clip(source, target, (block for _, block in blocks)) == ()
     with soundfile.SoundFile(target) as back:
         assert (back.subtype, back.samplerate) == (subtype, 22_050)
-    np.testing.assert_array_equal(clip_io.read_clip(target).sound.samples, clip.sound.samples)
+    np.testing.assert_array_equal(clip_io.read_clip(target).audio.samples, clip.audio.samples)
 
 
 def test_a_flac_header_that_lies_is_refused_before_memory_is_taken(tmp_path):
@@ -141,7 +141,7 @@ def test_what_cannot_be_read_is_said_as_read_clip_says_it(tmp_path):
         assert said[0] == said[1] and "\n" not in said[0][1]
 
 
-def test_huge_pictures_are_refused_by_their_header(tmp_path):
+def test_huge_frames_are_refused_by_their_header(tmp_path):
     """16000 x 16000 is the most that ffmpeg itself takes."""
     path = make(tmp_path / "a.avi", "rawvideo", None)
     data, size = path.read_bytes(), b"".join(n.to_bytes(4, "little") for n in (128, 72))
@@ -155,20 +155,20 @@ def test_huge_pictures_are_refused_by_their_header(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_a_stretch_of_too_many_pictures_is_refused(made, monkeypatch):
-    monkeypatch.setattr(clip_source._Film, "max_bytes", 3 * 128 * 72 * 20)
+def test_a_stretch_of_too_many_frames_is_refused(made, monkeypatch):
+    monkeypatch.setattr(clip_source._VideoFile, "max_bytes", 3 * 128 * 72 * 20)
     with clip_source.open_source(made("float.mov")) as source:
-        assert len(source.pictures(1.0, 1.8).times) == 20
+        assert len(source.video(1.0, 1.8).times) == 20
         with pytest.raises(clip_io.MediaError, match="take more than .* cut the clip"):
-            source.pictures(1.0, 1.9)
+            source.video(1.0, 1.9)
 
 
-def test_a_clip_without_sound_or_without_pictures(tmp_path, made):
+def test_a_clip_without_audio_or_without_frames(tmp_path, made):
     with clip_source.open_source(make(tmp_path / "a.mkv", "mpeg4", None)) as source:
-        assert (source.rate, source.num_samples, source.duration_s, source.lag_s) == (0, 0, 0.0, 0.0) and source.has_pictures
+        assert (source.rate, source.num_samples, source.duration_s, source.lag_s) == (0, 0, 0.0, 0.0) and source.has_video
         with pytest.raises(clip_io.MediaError, match="has no sound to write"):
             clip_source.write_clip(source, tmp_path / "b.mkv", [])
-    with clip_source.open_source(made("float.mov"), pictures=False) as source:
-        assert not source.has_pictures and source.num_samples == 48_000
+    with clip_source.open_source(made("float.mov"), video=False) as source:
+        assert not source.has_video and source.num_samples == 48_000
         with pytest.raises(clip_io.MediaError, match="has no pictures"):
-            source.pictures(0, 1)
+            source.video(0, 1)

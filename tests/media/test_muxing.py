@@ -43,32 +43,32 @@ def written(source, target, **how):
 def assert_in_step(new, old, path, target):
     """The same pictures at the same times, and the sound where it was by what both files say of their lag."""
     assert packets(target) == packets(path)
-    np.testing.assert_array_equal(new.pictures.rgb, old.pictures.rgb)
-    np.testing.assert_allclose(new.pictures.times, old.pictures.times, atol=1e-3)
-    x = clip_io.resample(new.sound.samples[:, 0], new.sound.rate, old.sound.rate)
-    moved = heard_after(x, old.sound.samples[:, 0], old.sound.rate)
-    lag = [clip_io.sound_lag_s(clip) for clip in (new, old)]
+    np.testing.assert_array_equal(new.video.rgb, old.video.rgb)
+    np.testing.assert_allclose(new.video.times, old.video.times, atol=1e-3)
+    x = clip_io.resample(new.audio.samples[:, 0], new.audio.rate, old.audio.rate)
+    moved = heard_after(x, old.audio.samples[:, 0], old.audio.rate)
+    lag = [clip_io.audio_lag_s(clip) for clip in (new, old)]
     assert abs(moved + lag[1] - lag[0]) < 1e-3
 
 
 def assert_whole(new, old, bits):
     """The samples are there, at the depth that they are kept with."""
-    assert len(new.sound.samples) == len(old.sound.samples) and new.sound.rate == old.sound.rate
-    wanted = old.sound.samples
+    assert len(new.audio.samples) == len(old.audio.samples) and new.audio.rate == old.audio.rate
+    wanted = old.audio.samples
     if bits:
         wanted = (np.rint(wanted.astype(np.float64) * 2 ** (bits - 1)) / 2 ** (bits - 1)).astype(np.float32)
-    np.testing.assert_array_equal(new.sound.samples, wanted)
+    np.testing.assert_array_equal(new.audio.samples, wanted)
 
 
 @pytest.mark.parametrize("suffix, codec", [(".mkv", "flac"), (".mp4", "flac"), (".mov", "pcm_s16le")])
-def test_a_grid_clip_with_its_own_pictures(grid_dir, tmp_path, suffix, codec):
+def test_a_grid_clip_with_its_own_frames(grid_dir, tmp_path, suffix, codec):
     path, target = grid_clips(grid_dir)[suffix == ".mov"], tmp_path / f"out{suffix}"
     with clip_source.open_source(path) as source:
         new, warnings = written(source, target)
     old = clip_io.read_clip(path)
     assert_in_step(new, old, path, target)
     assert_whole(new, old, 16)
-    assert warnings == () and new.sound.codec == codec and new.pictures.fps == old.pictures.fps
+    assert warnings == () and new.audio.codec == codec and new.video.fps == old.video.fps
 
 
 def test_a_grid_clip_stays_one(grid_dir, tmp_path):
@@ -78,9 +78,9 @@ def test_a_grid_clip_stays_one(grid_dir, tmp_path):
         new, warnings = written(source, target)
     old = clip_io.read_clip(path)
     assert_in_step(new, old, path, target)
-    assert len(warnings) == 1 and "MP2" in warnings[0] and clip_io.sound_lag_s(new) == pytest.approx(0.0110)
-    assert len(new.sound.samples) == 131_328 and new.sound.samples.shape[1] == 2
-    assert np.abs(new.sound.samples[481:] - old.sound.samples[481:]).mean() < 0.002
+    assert len(warnings) == 1 and "MP2" in warnings[0] and clip_io.audio_lag_s(new) == pytest.approx(0.0110)
+    assert len(new.audio.samples) == 131_328 and new.audio.samples.shape[1] == 2
+    assert np.abs(new.audio.samples[481:] - old.audio.samples[481:]).mean() < 0.002
 
 
 @pytest.mark.parametrize(
@@ -98,29 +98,29 @@ def test_a_grid_clip_stays_one(grid_dir, tmp_path):
         ("b.mpg", ".mp4", "flac", "PCM_16", 16),
     ],
 )
-def test_pictures_are_copied_and_sound_kept(made, tmp_path, name, suffix, codec, subtype, bits):
+def test_frames_are_copied_and_audio_kept(made, tmp_path, name, suffix, codec, subtype, bits):
     target = tmp_path / f"out{suffix}"
     with clip_source.open_source(made(name)) as source:
         new, warnings = written(source, target)
     old = clip_io.read_clip(made(name))
     assert_in_step(new, old, made(name), target)
     assert_whole(new, old, bits)
-    assert (new.sound.codec, new.sound.subtype) == (codec, subtype)
+    assert (new.audio.codec, new.audio.subtype) == (codec, subtype)
     assert (len(warnings) == 1 and "24 bit" in warnings[0]) if name == "float.mov" and suffix == ".mp4" else warnings == ()
 
 
 @pytest.mark.parametrize("rate, kept", [(44_100, 44_100), (11_025, 16_000), (96_000, 48_000)])
-def test_sound_of_an_mpg_is_in_step(tmp_path, rate, kept):
+def test_audio_of_an_mpg_is_in_step(tmp_path, rate, kept):
     path, target = make(tmp_path / "in.mkv", "mpeg1video", "pcm_s16le", rate=rate, late_s=0.1), tmp_path / "out.mpg"
     with clip_source.open_source(path) as source:
         new, warnings = written(source, target)
     assert_in_step(new, clip_io.read_clip(path), path, target)
-    assert new.sound.rate == kept and new.sound.codec == "mp2" and len(warnings) == 1 + (rate != kept)
-    assert len(new.sound.samples) / kept >= 3.0  # nothing is cut off its end
-    assert new.sound.start_s < new.pictures.start_s  # so that nobody takes it for Grid's
+    assert new.audio.rate == kept and new.audio.codec == "mp2" and len(warnings) == 1 + (rate != kept)
+    assert len(new.audio.samples) / kept >= 3.0  # nothing is cut off its end
+    assert new.audio.start_s < new.video.start_s  # so that nobody takes it for Grid's
 
 
-def test_pictures_that_a_source_hides_stay_hidden_or_are_told_of(tmp_path):
+def test_frames_that_a_source_hides_stay_hidden_or_are_told_of(tmp_path):
     """As a phone trims a film: the pictures up to the cut stay in the file, before time 0."""
     import av
 
@@ -132,18 +132,18 @@ def test_pictures_that_a_source_hides_stay_hidden_or_are_told_of(tmp_path):
             packet.pts, packet.dts, packet.stream = packet.pts - earlier, packet.dts - earlier, copies[packet.stream.index]
             cut.mux(packet)
     old = clip_io.read_clip(tmp_path / "cut.mp4")
-    assert len(old.pictures.times) == FRAMES - 10
+    assert len(old.video.times) == FRAMES - 10
     with clip_source.open_source(tmp_path / "cut.mp4") as source:
         assert_same(source, old)
         new, warnings = written(source, tmp_path / "out.mp4")
         assert_in_step(new, old, tmp_path / "cut.mp4", tmp_path / "out.mp4")
         assert warnings == ()
         new, warnings = written(source, tmp_path / "out.mkv")
-    assert len(warnings) == 1 and warnings[0].startswith("10 pictures") and len(new.pictures.times) == FRAMES
-    assert new.sound.start_s - new.pictures.start_s == pytest.approx(0.4, abs=1e-3)
+    assert len(warnings) == 1 and warnings[0].startswith("10 pictures") and len(new.video.times) == FRAMES
+    assert new.audio.start_s - new.video.start_s == pytest.approx(0.4, abs=1e-3)
 
 
-def test_an_mpg_whose_pictures_lie_too_close_is_told_of(tmp_path, monkeypatch):
+def test_an_mpg_whose_frames_lie_too_close_is_told_of(tmp_path, monkeypatch):
     """The times of the written file are looked at: here a picture's is wrong."""
     path = make(tmp_path / "in.mkv", "mpeg1video", "pcm_s16le", rate=44_100)
     read = muxing._times
@@ -155,12 +155,14 @@ def test_an_mpg_whose_pictures_lie_too_close_is_told_of(tmp_path, monkeypatch):
 
 def test_what_a_target_cannot_hold_is_refused(made, tmp_path):
     soundfile.write(tmp_path / "six.wav", noise(1000, 6), RATE, subtype="FLOAT")
-    six, film = clip_source.open_source(tmp_path / "six.wav"), clip_source.open_source(made("open_gop.mkv"))
-    arrays = clip_source.source_of(clip_io.Clip("arrays", film._film.read(0, 1), clip_io.read_clip(tmp_path / "six.wav").sound))
+    six, video_file = clip_source.open_source(tmp_path / "six.wav"), clip_source.open_source(made("open_gop.mkv"))
+    arrays = clip_source.source_of(
+        clip_io.Clip("arrays", video_file._film.read(0, 1), clip_io.read_clip(tmp_path / "six.wav").audio)
+    )
     for source, name, said in [
-        (film, "a.avi", "found suffix '.avi', expected one of"),
-        (film, "a.mpg", "holds no h264 pictures; name the target .mkv or .mp4"),
-        (film, "none/a.mkv", "cannot be written .No such file"),
+        (video_file, "a.avi", "found suffix '.avi', expected one of"),
+        (video_file, "a.mpg", "holds no h264 pictures; name the target .mkv or .mp4"),
+        (video_file, "none/a.mkv", "cannot be written .No such file"),
         (six, "a.mp4", "holds no pictures; name the target .wav"),
         (six, "a.flac", "flac cannot hold subtype FLOAT; name the file .wav"),
         (arrays, "a.mkv", "is no file whose pictures could be copied"),
@@ -175,7 +177,7 @@ def test_what_a_target_cannot_hold_is_refused(made, tmp_path):
 def test_a_file_appears_whole_or_not_at_all(made, tmp_path, suffix):
     target = tmp_path / f"out{suffix}"
     with clip_source.open_source(made("float.mov")) as source:
-        x = source.sound(0, source.num_samples)
+        x = source.audio(0, source.num_samples)
 
         def broken():
             yield x[:20_000]
@@ -201,7 +203,7 @@ def test_a_file_appears_whole_or_not_at_all(made, tmp_path, suffix):
         assert target.read_text() == "mine"
         clip_source.write_clip(source, target, [x], overwrite=True)
     assert os.listdir(tmp_path) == [target.name]
-    np.testing.assert_array_equal(clip_io.read_clip(target).sound.samples, x)
+    np.testing.assert_array_equal(clip_io.read_clip(target).audio.samples, x)
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".mkv", ".mp4"])
@@ -236,7 +238,7 @@ def test_a_wav_too_long_for_its_kind_is_an_rf64(tmp_path, monkeypatch):
     with clip_source.open_source(tmp_path / "in.wav") as source:
         new, warnings = written(source, tmp_path / "out.wav")
     assert (tmp_path / "out.wav").read_bytes()[:4] == b"RF64" and "RF64" in warnings[0]
-    np.testing.assert_array_equal(new.sound.samples, x)
+    np.testing.assert_array_equal(new.audio.samples, x)
 
 
 LONG = """
@@ -258,7 +260,7 @@ def test_memory_does_not_grow_with_the_clip(tmp_path):
     for name, seconds in (("short", 30), ("long", 1200)):
         block = noise(48_000, 1)
         with av.open(str(tmp_path / f"{name}.mkv"), "w") as out:
-            video, sound = out.add_stream("mpeg4", rate=5), out.add_stream("pcm_s16le", rate=48_000, layout="mono")
+            video, audio = out.add_stream("mpeg4", rate=5), out.add_stream("pcm_s16le", rate=48_000, layout="mono")
             video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
             for second in range(seconds):
                 for k in range(5):
@@ -267,7 +269,7 @@ def test_memory_does_not_grow_with_the_clip(tmp_path):
                     out.mux(video.encode(frame))
                 frame = av.AudioFrame.from_ndarray(clip_io.to_int16(block).T.copy(), format="s16", layout="mono")
                 frame.sample_rate, frame.pts, frame.time_base = 48_000, 48_000 * second, fractions.Fraction(1, 48_000)
-                out.mux(sound.encode(frame))
+                out.mux(audio.encode(frame))
             out.mux(video.encode(None))
         command = [sys.executable, "-c", LONG, str(tmp_path / f"{name}.mkv"), str(tmp_path / f"{name}.out.mkv")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)

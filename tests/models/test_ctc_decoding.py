@@ -124,7 +124,7 @@ def test_a_wide_beam_is_the_sum_over_every_alignment(seed):
             if 4 not in path:
                 said[collapse(path)] = np.logaddexp(said.get(collapse(path), -np.inf), p)
         best = max(said, key=said.get)
-        assert found.said[b] == grid_text.decode(best)
+        assert found.transcript[b] == grid_text.decode(best)
         assert found.log_probability[b] == pytest.approx(said[best], abs=1e-9)
 
 
@@ -134,8 +134,8 @@ def test_the_beam_adds_up_what_greedy_does_not():
     two = np.int32([2])
     assert ctc_decoding.greedy(logits[None], two) == [""]
     found = ctc_decoding.beam_search(logits[None], two, width=2)
-    assert found.said == ["a"] and found.log_probability[0] == pytest.approx(math.log(0.64))
-    assert ctc_decoding.beam_search(logits[None], two, "phones", width=2).said == [grid_text.decode_phones([2])]
+    assert found.transcript == ["a"] and found.log_probability[0] == pytest.approx(math.log(0.64))
+    assert ctc_decoding.beam_search(logits[None], two, "phones", width=2).transcript == [grid_text.decode_phones([2])]
 
 
 def test_a_narrow_beam_keeps_no_prefix_twice_and_is_never_too_sure():
@@ -147,7 +147,9 @@ def test_a_narrow_beam_keeps_no_prefix_twice_and_is_never_too_sure():
         narrow = ctc_decoding.beam_search(logits, frames, width=width)
         for b in range(8):
             total = [
-                p for path, p in alignments(log_softmax(logits[b, :, :4])) if grid_text.decode(collapse(path)) == narrow.said[b]
+                p
+                for path, p in alignments(log_softmax(logits[b, :, :4]))
+                if grid_text.decode(collapse(path)) == narrow.transcript[b]
             ]
             assert narrow.log_probability[b] <= np.logaddexp.reduce(total) + 1e-9 <= exact[b] + 2e-9
 
@@ -158,7 +160,7 @@ def test_a_beam_needs_a_width_and_says_nothing_where_nothing_can_be_said():
     unused = np.full((1, 2, 42), -np.inf)
     unused[..., 41] = 0
     found = ctc_decoding.beam_search(unused, np.int32([2]))
-    assert found.said == [""] and found.log_probability[0] == -np.inf
+    assert found.transcript == [""] and found.log_probability[0] == -np.inf
 
 
 # ---- a grammar, against every alignment ----------------------------------------------------------------------------------------
@@ -289,7 +291,7 @@ def test_every_sentence_is_found_in_its_own_labels(every_sentence):
         np.testing.assert_array_equal(span, np.stack([start, start + 2 * lengths - 1], -1))
 
 
-def test_no_two_sentences_of_grid_sound_alike(every_sentence):
+def test_no_two_sentences_of_grid_audio_alike(every_sentence):
     """So that phones without marks between words still tell the words."""
     assert len(np.unique(every_sentence[1], axis=0)) == len(SENTENCES) == 64_000
 

@@ -22,8 +22,8 @@ def stack(inputs, units=256, layers=3):
 def unified(c):
     """av_unified as its config has it: bands, 68 positions and speeds, and whether they are seen."""
     lips, u, bands = 4 * 68 + 1, c.units, {"wide": 80, "paper": 64}[c.preset]
-    joined = c.stack * (bands + c.mask_input) + lips + 2 * u * (c.lip_layers > 0)
-    layers = stack(lips, u, c.lip_layers) + stack(joined, u, c.feedback) + dense(33, 2 * u) * (c.feedback > 0)
+    joined = c.stack * (bands + c.mask_input) + lips + 2 * u * (c.video_layers > 0)
+    layers = stack(lips, u, c.video_layers) + stack(joined, u, c.feedback) + dense(33, 2 * u) * (c.feedback > 0)
     layers += stack(2 * u if c.feedback else joined, u, c.layers - c.feedback)
     return layers + dense(2 * u, c.stack * bands) + dense(2 * u, 33)
 

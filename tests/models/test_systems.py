@@ -14,8 +14,8 @@ from avsi_jax.models import systems
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 B, F, K, V, T, LABELS = 3, 13, 8, 6, 7, 9
-FRAMES, PICTURES = np.int32([13, 8, 3]), np.int32([7, 5, 2])
-POSITIONS = np.float32(np.linspace(0, 1, F)[None] * (PICTURES - 1)[:, None])
+FRAMES, VIDEO = np.int32([13, 8, 3]), np.int32([7, 5, 2])
+POSITIONS = np.float32(np.linspace(0, 1, F)[None] * (VIDEO - 1)[:, None])
 SIZES = systems.Sizes(bands=K, labels=LABELS, layers=1, units=4, bottleneck=5, lstm="joined")
 
 # Every system, and every field that changes what flows where.
@@ -29,7 +29,7 @@ NETWORKS = {name: (name, {}) for name in systems.SYSTEMS} | {
     "av_unified, 2": ("av_unified", {"stack": 2}),
     "av_unified told, 2": ("av_unified", {"stack": 2, "mask_input": True}),
     "av_unified feedback, 3": ("av_unified", {"stack": 3, "layers": 2, "feedback": 1}),
-    "av_unified lips first, 2": ("av_unified", {"stack": 2, "lip_layers": 1}),
+    "av_unified lips first, 2": ("av_unified", {"stack": 2, "video_layers": 1}),
     "av_mtl_s2s bfloat16": ("av_mtl_s2s", {"dtype": "bfloat16"}),
     "av_unified bfloat16, 2": ("av_unified", {"stack": 2, "dtype": "bfloat16"}),
     "asr, 4": ("asr", {"stack": 4}),
@@ -47,10 +47,10 @@ def system_of(name):
     return systems.get(NETWORKS[name][0])
 
 
-def made_up(seed=0, video_rate="audio", frames=F):
+def invented(seed=0, video_rate="audio", frames=F):
     """Clips of 13, 8 and 3 frames, or 7, 5 and 2 pictures; what lies behind them is noise too."""
     rng = np.random.default_rng(seed)
-    steps, lengths = (T, PICTURES) if video_rate == "video" else (frames, FRAMES)
+    steps, lengths = (T, VIDEO) if video_rate == "video" else (frames, FRAMES)
     seen = rng.uniform(size=(B, steps)) < 0.7
     seen[:, 0] = True
     return features.Features(
@@ -62,13 +62,13 @@ def made_up(seed=0, video_rate="audio", frames=F):
         valid=np.arange(frames) < FRAMES[:, None],
         num_frames=FRAMES,
         positions=np.pad(POSITIONS, ((0, 0), (0, frames - F)), mode="edge"),
-        num_pictures=PICTURES,
+        num_video_frames=VIDEO,
         id_hash=np.uint32([11, 22, 33]),
     )
 
 
 def given_to(name, seed=0, **more):
-    return made_up(seed, sizes_of(name).video_rate, **more)
+    return invented(seed, sizes_of(name).video_rate, **more)
 
 
 @functools.cache
@@ -125,11 +125,11 @@ def test_reads_what_the_registry_says(name):
     before, system = network(name)(given), system_of(name)
     other_video = network(name)(given._replace(video=other.video))
     assert differs(answer(other_video), answer(before)) == system.uses_video
-    other_sound = network(name)(given._replace(spectrogram=other.spectrogram))
-    assert differs(answer(other_sound), answer(before)) == (NETWORKS[name][0] not in DEAF)
+    other_audio = network(name)(given._replace(spectrogram=other.spectrogram))
+    assert differs(answer(other_audio), answer(before)) == (NETWORKS[name][0] not in DEAF)
     if system.reads:
         assert differs(other_video.logits, before.logits) == system.uses_video
-        assert differs(other_sound.logits, before.logits) == (NETWORKS[name][0] not in FROM_THE_LIPS)
+        assert differs(other_audio.logits, before.logits) == (NETWORKS[name][0] not in FROM_THE_LIPS)
 
 
 @each
@@ -150,12 +150,12 @@ def test_padding_and_other_clips_change_nothing(name):
     given, other = given_to(name), given_to(name, 3)
     at_video_rate = sizes_of(name).video_rate == "video"
     inside = given.valid.copy()
-    pictures = np.arange(given.seen.shape[1]) < (PICTURES if at_video_rate else FRAMES)[:, None]
-    inside[1] = pictures[1] = False  # all of clip 1 is another one, and every clip's padding
+    frames = np.arange(given.seen.shape[1]) < (VIDEO if at_video_rate else FRAMES)[:, None]
+    inside[1] = frames[1] = False  # all of clip 1 is another one, and every clip's padding
     pick = lambda kept, field: np.where(kept, getattr(given, field), getattr(other, field))
     dirty = given._replace(
-        spectrogram=pick(inside[..., None], "spectrogram"), mask=pick(inside, "mask"), video=pick(pictures[..., None], "video"),
-        seen=np.where(pictures, given.seen, True), target=other.target,
+        spectrogram=pick(inside[..., None], "spectrogram"), mask=pick(inside, "mask"), video=pick(frames[..., None], "video"),
+        seen=np.where(frames, given.seen, True), target=other.target,
     )  # fmt: skip
     before, after = network(name)(given), network(name)(dirty)
     for field, lengths in (("level", FRAMES), ("logits", before.num_steps)):
@@ -185,7 +185,7 @@ def test_a_longer_batch_changes_nothing(name):
 
 def test_bands_are_linear_or_end_in_a_relu():
     """The paper's code has a ReLU in the audio-visual networks alone (CNN_RNN.py); it kills bands, so linear is the default."""
-    given = made_up()
+    given = invented()
     linear = np.asarray(network("av_mtl_s2s")(given).level)
     assert (linear < 0).any()
     relu = systems.get("av_mtl_s2s").build(dataclasses.replace(SIZES, output="relu"))
@@ -194,7 +194,7 @@ def test_bands_are_linear_or_end_in_a_relu():
 
 
 def test_composite_keeps_what_was_heard():
-    given = made_up()
+    given = invented()
     out = np.random.default_rng(5).uniform(size=(B, F, K)).astype(np.float32)
     together = np.asarray(systems.composite(jnp.asarray(out), given))
     np.testing.assert_array_equal(together[given.mask], out[given.mask])
@@ -215,7 +215,7 @@ def test_video_rate_is_brought_to_the_frames_before_text_and_decoder():
     given, params = given_to(name), parameters(name)
     output = network(name)(given)
     layers = jax.jit(systems.Stack(1, 4, "joined").apply)
-    encoded = layers({"params": params["encoder"]}, given.video, PICTURES)
+    encoded = layers({"params": params["encoder"]}, given.video, VIDEO)
     weights = lambda part: (params[part]["kernel"], params[part]["bias"])
     through = lambda x, part: np.asarray(x, np.float64) @ weights(part)[0] + weights(part)[1]
     lips = np.maximum(through(encoded, "bottleneck"), 0)
@@ -232,7 +232,7 @@ def test_video_rate_is_brought_to_the_frames_before_text_and_decoder():
 def test_skip_goes_round_the_encoder(name, skips):
     """Where the encoder says nothing."""
     params = parameters(name) | {"bottleneck": jax.tree.map(np.zeros_like, parameters(name)["bottleneck"])}
-    one, two = (applied(name)(params, made_up()._replace(video=made_up(seed).video)) for seed in (0, 1))
+    one, two = (applied(name)(params, invented()._replace(video=invented(seed).video)) for seed in (0, 1))
     assert differs(one.level, two.level) == skips
     assert not differs(one.logits, two.logits)
 
@@ -242,14 +242,14 @@ def test_the_bottleneck_ends_in_a_relu_or_not(relu, lowest):
     sizes = dataclasses.replace(SIZES, bottleneck_relu=relu, labels=SIZES.bottleneck)
     module, params = systems.get("av_mtl_s2s").build(sizes), dict(parameters("av_mtl_s2s"))
     params["ctc"] = {"kernel": np.eye(5, dtype=np.float32), "bias": np.zeros(5, np.float32)}  # the head shows what it reads
-    said = np.asarray(jax.jit(module.apply)({"params": params}, made_up()).logits)
+    said = np.asarray(jax.jit(module.apply)({"params": params}, invented()).logits)
     assert (said.min() < lowest) == (not relu) and said.max() > 0
 
 
 def test_without_a_bottleneck_the_head_reads_the_layers_themselves():
     for system in ("a_mtl_si", "av_mtl_si", "av_mtl_s2s"):
         module = systems.get(system).build(dataclasses.replace(SIZES, bottleneck=0))
-        tree = jax.eval_shape(lambda module=module: module.init(jax.random.key(0), made_up()))["params"]
+        tree = jax.eval_shape(lambda module=module: module.init(jax.random.key(0), invented()))["params"]
         assert "bottleneck" not in tree and tree["ctc"]["kernel"].shape == (2 * SIZES.units, LABELS), system
 
 
@@ -266,7 +266,7 @@ def test_lips_that_are_not_seen_say_nothing(name):
     before, after = (network(name)(given._replace(seen=seen, video=v)) for v in (given.video, hidden))
     assert_same(after, before)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
-    others = network(name)(given._replace(seen=seen, video=made_up(1).video))
+    others = network(name)(given._replace(seen=seen, video=invented(1).video))
     assert differs(others.level[0], before.level[0]) and not differs(others.level[1], before.level[1])
 
 
@@ -276,24 +276,24 @@ def test_lips_alone_will_do(name):
     silent = given_to(name)._replace(spectrogram=np.zeros((B, F, K), np.float32), mask=np.ones((B, F), bool))
     output = network(name)(silent)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(output))
-    assert differs(output.level, network(name)(silent._replace(video=made_up(1).video)).level)
+    assert differs(output.level, network(name)(silent._replace(video=invented(1).video)).level)
 
 
-def test_lips_are_averaged_over_a_step_and_sound_is_not():
+def test_lips_are_averaged_over_a_step_and_audio_is_not():
     """The two frames of a step change places."""
-    given = made_up()._replace(seen=np.ones((B, F), bool), valid=np.ones((B, F), bool), num_frames=np.full(B, F, np.int32))
+    given = invented()._replace(seen=np.ones((B, F), bool), valid=np.ones((B, F), bool), num_frames=np.full(B, F, np.int32))
     turned = np.r_[np.arange(12).reshape(6, 2)[:, ::-1].ravel(), 12]
     before = network("av_unified told, 2")(given)
     lips = network("av_unified told, 2")(given._replace(video=given.video[:, turned]))
     np.testing.assert_allclose(lips.level, before.level, atol=1e-6)
-    sound = network("av_unified told, 2")(given._replace(spectrogram=given.spectrogram[:, turned]))
-    assert np.abs(np.asarray(sound.level) - before.level).max() > 1e-2
+    audio = network("av_unified told, 2")(given._replace(spectrogram=given.spectrogram[:, turned]))
+    assert np.abs(np.asarray(audio.level) - before.level).max() > 1e-2
 
 
 @pytest.mark.parametrize(("name", "told"), [("av_unified told, 2", False), ("av_unified feedback, 3", True)])
 def test_feedback_tells_the_layers_after_what_was_read(name, told):
     """What the head says depends on its own weights; the level only where it is told."""
-    params, given = parameters(name), made_up()
+    params, given = parameters(name), invented()
     other = params | {"ctc": jax.tree.map(lambda p: -p, params["ctc"])}
     before, after = (applied(name)(p, given) for p in (params, other))
     assert differs(before.logits, after.logits) and differs(before.level, after.level) == told
@@ -342,7 +342,7 @@ def test_dropout_takes_the_same_values_in_every_step():
 def test_dropout_is_for_training_alone(system):
     """One system of each kind of network."""
     module = systems.get(system).build(dataclasses.replace(SIZES, dropout=0.5))
-    params, given = {"params": parameters(system)}, made_up()
+    params, given = {"params": parameters(system)}, invented()
     draw = lambda key: (module.apply(params, given, True, rngs={"dropout": key}), module.apply(params, given))
     both = jax.jit(draw)
     (one, off), (again, _), (other, _) = (both(jax.random.key(i)) for i in (1, 1, 2))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from avsi_jax.runtime import distributed
-from avsi_jax.runtime.distributed import Found, detect, place
+from avsi_jax.runtime.distributed import DetectedCluster, detect, place
 from tests.runtime import test_devices
 from tests.support import processes
 from tests.support.step_batches import make_batch
@@ -182,17 +182,17 @@ JOB = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
-        (JAX, Found("JAX_* variables", "a:1", 2, 1)),
-        (OMPI_4, Found("Open MPI", "10.96.0.1:62624", 4, 3, [1])),
-        (OMPI_6, Found("Open MPI", "[fe80::b9b]:62880", 4, 3, [1])),
-        (SLURM, Found("SLURM job 123", "nid001:61563", 4, 1)),
-        (SLURM | {"SLURM_STEP_ID": "2"}, Found("SLURM job 123", "nid001:61565", 4, 1)),  # two steps of a job beside each other
-        (SLURM | {"JAX_COORDINATOR_PORT": "77"}, Found("SLURM job 123", "nid001:77", 4, 1)),
-        (GKE, Found("TPU pod", "pod-0.svc:8482", 2, 1)),
-        (GKE | MEGASCALE, Found("TPU pod", "first.svc:8482", 6, 5)),
-        (GKE | JAX, Found("JAX_* variables", "a:1", 2, 1)),
-        (OMPI_4 | SLURM, Found("Open MPI", "10.96.0.1:62624", 4, 3, [1])),  # mpirun in an allocation
-        (JOB | {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2"}, Found("Kubernetes job", "a:1", 2, 1)),
+        (JAX, DetectedCluster("JAX_* variables", "a:1", 2, 1)),
+        (OMPI_4, DetectedCluster("Open MPI", "10.96.0.1:62624", 4, 3, [1])),
+        (OMPI_6, DetectedCluster("Open MPI", "[fe80::b9b]:62880", 4, 3, [1])),
+        (SLURM, DetectedCluster("SLURM job 123", "nid001:61563", 4, 1)),
+        (SLURM | {"SLURM_STEP_ID": "2"}, DetectedCluster("SLURM job 123", "nid001:61565", 4, 1)),  # two steps of a job beside each other
+        (SLURM | {"JAX_COORDINATOR_PORT": "77"}, DetectedCluster("SLURM job 123", "nid001:77", 4, 1)),
+        (GKE, DetectedCluster("TPU pod", "pod-0.svc:8482", 2, 1)),
+        (GKE | MEGASCALE, DetectedCluster("TPU pod", "first.svc:8482", 6, 5)),
+        (GKE | JAX, DetectedCluster("JAX_* variables", "a:1", 2, 1)),
+        (OMPI_4 | SLURM, DetectedCluster("Open MPI", "10.96.0.1:62624", 4, 3, [1])),  # mpirun in an allocation
+        (JOB | {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2"}, DetectedCluster("Kubernetes job", "a:1", 2, 1)),
     ],
 )  # fmt: skip
 def test_clusters(env, expected):
@@ -239,7 +239,7 @@ def test_open_mpi_5_tells_its_address_on_one_machine_only():
     assert host == "127.0.0.1" and 61_440 <= int(port) < 65_536
     with pytest.raises(ValueError, match=r"Open MPI: not known is --coordinator; expected as flags, or as JAX_COORDINATOR_ADDRESS"):
         place("auto", {}, detect(OMPI))
-    assert place("auto", {"coordinator": "b:5"}, detect(OMPI)) == Found("Open MPI", "b:5", 4, 3, [1])
+    assert place("auto", {"coordinator": "b:5"}, detect(OMPI)) == DetectedCluster("Open MPI", "b:5", 4, 3, [1])
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_tasks_of_one_node_share_its_gpus(tasks, node, local, more, expected):
 
 def test_a_tpu_vm_is_asked_for_last():
     """Its other hosts are known to its metadata server only, which jax asks."""
-    assert detect({}, tpu_vm=lambda: True) == Found("TPU VM", None, None, None, asks_jax=True)
+    assert detect({}, tpu_vm=lambda: True) == DetectedCluster("TPU VM", None, None, None, asks_jax=True)
     assert place("auto", {"num_processes": 4}, detect({}, tpu_vm=lambda: True)).num_processes == 4
     assert detect(JAX, tpu_vm=pytest.fail).name == "JAX_* variables"
     assert detect({"JAX_PLATFORMS": "cpu"}, tpu_vm=pytest.fail) is None
@@ -272,8 +272,8 @@ FLAGS = {"coordinator": "a:1", "num_processes": 2, "process_id": 1}
 
 
 def test_flags_stand_above_the_environment():
-    assert place("auto", FLAGS, None) == Found("flags", "a:1", 2, 1)
-    assert place("on", {"coordinator": "b:5"}, detect(JAX)) == Found("JAX_* variables", "b:5", 2, 1)
+    assert place("auto", FLAGS, None) == DetectedCluster("flags", "a:1", 2, 1)
+    assert place("on", {"coordinator": "b:5"}, detect(JAX)) == DetectedCluster("JAX_* variables", "b:5", 2, 1)
     assert place("auto", {"num_processes": 1}, None) is None
 
 

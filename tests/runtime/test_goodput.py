@@ -6,7 +6,7 @@ import time
 import pytest
 
 from avsi_jax.runtime import goodput
-from avsi_jax.runtime.goodput import CHECKPOINT, COMPILE, DATA, STEP, Phases
+from avsi_jax.runtime.goodput import CHECKPOINT, COMPILE, DATA, STEP, PhaseTimer
 
 
 class Clock:
@@ -23,9 +23,9 @@ def clock(monkeypatch):
     return Clock(monkeypatch)
 
 
-def run(clock, *spent) -> Phases:
+def run(clock, *spent) -> PhaseTimer:
     """A run that spent (phase, seconds) in turn."""
-    told = Phases()
+    told = PhaseTimer()
     for phase, seconds in spent:
         told.enter(phase)
         clock.now += seconds
@@ -45,7 +45,7 @@ def test_every_second_has_a_cause(clock):
 
 def test_an_unknown_phase_is_refused():
     with pytest.raises(ValueError, match="phase: found 'sleep', expected one of start, compile"):
-        Phases().enter("sleep")
+        PhaseTimer().enter("sleep")
 
 
 def test_a_restart_counts_what_was_lost_and_that_nobody_was_there(clock):
@@ -78,7 +78,7 @@ def test_time_in_which_the_process_stood_still_is_not_the_phases(clock):
 
 
 def test_a_status_says_where_the_run_is():
-    told = Phases()
+    told = PhaseTimer()
     told.enter(STEP)
     told.step = 17
     status = told.status()

@@ -72,7 +72,7 @@ dog.stop()
 
 def test_the_bound_of_a_phase(tmp_path):
     """A step's is the config's, what was never done or reads and writes has ten times that; a slow kind has ten of its longest."""
-    told = phases_lib.Phases()
+    told = phases_lib.PhaseTimer()
     dog = Watchdog(tmp_path, told, 6.0, print)
     assert [dog._bound(phase) for phase in ("step", "compile", "checkpoint")] == [60, 60, 60]
     told.longest |= {"step": 0.1, "validation": 2.0, "checkpoint": 9.0, "barrier": 0.0}
@@ -90,7 +90,7 @@ def test_the_bound_of_a_phase(tmp_path):
 )
 def test_who_is_missing(tmp_path, then, says):
     """By the others' heartbeats alone: this process' own can't be written here, and nothing of that ends the watch."""
-    told = phases_lib.Phases()
+    told = phases_lib.PhaseTimer()
     told.step = 9
     dog = Watchdog(tmp_path, told, 0.05, print, rank=0, count=3)
     (tmp_path / "heartbeats" / "0.json").mkdir(parents=True)

@@ -39,7 +39,7 @@ class Came(NamedTuple):
     number: int
     way: str
     how: str  # done, refused, raised, died
-    said: str = ""
+    transcript: str = ""
     seconds: float = 0.0
     peak_mb: float = 0.0
 
@@ -152,13 +152,15 @@ def complaints(stage: Stage, came: list[Came]):
         of = stage.inputs[one.number]
         name = f"{one.way}: {of.path.name!r}"
         if one.how not in ("done", "refused") or (of.fate != hostile_clips.EITHER and one.how != of.fate):
-            yield f"{name}: {one.how}, expected {of.fate}: {one.said}"
-        if one.how == "refused" and ("\n" in one.said.replace(str(of.path), "") or not one.said or len(one.said) > 1000):
-            yield f"{name}: not one line: {one.said!r}"
-        if one.way == "page" and of.kind not in ("weights", "no file") and str(stage.root) in one.said:
-            yield f"{name}: tells of a folder: {one.said}"
-        if hostile_clips.SECRET in one.said:
-            yield f"{name}: tells what a play list names: {one.said}"
+            yield f"{name}: {one.how}, expected {of.fate}: {one.transcript}"
+        if one.how == "refused" and (
+            "\n" in one.transcript.replace(str(of.path), "") or not one.transcript or len(one.transcript) > 1000
+        ):
+            yield f"{name}: not one line: {one.transcript!r}"
+        if one.way == "page" and of.kind not in ("weights", "no file") and str(stage.root) in one.transcript:
+            yield f"{name}: tells of a folder: {one.transcript}"
+        if hostile_clips.SECRET in one.transcript:
+            yield f"{name}: tells what a play list names: {one.transcript}"
         if one.seconds > LONGEST_S or one.peak_mb > MOST_MB:
             yield f"{name}: took {one.seconds:.0f} s, {one.peak_mb:.0f} MB"
 
@@ -195,7 +197,7 @@ def check_command(stage: Stage, code, outcomes, err, longest, peak) -> None:
     written = {p for p in (stage.root / "out").rglob("*") if p.name != "repair.html"}
     assert written == {Path(o["output"]) for o in outcomes if o["status"] == "restored"}
     for path in written:
-        assert clip_io.read_clip(path, pictures=False).sound is not None
+        assert clip_io.read_clip(path, video=False).audio is not None
     told = err + json.dumps(outcomes) + (stage.root / "out" / "repair.html").read_text()
     assert hostile_clips.SECRET not in told and "[31m<b>" not in told.partition("<!doctype")[2]
     check_untouched(stage)
@@ -237,13 +239,13 @@ def test_a_pipe_is_told_from_a_folder(tmp_path):
 
 def test_streams_of_an_unknown_codec_are_none(tmp_path):
     file, whole = tmp_path / "a.mkv", tmp_path / "whole.mkv"
-    hostile_clips.film(whole, "matroska", "mpeg4", "flac")
+    hostile_clips.video_file(whole, "matroska", "mpeg4", "flac")
     data = whole.read_bytes().replace(b"V_MPEG4", b"V_XYZZY")
     file.write_bytes(data)
     clip = clip_io.read_clip(file)
-    assert clip.pictures is None and len(clip.sound.samples) == 19_200
+    assert clip.video is None and len(clip.audio.samples) == 19_200
     with clip_source.open_source(file) as source:
-        assert not source.has_pictures and source.num_samples == 19_200
+        assert not source.has_video and source.num_samples == 19_200
     file.write_bytes(data.replace(b"A_FLAC", b"A_XYZZ"))
     for read in (clip_io.read_clip, clip_source.open_source):
         with pytest.raises(clip_io.MediaError, match="found no pictures or sound that can be decoded"):
@@ -252,28 +254,28 @@ def test_streams_of_an_unknown_codec_are_none(tmp_path):
 
 def test_names_that_are_no_text(tmp_path):
     file = tmp_path / os.fsdecode(b"\xff.wav")
-    clip_io.write_sound(tmp_path / "a.wav", np.zeros(9), 8000)
+    clip_io.write_audio(tmp_path / "a.wav", np.zeros(9), 8000)
     (tmp_path / "a.wav").rename(file)
     with clip_source.open_source(file) as source:
-        assert source.num_samples == len(clip_io.read_clip(file).sound.samples) == 9
+        assert source.num_samples == len(clip_io.read_clip(file).audio.samples) == 9
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("loudest", [3e38, 1e308])
-def test_numbers_beyond_any_sound(loudest):
+def test_numbers_beyond_any_audio(loudest):
     """Squares of them overflow: holes are looked for as if they were 1e6, and a repair says what is wrong."""
     samples = np.where(np.arange(32_000) // 80 % 2, loudest, -loudest)[:, None]
     samples[16_000:20_000] = 0
-    assert gap_detection.find_holes(samples, 16_000) == gap_detection.find_holes(1e6 * np.sign(samples), 16_000)
-    clip = clip_io.Clip("loud.wav", None, clip_io.Sound(samples, 16_000, 0.0, "DOUBLE", "wav"))
+    assert gap_detection.detect_gaps(samples, 16_000) == gap_detection.detect_gaps(1e6 * np.sign(samples), 16_000)
+    clip = clip_io.Clip("loud.wav", None, clip_io.Audio(samples, 16_000, 0.0, "DOUBLE", "wav"))
     with pytest.raises(clip_io.MediaError, match=r"first at 0\.000 s; expected numbers up to 1e\+06"):
-        masked_audio.Damaged(clip_source.source_of(clip), [(16_000, 20_000)]).own(0, 16_000)
+        masked_audio.MaskedAudio(clip_source.source_of(clip), [(16_000, 20_000)]).own(0, 16_000)
 
 
 @pytest.mark.parametrize("rate", [1, 7, 200, 999, 1000, 3000, 2**31 - 1])
-def test_rates_that_are_no_sounds(rate):
+def test_rates_that_are_no_waveforms(rate):
     samples = np.random.default_rng(0).normal(0, 0.1, (2000, 1)).astype(np.float32)
-    assert all(0 <= hole.start < hole.end <= 2000 for hole in gap_detection.find_holes(samples, rate))
+    assert all(0 <= gap.start < gap.end <= 2000 for gap in gap_detection.detect_gaps(samples, rate))
 
 
 # ---- over HTTP -------------------------------------------------------------------------------------------------------------------

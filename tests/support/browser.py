@@ -135,7 +135,7 @@ class Browser:
         asked = {e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"}
         return {address for address in asked if not address.startswith("data:")}
 
-    def picture(self, path: Path, y: int = 0, height: int = 0) -> None:
+    def image(self, path: Path, y: int = 0, height: int = 0) -> None:
         """A PNG of the page, from y on, to its end unless `height` is given."""
         size = self("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": y, "width": size["width"], "height": height or size["height"] - y, "scale": 1}

@@ -13,17 +13,17 @@ from avsi_jax.media import clip_io
 
 SYSTEMS = [  # not in the order of the tables
     {"name": "av_mtl_s2s", "kind": "system"},
-    {"name": "damaged", "kind": "damaged"},
+    {"name": "masked", "kind": "masked"},
     {"name": "a_si", "kind": "baseline"},
-    {"name": "true mel (ceiling)", "kind": "ceiling"},
+    {"name": "true mel (ceiling)", "kind": "oracle_mel"},
 ]
-ORDER = ("damaged", "a_si", "av_mtl_s2s", "true mel (ceiling)")
+ORDER = ("masked", "a_si", "av_mtl_s2s", "true mel (ceiling)")
 GAPS_MS = (300, 600, 900)
 CASES = [conditions.Case(g) for g in GAPS_MS]
 CHANGED = [conditions.Case(900, "shift_ms", -80), conditions.Case(900, "shift_ms", 80), conditions.Case(900, "noise_db", 20)]
 CLIPS = [("bbaf2n", "s1"), ("lgazzp", "s2"), ("swwp2s", "s10")]
 WORDS, SAID = "bin blue at f two now", "bin green at f two now"
-HEARD = {"av_mtl_s2s": "bin blue at s two now", "damaged": "lay red by s one soon", "a_si": "bin blue by s two now"}
+HEARD = {"av_mtl_s2s": "bin blue at s two now", "masked": "lay red by s one soon", "a_si": "bin blue by s two now"}
 TOUCHED = "001100"  # "at f"
 RATE = 16_000
 
@@ -43,7 +43,7 @@ def rows(cases=None, shift=0.0, systems=SYSTEMS):
                     "clip_id": clip_id, "speaker": speaker, "case": case.name, "gap_ms": gap_ms, "start_s": 0.4,
                     "end_s": 0.4 + gap_ms / 1000, "gaps_s": f"0.400000-{0.4 + gap_ms / 1000:.6f}",
                     "in_words": clip_id != "lgazzp", "system": name, "kind": kinds[name],
-                    "gap_l1_db": 20 - 5 * place + gap_ms / 1000 + clip + more, "gap_l1_mel_db": "" if name == "damaged" else 7.5,
+                    "gap_l1_db": 20 - 5 * place + gap_ms / 1000 + clip + more, "gap_l1_mel_db": "" if name == "masked" else 7.5,
                     "pesq_nb": "" if bad else 1.5 + 0.7 * place - gap_ms / 2000, "pesq_wb": "",
                     "stoi": 0.6 + 0.1 * place - gap_ms / 5000, "estoi": 0.5 + 0.1 * place - gap_ms / 5000 - 0.01 * clip,
                     "cer": 0.125 if name == "av_mtl_s2s" else "", "said": SAID if name == "av_mtl_s2s" else "",
@@ -52,7 +52,7 @@ def rows(cases=None, shift=0.0, systems=SYSTEMS):
                 }  # fmt: skip
 
 
-def sound(seed, seconds=1.5):
+def audio(seed, seconds=1.5):
     t = np.arange(round(RATE * seconds)) / RATE
     x = sum(np.sin(2 * np.pi * 130 * k * t) / k for k in range(1, 20)) * np.clip(np.sin(12 * t), 0, None)
     return (0.1 * x + 0.003 * np.random.default_rng(seed).standard_normal(t.size)).astype(np.float32)
@@ -62,16 +62,16 @@ def example(folder, clip_id, case, suffix, gaps_s, why=""):
     """Sounds of a clip, and what summary.json says of it."""
     names = {"original": "original", **{s["name"]: s["kind"] for s in SYSTEMS}}
     stem = f"sounds/{clip_id}-{case.gap_ms}{case.family}"
-    sounds = {name: f"{stem}-{kind}{suffix}" for name, kind in names.items()}
-    for i, (name, path) in enumerate(sounds.items()):
-        x = sound(i)
-        for start, end in gaps_s if name == "damaged" else ():
+    waveforms = {name: f"{stem}-{kind}{suffix}" for name, kind in names.items()}
+    for i, (name, path) in enumerate(waveforms.items()):
+        x = audio(i)
+        for start, end in gaps_s if name == "masked" else ():
             x[int(start * RATE) : int(end * RATE)] = 0
-        clip_io.write_sound(folder / path, x, RATE)
+        clip_io.write_audio(folder / path, x, RATE)
     return {
         "clip_id": clip_id, "case": case.name, "gap_ms": case.gap_ms, "start_s": gaps_s[0][0], "end_s": gaps_s[-1][1],
         "gaps_s": " ".join(f"{s:.6f}-{e:.6f}" for s, e in gaps_s), "text": WORDS, "why": why,
-        "said": {"av_mtl_s2s": SAID}, "sounds": sounds,
+        "said": {"av_mtl_s2s": SAID}, "sounds": waveforms,
     }  # fmt: skip
 
 

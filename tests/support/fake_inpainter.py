@@ -11,12 +11,12 @@ from avsi_jax.media import clip_io
 
 
 @dataclasses.dataclass
-class MadeUp:
+class FakeInpainter:
     """An Inpainter that writes a few bytes, and does to a clip what its name says."""
 
     calls: list = dataclasses.field(default_factory=list)
 
-    def repair_file(self, source, target, gaps, *, face, sync, overwrite, progress):
+    def inpaint_file(self, source, target, gaps, *, face, sync, overwrite, progress):
         self.calls.append({"source": source, "target": target, "gaps": gaps, "face": face, "sync": sync, "overwrite": overwrite})
         progress(0.5)
         kind = Path(source).stem
@@ -45,13 +45,13 @@ RAISED = {
 }
 
 
-def stand_in(monkeypatch, tmp_path) -> MadeUp:
+def stand_in(monkeypatch, tmp_path) -> FakeInpainter:
     """In place of every Inpainter from now on, in a folder of the test; `asked`: the checkpoints that were to be loaded."""
-    painter, asked = MadeUp(), []
-    monkeypatch.setattr(api.Inpainter, "load", staticmethod(lambda checkpoint: asked.append(checkpoint) or painter))
-    painter.asked = asked
+    inpainter, asked = FakeInpainter(), []
+    monkeypatch.setattr(api.Inpainter, "load", staticmethod(lambda checkpoint: asked.append(checkpoint) or inpainter))
+    inpainter.asked = asked
     monkeypatch.chdir(tmp_path)
-    return painter
+    return inpainter
 
 
 def touch(*names):

@@ -11,7 +11,7 @@ from avsi_jax.media import clip_io
 from avsi_jax.models import systems
 
 
-class Found(NamedTuple):
+class DetectedCluster(NamedTuple):
     level: np.ndarray
 
 
@@ -28,25 +28,25 @@ class Hum:
         return systems.get(self.name)
 
     def restore(self, batch, gap):
-        return Found(np.zeros((len(gap), self.spec.num_frames, 1), np.float32))
+        return DetectedCluster(np.zeros((len(gap), self.spec.num_frames, 1), np.float32))
 
     def sentences(self, found):
         return [""] * len(found.level)
 
-    def to_sound(self, level, batch, gap):
+    def to_audio(self, level, batch, gap):
         return np.stack([self._one(*row) for row in zip(batch["audio"], gap)])
 
     def _one(self, audio, gap):
-        sound = clip_io.from_int16(audio)[: self.spec.record_samples]
-        hole = np.zeros(len(sound), bool)
+        waveform = clip_io.from_int16(audio)[: self.spec.record_samples]
+        gap_mask = np.zeros(len(waveform), bool)
         for start, end in gap:
-            hole[start:end] = True
-        self.heard.append((sound, hole))
-        power = np.sqrt(np.mean(np.square(sound[~hole & (sound != 0)]))) if (~hole & (sound != 0)).any() else 0.0
-        return np.where(hole, np.sqrt(2) * power * np.sin(np.arange(len(sound)) / 5), sound).astype(np.float32)
+            gap_mask[start:end] = True
+        self.heard.append((waveform, gap_mask))
+        power = np.sqrt(np.mean(np.square(waveform[~gap_mask & (waveform != 0)]))) if (~gap_mask & (waveform != 0)).any() else 0.0
+        return np.where(gap_mask, np.sqrt(2) * power * np.sin(np.arange(len(waveform)) / 5), waveform).astype(np.float32)
 
 
 def humming(monkeypatch, **fields) -> api.Inpainter:
     """An Inpainter that fills with a hum; no program is compiled for it."""
-    monkeypatch.setattr(api, "_mels", lambda sounds: np.zeros((2, 1, 64), np.float32))
+    monkeypatch.setattr(api, "_mels", lambda waveforms: np.zeros((2, 1, 64), np.float32))
     return api.Inpainter(Hum(**fields))

@@ -50,15 +50,15 @@ def command(program, *argv: str) -> str:
     raise ValueError(err.getvalue().rstrip("\n"))
 
 
-def ways_of_clips(root: Path, painter, by_page: bool) -> dict:
+def ways_of_clips(root: Path, inpainter, by_page: bool) -> dict:
     from avsi_jax.app import session
 
     inline = lambda work, jobs, **limits: [session.workers.Outcome(0, work(*jobs[0]))]
     session.workers.run = inline  # a child of its own for each upload takes a second: it is gone through over HTTP
-    visits = session.Visits(root / "tmp" / "visits", painter, session.Limits())
+    sessions = session.SessionStore(root / "tmp" / "visits", inpainter, session.Limits())
 
     def api(path):
-        repair = painter.inpaint(path, [GAP])
+        repair = inpainter.inpaint(path, [GAP])
         assert len(repair.samples) and len(repair.gaps) == 1, repair
         return repair.warnings
 
@@ -68,10 +68,10 @@ def ways_of_clips(root: Path, painter, by_page: bool) -> dict:
 
         from avsi_jax.app import ui
 
-        desk, request = ui.Desk(visits), types.SimpleNamespace(session_hash="one")
+        session_handlers, request = ui.Handlers(sessions), types.SimpleNamespace(session_hash="one")
         try:
-            desk.handler(desk.take)(request, str(path))
-            desk.handler(desk.restore)(request, "0.4-0.6", -1, False)
+            session_handlers.handler(session_handlers.take)(request, str(path))
+            session_handlers.handler(session_handlers.restore)(request, "0.4-0.6", -1, False)
         except gradio.Error as error:
             assert "That did not work" not in error.message, error.message
             raise ValueError(error.message) from None
@@ -79,9 +79,9 @@ def ways_of_clips(root: Path, painter, by_page: bool) -> dict:
     def visited(path):
         from avsi_jax.app import rendering
 
-        of = visits.of("one")
+        of = sessions.of("one")
         clip = of.take(path)
-        assert rendering.clip(clip, clip.holes)
+        assert rendering.clip(clip, clip.gaps)
         of.restore("0.4-0.6")
 
     return {"api": api, "page": handlers if by_page else visited}
@@ -102,11 +102,11 @@ def ways_of_weights(root: Path) -> dict:
     }
 
 
-def whole_command(root: Path, painter) -> dict:
+def whole_command(root: Path, inpainter) -> dict:
     """All clips by the command, in this process: code, what it wrote, s, MB."""
     from avsi_jax.inpainting import api, cli
 
-    api.Inpainter.load = staticmethod(lambda checkpoint: painter)  # the same weights, compiled already
+    api.Inpainter.load = staticmethod(lambda checkpoint: inpainter)  # the same weights, compiled already
     out, err = io.StringIO(), io.StringIO()
     peak_mb()
     began = time.monotonic()
@@ -125,8 +125,8 @@ def main(root: Path, first: int, more: str) -> None:
     real, sys.stdout = sys.stdout, sys.stderr
     from avsi_jax.inpainting.api import Inpainter
 
-    painter = Inpainter.load(root / "good")
-    ways = {True: ways_of_weights(root), False: ways_of_clips(root, painter, more == "page")}
+    inpainter = Inpainter.load(root / "good")
+    ways = {True: ways_of_weights(root), False: ways_of_clips(root, inpainter, more == "page")}
     for kind in ("wav", "mkv"):  # compiled, and loaded, before time is taken
         for way in ways[False].values():
             way(root / "whole" / f"a.{kind}")
@@ -140,9 +140,9 @@ def main(root: Path, first: int, more: str) -> None:
             began = time.monotonic()
             how, said = answer(work, path)
             faulthandler.cancel_dump_traceback_later()
-            tell(number=number, way=way, how=how, said=said, seconds=time.monotonic() - began, peak_mb=peak_mb())
+            tell(number=number, way=way, how=how, transcript=said, seconds=time.monotonic() - began, peak_mb=peak_mb())
     if more == "command":
-        tell(command=whole_command(root, painter))
+        tell(command=whole_command(root, inpainter))
 
 
 if __name__ == "__main__":

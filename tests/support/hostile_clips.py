@@ -55,7 +55,7 @@ class Maker:
 # ---- good clips ------------------------------------------------------------------------------------------------------------------
 
 
-def sound(rate: int) -> np.ndarray:
+def audio(rate: int) -> np.ndarray:
     """(N,) float32, 1.2 s of a buzz with a rush in it, silent in GAP."""
     time = np.arange(round(1.2 * rate)) / rate
     x = 0.2 * np.sin(2 * np.pi * 140 * time) * (1 + 0.5 * np.sin(2 * np.pi * 3 * time))
@@ -64,26 +64,26 @@ def sound(rate: int) -> np.ndarray:
     return x.astype(np.float32)
 
 
-def film(path: Path, container: str, video: str, audio: str, form: str = "yuv420p", rate: int = 16_000) -> None:
+def video_file(path: Path, container: str, video: str, audio: str, form: str = "yuv420p", rate: int = 16_000) -> None:
     """30 pictures of 64x48 and the sound."""
     import av
 
-    samples = np.rint(32_767 * sound(rate)).astype(np.int16)[None]
+    samples = np.rint(32_767 * audio(rate)).astype(np.int16)[None]
     with av.open(str(path), "w", format=container, options={"movflags": "faststart"} if container in ("mp4", "mov") else {}) as out:
-        pictures, heard = out.add_stream(video, rate=25), out.add_stream(audio, rate=rate, layout="mono")
-        pictures.width, pictures.height, pictures.pix_fmt, pictures.thread_count = 64, 48, form, 1
+        frames, heard = out.add_stream(video, rate=25), out.add_stream(audio, rate=rate, layout="mono")
+        frames.width, frames.height, frames.pix_fmt, frames.thread_count = 64, 48, form, 1
         for k in range(30):
             rgb = np.full((48, 64, 3), 4 * k, np.uint8)
             rgb[10:20, k : k + 8] = 255
             frame = av.VideoFrame.from_ndarray(rgb, format="rgb24").reformat(format=form)
             frame.pts, frame.time_base = k, Fraction(1, 25)
-            out.mux(pictures.encode(frame))
+            out.mux(frames.encode(frame))
         resampler = av.AudioResampler(heard.format, "mono", rate, heard.codec_context.frame_size or 1024)
         frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
         frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
         for piece in [*resampler.resample(frame), *resampler.resample(None)]:
             out.mux(heard.encode(piece))
-        for stream in (pictures, heard):
+        for stream in (frames, heard):
             out.mux(stream.encode(None))
 
 
@@ -92,13 +92,13 @@ def good(folder: Path) -> dict[str, bytes]:
     import soundfile
 
     folder.mkdir()
-    film(folder / "a.mpg", "mpeg", "mpeg1video", "mp2", rate=44_100)
-    film(folder / "a.mp4", "mp4", "mpeg4", "aac")
-    film(folder / "a.mkv", "matroska", "mpeg4", "flac")
-    film(folder / "a.mov", "mov", "mjpeg", "pcm_s16le", "yuvj420p")
-    film(folder / "a.avi", "avi", "mpeg4", "pcm_s16le")
+    video_file(folder / "a.mpg", "mpeg", "mpeg1video", "mp2", rate=44_100)
+    video_file(folder / "a.mp4", "mp4", "mpeg4", "aac")
+    video_file(folder / "a.mkv", "matroska", "mpeg4", "flac")
+    video_file(folder / "a.mov", "mov", "mjpeg", "pcm_s16le", "yuvj420p")
+    video_file(folder / "a.avi", "avi", "mpeg4", "pcm_s16le")
     for kind in ("wav", "flac"):
-        soundfile.write(folder / f"a.{kind}", sound(16_000), 16_000, "PCM_16")
+        soundfile.write(folder / f"a.{kind}", audio(16_000), 16_000, "PCM_16")
     return {kind: (folder / f"a.{kind}").read_bytes() for kind in KINDS}
 
 
@@ -106,7 +106,7 @@ def canary(folder: Path) -> dict[str, Path]:
     """What is named by play lists and is not to be opened: a text, and a film that could be played."""
     folder.mkdir()
     (folder / "canary.txt").write_text(f"{SECRET}\n" * 20)
-    film(folder / "canary.ts", "mpegts", "mpeg1video", "mp2", rate=44_100)
+    video_file(folder / "canary.ts", "mpegts", "mpeg1video", "mp2", rate=44_100)
     return {name: folder / f"canary.{name}" for name in ("txt", "ts")}
 
 
@@ -118,7 +118,7 @@ def clips(folder: Path, named: dict[str, Path], few: bool = False) -> list[Input
     whole, maker = good(folder.parent / "whole"), Maker(folder, few)
     _fuzzed(maker, whole)
     _empty(maker)
-    _claims_of_sound(maker, whole)
+    _claims_of_audio(maker, whole)
     _claims_of_films(maker, whole)
     _bombs(maker)
     _lists(maker, named)
@@ -162,9 +162,9 @@ def wav(data: bytes, *, tag=1, channels=1, rate=16_000, bits=16, align=None, siz
     return b"RIFF" + struct.pack("<I", len(body) if riff is None else riff) + body
 
 
-def _claims_of_sound(maker: Maker, whole) -> None:
+def _claims_of_audio(maker: Maker, whole) -> None:
     """Rates, channels, bits and lengths that are lies or beyond reason."""
-    pcm = np.rint(32_767 * sound(16_000)).astype("<i2").tobytes()
+    pcm = np.rint(32_767 * audio(16_000)).astype("<i2").tobytes()
     told = {
         "rate 0": {"rate": 0}, "rate 1": {"rate": 1}, "rate most": {"rate": 2**32 - 1},
         "rate prime": {"rate": 2**31 - 1}, "channels 0": {"channels": 0, "align": 2}, "channels 1024": {"channels": 1024},
@@ -225,7 +225,7 @@ def png(width: int, height: int) -> bytes:
     )
 
 
-def painted(path: Path, kind: str, picture: bytes, count: int, told: int) -> None:
+def painted(path: Path, kind: str, image: bytes, count: int, told: int) -> None:
     """A film of `count` times one .png, whose header tells of pictures of `told` points squared; and the sound."""
     import av
 
@@ -234,11 +234,11 @@ def painted(path: Path, kind: str, picture: bytes, count: int, told: int) -> Non
         video.width, video.height, video.pix_fmt = told, told, "monob"
         out.start_encoding()
         for k in range(count):
-            packet = av.Packet(picture)
+            packet = av.Packet(image)
             packet.pts = packet.dts = round(k / 25 / video.time_base)
             packet.stream, packet.time_base, packet.is_keyframe = video, video.time_base, True
             out.mux(packet)
-        samples = np.rint(32_767 * sound(16_000)).astype("<i2")
+        samples = np.rint(32_767 * audio(16_000)).astype("<i2")
         frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
         frame.sample_rate, frame.pts, frame.time_base = 16_000, 0, Fraction(1, 16_000)
         out.mux(audio.encode(frame))
@@ -265,13 +265,13 @@ def _bombs(maker: Maker) -> None:
 
 def _lists(maker: Maker, named: dict[str, Path]) -> None:
     """What names other files, in place of a clip."""
-    film, text = named["ts"].as_posix(), named["txt"].as_posix()
-    hls = f"#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:2\n#EXTINF:1.2,\n{film}\n#EXT-X-ENDLIST\n".encode()
-    concat = f"ffconcat version 1.0\nfile '{film}'\n".encode()
+    video_file, text = named["ts"].as_posix(), named["txt"].as_posix()
+    hls = f"#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:2\n#EXTINF:1.2,\n{video_file}\n#EXT-X-ENDLIST\n".encode()
+    concat = f"ffconcat version 1.0\nfile '{video_file}'\n".encode()
     sdp = f"v=0\no=- 0 0 IN IP4 127.0.0.1\ns={text}\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n".encode()
     mpd = (
         '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" mediaPresentationDuration="PT1.2S">'
-        f'<Period><AdaptationSet mimeType="video/mp2t"><Representation id="0"><BaseURL>file://{film}</BaseURL></Representation>'
+        f'<Period><AdaptationSet mimeType="video/mp2t"><Representation id="0"><BaseURL>file://{video_file}</BaseURL></Representation>'
         "</AdaptationSet></Period></MPD>"
     ).encode()
     for kind in KINDS:
@@ -281,9 +281,9 @@ def _lists(maker: Maker, named: dict[str, Path]) -> None:
     for kind in ("mpg", "mp4", "mkv"):
         maker.add("list", f"sdp.{kind}", sdp, REFUSED)
         maker.add("list", f"dash.{kind}", mpd, REFUSED)
-    url = b"\0\0\0\1" + struct.pack(">I", 12 + 1 + len(film)) + b"url \0\0\0\0file://" + film.encode() + b"\0"
+    url = b"\0\0\0\1" + struct.pack(">I", 12 + 1 + len(video_file)) + b"url \0\0\0\0file://" + video_file.encode() + b"\0"
     maker.add("list", "box.mov", struct.pack(">I", 8 + len(url)) + b"moov" + url, REFUSED)
-    maker.add("list", "asx.avi", f'<asx version="3.0"><entry><ref href="file://{film}"/></entry></asx>'.encode(), REFUSED)
+    maker.add("list", "asx.avi", f'<asx version="3.0"><entry><ref href="file://{video_file}"/></entry></asx>'.encode(), REFUSED)
     maker.add("list", "text.mp4", f"file://{text}\n".encode(), REFUSED)
     maker.add("list", "meta.mpg", f";FFMETADATA1\ntitle={text}\n".encode(), REFUSED)
 
@@ -311,7 +311,7 @@ def _other_kinds(maker: Maker, whole) -> None:
 
 def _extremes(maker: Maker) -> None:
     """Sounds of numbers that are none, or at the edge."""
-    x = sound(16_000)
+    x = audio(16_000)
     odd = {"nan": np.nan, "inf": np.inf, "minus inf": -np.inf}
     for name, value in odd.items():
         samples = x.copy()

@@ -21,7 +21,7 @@ def audible(config):
 
 
 @dataclasses.dataclass
-class MadeUpTracker:
+class FakeTracker:
     """Stands in for the face networks: all points of picture t, which `clip_of` writes into it, at `position(t)`; and a warning."""
 
     position: object = staticmethod(lambda t: 100 + 10 * np.sin(t))
@@ -48,18 +48,18 @@ def voice(seconds, rate, *, channels=1, seed=0):
     return np.stack([0.5 * x / (k + 1) for k in range(channels)], 1).astype(np.float32)
 
 
-def clip_of(samples, rate, *, num_pictures=0, fps=25.0, start_s=0.0, subtype="PCM_16"):
+def clip_of(samples, rate, *, num_video_frames=0, fps=25.0, start_s=0.0, subtype="PCM_16"):
     """A clip as read_clip would give it, with pictures whose colour is their number."""
-    pictures = None
-    if num_pictures:
-        number = np.arange(num_pictures)
+    video = None
+    if num_video_frames:
+        number = np.arange(num_video_frames)
         colour = np.stack([number % 256, number // 256, 0 * number], -1)
-        rgb = np.broadcast_to(colour[:, None, None], (num_pictures, 4, 6, 3)).astype(np.uint8)
-        pictures = clip_io.Pictures(rgb, fps, start_s, np.arange(num_pictures) / fps)
-    return clip_io.Clip("made-up", pictures, clip_io.Sound(samples, rate, 0.0, subtype, "pcm"))
+        rgb = np.broadcast_to(colour[:, None, None], (num_video_frames, 4, 6, 3)).astype(np.uint8)
+        video = clip_io.Video(rgb, fps, start_s, np.arange(num_video_frames) / fps)
+    return clip_io.Clip("made-up", video, clip_io.Audio(samples, rate, 0.0, subtype, "pcm"))
 
 
-def lost(gaps, num_samples, rate):
+def missing(gaps, num_samples, rate):
     """bool (N,): what the gaps take."""
     time = np.arange(num_samples)
     return np.any([(time >= round(a * rate)) & (time < round(b * rate)) for a, b in gaps], axis=0)

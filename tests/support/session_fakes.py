@@ -21,19 +21,19 @@ class Hum:
     def inpaint(self, clip, gaps, **asked):
         self.asked = asked
         found = clip_io.read_clip(clip)
-        samples, rate = found.sound.samples.copy(), found.sound.rate
+        samples, rate = found.audio.samples.copy(), found.audio.rate
         for start, end in gaps:
             span = slice(round(start * rate), round(end * rate))
             samples[span] = (0.25 * np.sin(np.arange(span.stop - span.start) / 8)[:, None]).astype(np.float32)
         rng, face = np.random.default_rng(0), (None, None, None)
-        if found.pictures is not None:
-            points = np.tile(rng.uniform(100, 200, (1, 68, 2)), (len(found.pictures.rgb), 1, 1)).astype(np.float32)
-            face = points, np.arange(len(points)) % 2 == 0, found.pictures.times
-        by = "sound and lips" if found.pictures is not None else "sound"
+        if found.video is not None:
+            points = np.tile(rng.uniform(100, 200, (1, 68, 2)), (len(found.video.rgb), 1, 1)).astype(np.float32)
+            face = points, np.arange(len(points)) % 2 == 0, found.video.times
+        by = "sound and lips" if found.video is not None else "sound"
         filled = tuple(api.Gap(a, b, 0.7, "bin <blue> at f two now", by) for a, b in gaps)
         blank = np.zeros((10, 64), np.float32)
         return api.Repair(
-            samples, rate, found.sound.subtype, filled, ("a <warning>",), blank, blank, 0.02, *face, None, {"all": 0.1}
+            samples, rate, found.audio.subtype, filled, ("a <warning>",), blank, blank, 0.02, *face, None, {"all": 0.1}
         )
 
 

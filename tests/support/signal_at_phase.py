@@ -20,7 +20,7 @@ def arrange(name: str, phase: str, nth: float, put=setattr) -> None:
     from avsi_jax.runtime import goodput
     from avsi_jax.training import checkpoints
 
-    entered, enter, saves, save = [], goodput.Phases.enter, [], checkpoints.Checkpoints.save
+    entered, enter, saves, save = [], goodput.PhaseTimer.enter, [], checkpoints.Checkpoints.save
 
     def entering(self, now: str) -> None:
         enter(self, now)
@@ -39,7 +39,7 @@ def arrange(name: str, phase: str, nth: float, put=setattr) -> None:
                 assert time.monotonic() < until, "nothing is being written"
             send(name)
 
-    put(goodput.Phases, "enter", entering)
+    put(goodput.PhaseTimer, "enter", entering)
     if phase == "saving":
         put(checkpoints.Checkpoints, "save", saving)
 

@@ -29,7 +29,7 @@ def voice(seed: int, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
     """Sound (N,) in [-1, 1] and its loudness (N,) in [0, 1]: six words of harmonics of a drifting pitch under two formants."""
     rng = np.random.default_rng(seed)
     time = np.arange(num_samples) / RATE
-    sound, loudness = 0.002 * rng.normal(size=num_samples), np.zeros(num_samples)
+    audio, loudness = 0.002 * rng.normal(size=num_samples), np.zeros(num_samples)
     for start, end in WORDS_S:
         part = np.clip((time - start) / (end - start), 0, 1)
         swell = np.sin(np.pi * part) ** 0.7
@@ -38,21 +38,21 @@ def voice(seed: int, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
         formants = rng.uniform([300, 900], [800, 2600])
         for k in range(1, 21):
             colour = sum(np.exp(-(((k * pitch - f) / 250) ** 2)) for f in formants) + 0.02
-            sound += 0.08 * swell * colour * np.sin(k * phase)
+            audio += 0.08 * swell * colour * np.sin(k * phase)
         loudness = np.maximum(loudness, swell)
-    return np.clip(sound, -1, 1), loudness
+    return np.clip(audio, -1, 1), loudness
 
 
 def measurement(seed: int) -> dict[str, np.ndarray]:
     """What tfds_grid.clips would have measured on a clip."""
     rng = np.random.default_rng(1000 + seed)
     samples, frames = SAMPLES[seed % 3], FRAMES[seed % 3]
-    sound, loudness = voice(seed, samples)
+    audio, loudness = voice(seed, samples)
     open_ = np.interp(np.arange(frames) / FPS, np.arange(samples) / RATE, loudness)
     points = rng.uniform([120, 80], [240, 250], (68, 2)) + rng.normal(0, 0.2, (frames, 68, 2))
     points[:, 48:, 1] += 8 * open_[:, None]
     return {
-        "audio": np.rint(32_767 * sound).astype(np.int16),
+        "audio": np.rint(32_767 * audio).astype(np.int16),
         "offset_s": np.float32(0.011),
         "landmarks": points.astype(np.float32),
         "landmarks_valid": np.ones(frames, bool),

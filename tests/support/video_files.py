@@ -15,7 +15,7 @@ def noise(num_samples, channels=1, level=0.1):
     return (x * np.minimum(1, np.arange(num_samples) / RATE)[:, None]).astype(np.float32)
 
 
-def make(path, video_codec, sound_codec, *, channels=1, rate=RATE, start_s=0.0, late_s=0.0, uneven=False, form=None, **options):
+def make(path, video_codec, audio_codec, *, channels=1, rate=RATE, start_s=0.0, late_s=0.0, uneven=False, form=None, **options):
     """A film of moving noise, pictures `late_s` after the sound, every packet unlike the others."""
     import av
 
@@ -31,8 +31,8 @@ def make(path, video_codec, sound_codec, *, channels=1, rate=RATE, start_s=0.0, 
             frame.pts, frame.time_base = round(1000 * seconds), fractions.Fraction(1, 1000)
             seconds += rng.integers(20, 90) / 1000 if uneven else 1 / FPS
             frames.append((frame.time, video, frame))
-        if sound_codec:
-            frames += sound_frames(out.add_stream(sound_codec, rate=rate, layout=muxing.LAYOUTS[channels]), x, rate, start_s)
+        if audio_codec:
+            frames += audio_frames(out.add_stream(audio_codec, rate=rate, layout=muxing.LAYOUTS[channels]), x, rate, start_s)
         for _, stream, frame in sorted(frames, key=lambda f: f[0]):
             out.mux(stream.encode(frame))
         for stream in out.streams:
@@ -40,7 +40,7 @@ def make(path, video_codec, sound_codec, *, channels=1, rate=RATE, start_s=0.0, 
     return path
 
 
-def sound_frames(stream, x, rate, start_s):
+def audio_frames(stream, x, rate, start_s):
     import av
 
     context = stream.codec_context
@@ -66,8 +66,8 @@ def made(once):
     """made(name) -> the path of a made clip. Not to be changed."""
 
     def fill(folder):
-        for name, (video, sound, how) in MADE.items():
-            make(folder / name, video, sound, **how)
+        for name, (video, audio, how) in MADE.items():
+            make(folder / name, video, audio, **how)
 
     return lambda name: once("made_clips", fill) / name
 
@@ -84,27 +84,27 @@ def stretches(times):
     yield from np.random.default_rng(1).uniform(-0.2, last, (4, 1)) + [0, 0.3]
 
 
-def assert_same_pictures(source, pictures, wanted=None):
-    for start, end in wanted or stretches(pictures.times):
-        asked = (pictures.times >= start) & (pictures.times < end)
-        got = source.pictures(start, end)
-        np.testing.assert_array_equal(got.times, pictures.times[asked])
-        np.testing.assert_array_equal(got.rgb, pictures.rgb[asked])
-        assert got.rgb.shape[1:] == pictures.rgb.shape[1:] and got.rgb.dtype == np.uint8
-        assert (got.fps, got.start_s) == (pictures.fps, pictures.start_s)
+def assert_same_video(source, video, wanted=None):
+    for start, end in wanted or stretches(video.times):
+        asked = (video.times >= start) & (video.times < end)
+        got = source.video(start, end)
+        np.testing.assert_array_equal(got.times, video.times[asked])
+        np.testing.assert_array_equal(got.rgb, video.rgb[asked])
+        assert got.rgb.shape[1:] == video.rgb.shape[1:] and got.rgb.dtype == np.uint8
+        assert (got.fps, got.start_s) == (video.fps, video.start_s)
 
 
 def assert_same(source, clip):
-    samples = clip.sound.samples
-    assert (source.num_samples, source.channels) == samples.shape and source.duration_s == len(samples) / clip.sound.rate
-    assert (source.rate, source.subtype, source.codec) == (clip.sound.rate, clip.sound.subtype, clip.sound.codec)
-    assert source.lag_s == clip_io.sound_lag_s(clip)
+    samples = clip.audio.samples
+    assert (source.num_samples, source.channels) == samples.shape and source.duration_s == len(samples) / clip.audio.rate
+    assert (source.rate, source.subtype, source.codec) == (clip.audio.rate, clip.audio.subtype, clip.audio.codec)
+    assert source.lag_s == clip_io.audio_lag_s(clip)
     for start, stop in [(0, len(samples)), (len(samples) - 5, len(samples)), (1000, 1000), (301, 9004), (0, 1)]:
-        got = source.sound(start, stop)
+        got = source.audio(start, stop)
         np.testing.assert_array_equal(got, samples[start:stop])
         assert got.dtype == samples.dtype
-    if clip.pictures is None:
-        assert not source.has_pictures and source.size == (0, 0)
+    if clip.video is None:
+        assert not source.has_video and source.size == (0, 0)
         return
-    assert source.has_pictures and source.size == clip.pictures.rgb.shape[2:0:-1] and source.fps == clip.pictures.fps
-    assert_same_pictures(source, clip.pictures)
+    assert source.has_video and source.size == clip.video.rgb.shape[2:0:-1] and source.fps == clip.video.fps
+    assert_same_video(source, clip.video)

@@ -21,9 +21,9 @@ CLIP = "bbaf2n"  # a Grid id, whoever speaks: "bin blue at f two now"
 def original(synthetic_dir):
     """(pictures (75, 288, 360, 3), sound (N,) int16 at 25 kHz, path of the .mpg) of one synthetic clip."""
     path = sorted(synthetic_dir.glob("s1/*.mpg"))[0]
-    sound, rate = soundfile.read(synthetic_dir / f"audio_25k/s1/{path.stem}.wav", dtype="int16")
+    audio, rate = soundfile.read(synthetic_dir / f"audio_25k/s1/{path.stem}.wav", dtype="int16")
     assert rate == 25_000
-    return clip_io.read_clip(path).pictures.rgb, sound, path
+    return clip_io.read_clip(path).video.rgb, audio, path
 
 
 @pytest.fixture(scope="module")
@@ -35,34 +35,34 @@ def reference(original):
 def raw_clip(video=None, clip_id=CLIP, **files):
     """RawClip of paths; pictures: a list of them."""
     file = lambda path: RawFile(Path(path), Path(path).name) if path else None
-    pictures = tuple(map(file, files.pop("pictures", ())))
-    return speakers.RawClip(clip_id, "s1", file(video), pictures=pictures, **{k: file(p) for k, p in files.items()})
+    frames = tuple(map(file, files.pop("pictures", ())))
+    return speakers.RawClip(clip_id, "s1", file(video), images=frames, **{k: file(p) for k, p in files.items()})
 
 
-def encode(path, rgb, sound, *, fps=25, rate=25_000, times=None):
+def encode(path, rgb, waveform, *, fps=25, rate=25_000, times=None):
     """.mkv of nearly lossless MPEG-4 pictures and, where there is any, 16-bit sound (N,) or (N, C)."""
     with av.open(str(path), "w") as container:
         video = container.add_stream("mpeg4", rate=fps)
         video.height, video.width, video.pix_fmt = *rgb.shape[1:3], "yuv420p"
         video.options = {"qscale": "2"}
         video.codec_context.qmin = video.codec_context.qmax = 2
-        if sound is not None:
-            sound = sound[:, None] if sound.ndim == 1 else sound
-            audio = container.add_stream("pcm_s16le", rate=rate, layout={1: "mono", 2: "stereo"}[sound.shape[1]])
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(sound).reshape(1, -1), "s16", audio.layout.name)
+        if waveform is not None:
+            waveform = waveform[:, None] if waveform.ndim == 1 else waveform
+            audio = container.add_stream("pcm_s16le", rate=rate, layout={1: "mono", 2: "stereo"}[waveform.shape[1]])
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(waveform).reshape(1, -1), "s16", audio.layout.name)
             frame.sample_rate, frame.pts = rate, 0
             container.mux(audio.encode(frame))
             container.mux(audio.encode(None))
-        for index, picture in zip(times if times is not None else range(len(rgb)), rgb, strict=True):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
+        for index, image in zip(times if times is not None else range(len(rgb)), rgb, strict=True):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
             frame.pts = int(index)
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
     return path
 
 
-def measure(tmp_path, rgb, sound, mouth=False, **options):
-    return clips.measure(raw_clip(encode(tmp_path / f"{CLIP}.mkv", rgb, sound, **options)), mouth=mouth)
+def measure(tmp_path, rgb, audio, mouth=False, **options):
+    return clips.measure(raw_clip(encode(tmp_path / f"{CLIP}.mkv", rgb, audio, **options)), mouth=mouth)
 
 
 def notes(measured):
@@ -107,12 +107,12 @@ def test_bytes_changed_in_the_middle(tmp_path, original, reference):
 
 
 @pytest.mark.parametrize("frames", [74, 70])
-def test_a_few_pictures_less_are_kept_and_noted(tmp_path, original, frames):
+def test_a_few_frames_less_are_kept_and_noted(tmp_path, original, frames):
     measured = measure(tmp_path, original[0][:frames], original[1])
     assert len(measured["landmarks"]) == frames and notes(measured) == {"pictures": f"{frames}, not 75"}
 
 
-def test_fewer_pictures_are_not_kept(tmp_path, original):
+def test_fewer_frames_are_not_kept(tmp_path, original):
     with pytest.raises(clips.UnusableClipError, match="cut short: 69 pictures, 2.76 s of the 3 s of a Grid clip"):
         measure(tmp_path, original[0][:69], original[1])
     own = encode(tmp_path / "own.mkv", original[0][:50], original[1])  # not Grid's: only its two parts must fit
@@ -152,7 +152,7 @@ def test_face_lost_in_the_middle(tmp_path, original):
         measure(tmp_path, rgb, original[1])
 
 
-def test_other_picture_sizes(tmp_path, original, reference):
+def test_other_frame_sizes(tmp_path, original, reference):
     big = np.repeat(np.repeat(original[0], 2, axis=1), 2, axis=2)
     measured = measure(tmp_path, big, original[1])
     assert measured["frame_size"].tolist() == [720, 576] and not len(measured["notes"])
@@ -172,7 +172,7 @@ def test_other_frame_rates_are_brought_to_25(tmp_path, original, reference, fps,
     assert np.corrcoef(lip(measured), lip(reference))[0, 1] > 0.85
 
 
-def test_pictures_missing_in_the_middle(tmp_path, original, reference):
+def test_frames_missing_in_the_middle(tmp_path, original, reference):
     """A file may leave pictures out and say so by its times: the others keep theirs."""
     kept = np.array([*range(30), *range(36, 75)])
     measured = measure(tmp_path, original[0][kept], original[1], times=kept)
@@ -196,32 +196,32 @@ def test_interpolation_in_time():
     np.testing.assert_array_equal(nearest, np.abs(times[None] - wanted[:, None]).argmin(1))
 
 
-def test_a_folder_of_pictures(tmp_path, original, reference):
+def test_a_folder_of_frames(tmp_path, original, reference):
     paths = []
-    for number, picture in enumerate(original[0]):
+    for number, image in enumerate(original[0]):
         paths.append(tmp_path / f"{number}.png")
         with av.open(str(paths[-1]), "w", format="image2") as container:
             stream = container.add_stream("png", rate=1)
-            stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "rgb24"
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+            stream.height, stream.width, stream.pix_fmt = *image.shape[:2], "rgb24"
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
     soundfile.write(tmp_path / "x.wav", original[1], 25_000)
-    measured = clips.measure(raw_clip(pictures=paths, sound=tmp_path / "x.wav"), mouth=True)
+    measured = clips.measure(raw_clip(video=paths, audio=tmp_path / "x.wav"), mouth=True)
     np.testing.assert_array_equal(measured["landmarks"], reference["landmarks"])
     np.testing.assert_array_equal(measured["mouth"], reference["mouth"])
     assert measured["audio"].shape == (48_000,) and measured["offset_s"] == 0
     with pytest.raises(clips.UnusableClipError, match="no sound in it and no wav"):
-        clips.measure(raw_clip(pictures=paths), mouth=False)
+        clips.measure(raw_clip(video=paths), mouth=False)
     kept = [*paths[:30], *paths[36:]]  # numbers 30 to 35 are not there: the others keep their time
-    gone = clips.measure(raw_clip(pictures=kept, sound=tmp_path / "x.wav"), mouth=False)
+    gone = clips.measure(raw_clip(video=kept, audio=tmp_path / "x.wav"), mouth=False)
     assert len(gone["landmarks"]) == 75
     np.testing.assert_array_equal(np.flatnonzero(~gone["landmarks_valid"]), np.arange(30, 36))
     assert np.abs(gone["landmarks"][40:] - reference["landmarks"][40:]).max() < 3
     paths[7].write_bytes(b"no picture")
     with pytest.raises(clips.UnusableClipError, match="cannot be decoded as a picture"):
-        clips.measure(raw_clip(pictures=paths, sound=tmp_path / "x.wav"), mouth=False)
+        clips.measure(raw_clip(video=paths, audio=tmp_path / "x.wav"), mouth=False)
 
 
-def test_a_picture_that_would_fill_the_memory(tmp_path):
+def test_a_frame_that_would_fill_the_memory(tmp_path):
     """A .png of 60 bytes that claims 30,000 x 30,000 pixels."""
     chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0))
@@ -229,27 +229,27 @@ def test_a_picture_that_would_fill_the_memory(tmp_path):
     for path in paths:
         path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b""))
     with pytest.raises(clips.UnusableClipError, match="30000x30000|decoded"):
-        clips.measure(raw_clip(pictures=paths), mouth=False)
+        clips.measure(raw_clip(video=paths), mouth=False)
 
 
 # ------------------------------------------------------------------------------------------------------------------- sound
 
 
-def test_silent_and_missing_sound(tmp_path, original):
+def test_silent_and_missing_audio(tmp_path, original):
     with pytest.raises(clips.UnusableClipError, match="silent: its loudest sample is 0 of 32768"):
         measure(tmp_path, original[0], np.zeros(75_000, np.int16))
     with pytest.raises(clips.UnusableClipError, match="no sound in it and no wav beside it"):
         measure(tmp_path, original[0], None)
 
 
-def test_the_wav_stands_in_for_missing_sound(tmp_path, original):
+def test_the_wav_stands_in_for_missing_audio(tmp_path, original):
     video, wav = encode(tmp_path / "x.mkv", original[0], None), tmp_path / "x.wav"
     soundfile.write(wav, original[1], 25_000)
-    measured = clips.measure(raw_clip(video, sound=wav), mouth=False)
+    measured = clips.measure(raw_clip(video, audio=wav), mouth=False)
     assert measured["audio"].shape == (48_000,) and measured["offset_s"] == 0 and not len(measured["notes"])
 
 
-def test_clipped_sound_is_noted(tmp_path, original):
+def test_clipped_audio_is_noted(tmp_path, original):
     loud = np.clip(original[1].astype(np.int32) * 30, -32_768, 32_767).astype(np.int16)
     measured = measure(tmp_path, original[0], loud)
     assert notes(measured)["clipped"].endswith("% of the samples are at full scale")
@@ -270,46 +270,46 @@ def test_a_wav_that_can_not_be_used_is_not(tmp_path, original, synthetic_dir, co
     else:
         wav.write_bytes(content)
     without = clips.measure(raw_clip(original[2]), mouth=False)
-    measured = clips.measure(raw_clip(original[2], sound=wav), mouth=False)
+    measured = clips.measure(raw_clip(original[2], audio=wav), mouth=False)
     assert notes(measured)["wav"].endswith("not used")
     np.testing.assert_array_equal(measured["audio"], without["audio"])
 
 
 @pytest.mark.parametrize("where", ["own", "wav"])
-def test_sound_that_is_no_number_is_not_used(tmp_path, original, where):
+def test_audio_that_is_no_number_is_not_used(tmp_path, original, where):
     broken = (original[1] / 32_768).astype(np.float32)
     broken[500] = np.nan
     wav = tmp_path / "x.wav"
     soundfile.write(wav, broken if where == "wav" else original[1], 25_000, subtype="FLOAT" if where == "wav" else "PCM_16")
     if where == "wav":
-        measured = clips.measure(raw_clip(original[2], sound=wav), mouth=False)
+        measured = clips.measure(raw_clip(original[2], audio=wav), mouth=False)
         assert notes(measured)["wav"].endswith("not used") and np.isfinite(measured["offset_s"])
         return
-    shown = clip_io.Clip("x", None, clip_io.Sound(broken[:, None], 25_000, 0.0, "FLOAT", "pcm_f32le"))
+    shown = clip_io.Clip("x", None, clip_io.Audio(broken[:, None], 25_000, 0.0, "FLOAT", "pcm_f32le"))
     said = []
-    audio, offset_s = clips._sound(raw_clip(original[2], sound=wav), shown, said)
+    audio, offset_s = clips._audio(raw_clip(original[2], audio=wav), shown, said)
     assert offset_s == 0 and audio.shape == (48_000,) and "NaN" in said[0]
     with pytest.raises(clip_io.MediaError, match="NaN"):
-        clips._sound(raw_clip(original[2]), shown, [])
+        clips._audio(raw_clip(original[2]), shown, [])
 
 
 def test_a_silent_track_gives_way_to_the_wav(tmp_path, original):
     video, wav = encode(tmp_path / "x.mkv", original[0], np.zeros(75_000, np.int16)), tmp_path / "x.wav"
     soundfile.write(wav, original[1], 25_000)
-    assert np.abs(clips.measure(raw_clip(video, sound=wav), mouth=False)["audio"]).max() > 1000
+    assert np.abs(clips.measure(raw_clip(video, audio=wav), mouth=False)["audio"]).max() > 1000
 
 
 def test_a_wav_cut_short_gives_way_to_the_clips_own(tmp_path, original):
     soundfile.write(tmp_path / "x.wav", original[1][:52_000], 25_000)
-    measured = clips.measure(raw_clip(original[2], sound=tmp_path / "x.wav"), mouth=False)
+    measured = clips.measure(raw_clip(original[2], audio=tmp_path / "x.wav"), mouth=False)
     assert notes(measured) == {"wav": "is cut short, 2.08 s; not used"} and len(measured["audio"]) > 47_000
 
 
-def test_sound_and_picture_are_in_step(synthetic_dir):
+def test_audio_and_frame_are_in_step(synthetic_dir):
     """The wav is in step with the pictures; the .mpg's sound lags as its times say, by the MP2 encoder's 481 samples."""
     for video in sorted(synthetic_dir.glob("s*/*.mpg"))[::2]:
         wav = synthetic_dir / f"audio_25k/{video.parent.name}/{video.stem}.wav"
-        with_wav = clips.measure(raw_clip(video, sound=wav), mouth=False)
+        with_wav = clips.measure(raw_clip(video, audio=wav), mouth=False)
         alone = clips.measure(raw_clip(video), mouth=False)
         assert abs(with_wav["offset_s"]) < 3e-4 and abs(alone["offset_s"] - 481 / 44_100) < 3e-4
         lag_s, match = clips.lag_after(alone["audio"] / 32_768, with_wav["audio"] / 32_768)
@@ -392,7 +392,7 @@ def test_the_cache_knows_what_went_in(tmp_path, original, monkeypatch):
     np.testing.assert_array_equal(clips.load_measured(first)["audio"], np.arange(9))
     others = {
         clips.measure_cached(clip, cache, mouth=True),
-        clips.measure_cached(raw_clip(tmp_path / "a.mpg", sound=tmp_path / "a.wav"), cache, mouth=False),
+        clips.measure_cached(raw_clip(tmp_path / "a.mpg", audio=tmp_path / "a.wav"), cache, mouth=False),
     }
     (tmp_path / "a.mpg").write_bytes(b"two")
     others.add(clips.measure_cached(clip, cache, mouth=False))

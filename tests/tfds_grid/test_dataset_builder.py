@@ -120,8 +120,8 @@ def test_a_record_holds_what_the_design_says(examples):
         assert x["landmarks_valid"].shape == (frames,) and x["landmarks_valid"].dtype == bool
         assert (~x["landmarks_valid"]).sum() == (12 if clip_id == "bbizzn" else 0)
         assert x["frame_size"].tolist() == [360, 288] and x["fps"] == 25
-        eyes, mouth = x["landmarks"][:, 36:48].mean((0, 1)), x["landmarks"][:, 48:].mean((0, 1))
-        assert 100 < eyes[0] < 260 and eyes[1] + 20 < mouth[1] < 288
+        face_models, mouth = x["landmarks"][:, 36:48].mean((0, 1)), x["landmarks"][:, 48:].mean((0, 1))
+        assert 100 < face_models[0] < 260 and face_models[1] + 20 < mouth[1] < 288
         assert x["audio"].shape == ((48_000,) if clip_id == "swwp2s" else (47_647,)) and x["audio"].dtype == np.int16
 
 
@@ -135,7 +135,7 @@ def test_text_and_words(examples):
         assert " ".join(w["word"] for w in x["words"]) == ("" if clip_id == NO_WORDS else x["text"])
 
 
-def test_sound_of_the_video_is_the_mean_of_its_channels(raw, examples):
+def test_audio_of_the_video_is_the_mean_of_its_channels(raw, examples):
     import av
     import soxr
 
@@ -149,7 +149,7 @@ def test_sound_of_the_video_is_the_mean_of_its_channels(raw, examples):
     assert examples["bbaz5s"]["offset_s"] == np.float32(0.011)  # grid/README.md: the MP2 encoder's delay
 
 
-def test_sound_of_the_wav_is_in_step_with_the_picture(raw, examples):
+def test_audio_of_the_wav_is_in_step_with_the_frame(raw, examples):
     import soundfile
     import soxr
 

@@ -60,12 +60,12 @@ def faulty(synthetic_dir, raw):
     shutil.copytree(synthetic_dir, raw)
     ids = sorted(p.stem for p in raw.glob("s*/*.mpg"))
     video = {i: next(raw.glob(f"s*/{i}.mpg")) for i in ids}
-    sound = {i: next(raw.glob(f"audio_25k/*/{i}.wav")) for i in ids}
+    audio = {i: next(raw.glob(f"audio_25k/*/{i}.wav")) for i in ids}
     words = {i: next(raw.glob(f"alignments/*/{i}.align")) for i in ids}
     video[ids[0]].write_bytes(b"")
     data = video[ids[1]].read_bytes()
     video[ids[1]].write_bytes(data[: len(data) // 2])
-    sound[ids[2]].write_bytes(b"RIFF")
+    audio[ids[2]].write_bytes(b"RIFF")
     words[ids[3]].write_text("0 75000 nothing\n")
     video[ids[4]].rename(video[ids[4]].with_name(f"{ids[4]} copy é.mpg"))
     make(raw, "__MACOSX/s1/._x.mpg", "s1/.DS_Store")

@@ -264,7 +264,7 @@ def test_all_layouts_mixed(tmp_path):
     found = find(raw, tmp_path)
     assert not found.left_out and not found.without_video
     assert {c.id: c.speaker for c in found.clips} == dict.fromkeys(HIS[:3], "s1") | dict.fromkeys(HERS[:3], "s4")
-    parts = {c.id: tuple(f and f.place for f in (c.video, c.sound, c.words)) for c in found.clips}
+    parts = {c.id: tuple(f and f.place for f in (c.video, c.audio, c.words)) for c in found.clips}
     assert parts == {
         HIS[0]: (f"s1/s1/{HIS[0]}.mpg", f"audio_25k/audio_25k/s1/{HIS[0]}.wav", f"alignments/alignments/s1/{HIS[0]}.align"),
         HIS[1]: (None, f"wavs/{HIS[1]}.wav", None),
@@ -273,7 +273,7 @@ def test_all_layouts_mixed(tmp_path):
         HERS[1]: (f"s4/{HERS[1]}.mpg", None, None),
         HERS[2]: (f"s4/video/mpg_6000/{HERS[2]}.mpg", f"s4/audio/{HERS[2]}.wav", f"s4/align/{HERS[2]}.align"),
     }
-    assert [f.name for c in found.clips if c.id == HIS[1] for f in c.pictures] == ["1.png", "9.png", "10.png"]
+    assert [f.name for c in found.clips if c.id == HIS[1] for f in c.images] == ["1.png", "9.png", "10.png"]
 
 
 def test_swapped_folders_change_nothing(tmp_path):
@@ -292,7 +292,7 @@ def test_of_two_files_of_an_id_the_better_is_taken(tmp_path):
     make(raw, f"sounds/s4/{clip}.wav", f"sounds/s1/{clip}.wav", f"x/s4/{clip}.align", f"y/s1/{clip}.align")
     found = find(raw, tmp_path)
     (taken,) = found.clips
-    assert (taken.video.place, taken.sound.place, taken.words.place) == (
+    assert (taken.video.place, taken.audio.place, taken.words.place) == (
         f"b/s1/{clip}.mpg", f"sounds/s1/{clip}.wav", f"y/s1/{clip}.align"
     )  # fmt: skip
     assert set(found.left_out) == {f"a/s1/{clip}.mp4", f"a/s4/{clip}.mpg", f"s1/{clip}"}
@@ -313,7 +313,7 @@ def test_what_is_left_out_has_a_reason(tmp_path):
     }
 
 
-def test_sound_without_video_is_counted(tmp_path):
+def test_audio_without_video_is_counted(tmp_path):
     ids = grid_ids.ids_of("s21")[:3]
     make(tmp_path / "raw", *(f"audio_25k/s21/{i}.wav" for i in ids), f"alignments/s21/{ids[0]}.align", f"s1/{HIS[0]}.mpg")
     found = find(tmp_path / "raw", tmp_path)
@@ -332,9 +332,9 @@ def test_own_recordings(tmp_path):
     }  # fmt: skip
     assert found.ignored == {".webm": 1} and not found.left_out
     by_id = {c.id: c for c in found.clips}
-    assert by_id["Anna B/take 1"].words.place == "Anna B/take 1.txt" and by_id["Jörg/take 1"].sound.place == "Jörg/take 1.wav"
-    assert by_id["Cy/a/take"].words is None and by_id["Dee/a/take"].words and by_id["Eve/take.1"].sound.place == "Eve/take.1.wav"
-    assert by_id["Anna B/take 1"].sound is None and not any(c.is_grid for c in found.clips)
+    assert by_id["Anna B/take 1"].words.place == "Anna B/take 1.txt" and by_id["Jörg/take 1"].audio.place == "Jörg/take 1.wav"
+    assert by_id["Cy/a/take"].words is None and by_id["Dee/a/take"].words and by_id["Eve/take.1"].audio.place == "Eve/take.1.wav"
+    assert by_id["Anna B/take 1"].audio is None and not any(c.is_grid for c in found.clips)
     # nobody is Grid's there: s30 of this folder is no test speaker, and everybody is hashed
     splits = {speakers.split_of(f"me/{n}", "s30", "speaker_independent", layout="folder") for n in range(200)}
     assert splits == {"train", "validation_seen", "test_seen"}

@@ -60,8 +60,8 @@ def follow(tmp_path_factory):
 
     def one(speaker, clip_id):
         clip = synthetic.make_clip(speaker, clip_id, 0)
-        grid_mpeg.write_clip(path, clip.pictures, visemes.FPS, clip.speech.sound, synthetic.RATE)
-        return clip, tracker(clip_io.read_clip(path).pictures.rgb)
+        grid_mpeg.write_clip(path, clip.video, visemes.FPS, clip.speech.audio, synthetic.RATE)
+        return clip, tracker(clip_io.read_clip(path).video.rgb)
 
     return one
 
@@ -101,19 +101,19 @@ def test_files_lie_as_in_the_zenodo_record(raw):
 
 
 @needs_extra
-def test_video_and_sound_are_of_grids_kind(raw):
+def test_video_and_audio_are_of_grids_kind(raw):
     import cv2
 
     for path in sorted(raw.glob("s?/*.mpg")):
         reader = cv2.VideoCapture(str(path))
         assert reader.get(cv2.CAP_PROP_FPS) == 25
         shapes = []
-        while (picture := reader.read())[0]:
-            shapes.append(picture[1].shape)
+        while (image := reader.read())[0]:
+            shapes.append(image[1].shape)
         assert shapes == [(288, 360, 3)] * 75
-        with wave.open(str(raw / "audio_25k" / path.parent.name / f"{path.stem}.wav")) as sound:
-            assert (sound.getframerate(), sound.getnchannels(), sound.getsampwidth(), sound.getnframes()) == (25_000, 1, 2, 75_000)
-            samples = np.frombuffer(sound.readframes(75_000), "<i2")
+        with wave.open(str(raw / "audio_25k" / path.parent.name / f"{path.stem}.wav")) as audio:
+            assert (audio.getframerate(), audio.getnchannels(), audio.getsampwidth(), audio.getnframes()) == (25_000, 1, 2, 75_000)
+            samples = np.frombuffer(audio.readframes(75_000), "<i2")
         assert 3000 < np.abs(samples).max() < 32767
 
 
@@ -125,8 +125,8 @@ def test_words_are_those_of_the_id_and_lie_where_it_is_loud(raw):
         assert [int(end) for _, end, _ in rows] == edges[1:] and edges[0] == 0 and edges[-1] == 75_000
         assert (np.diff(edges) > 25_000 * 0.04).all()
         assert [word for *_, word in rows] == ["sil", *grid_text.words_of(path.stem), "sil"]
-        with wave.open(str(raw / "audio_25k" / path.parent.name / f"{path.stem}.wav")) as sound:
-            level = np.abs(np.frombuffer(sound.readframes(75_000), "<i2").astype(float))
+        with wave.open(str(raw / "audio_25k" / path.parent.name / f"{path.stem}.wav")) as audio:
+            level = np.abs(np.frombuffer(audio.readframes(75_000), "<i2").astype(float))
         loud = [level[start:end].mean() for start, end in zip(edges[:-1], edges[1:])]
         assert max(loud[0], loud[-1]) * 10 < min(loud[1:-1])
 
@@ -138,7 +138,7 @@ def test_a_build_finds_every_clip_with_its_speaker(raw, tmp_path):
     corpus = speakers.find_clips(raw, cache=tmp_path)
     wanted = {(clip_id, speaker) for speaker in ("s1", "s2") for clip_id in synthetic.sentences(speaker, 2, 5)}
     assert {(clip.id, clip.speaker) for clip in corpus.clips} == wanted
-    assert all(clip.video and clip.sound and clip.words for clip in corpus.clips)
+    assert all(clip.video and clip.audio and clip.words for clip in corpus.clips)
 
 
 @needs_extra
@@ -185,7 +185,7 @@ def test_a_killed_run_leaves_whole_files_and_is_completed(raw, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- face and voice
 
 
-def test_the_face_is_found_in_every_picture(followed):
+def test_the_face_is_found_in_every_frame(followed):
     for clip, track in followed:
         assert track.valid.all() and len(track.valid) == 75 and track.warnings == (), clip.speaker
 
@@ -224,7 +224,7 @@ def test_pressed_lips_are_seen_shut(followed):
     assert pressed >= 5 and opened >= 20
 
 
-def test_every_p_b_and_m_is_pressed_in_some_picture(followed):
+def test_every_p_b_and_m_is_pressed_in_some_frame(followed):
     for clip, _ in followed:
         for start, _, phone in clip.speech.phones:
             if phone.lstrip(visemes.STRESS_MARKS) in ("p", "b", "m"):
@@ -232,21 +232,21 @@ def test_every_p_b_and_m_is_pressed_in_some_picture(followed):
                 assert clip.mouth[near, visemes.PRESS].max() > 0.7, (clip.id, phone, start)
 
 
-def test_lips_and_sound_belong_together(followed):
+def test_lips_and_audio_belong_together(followed):
     """Opening against the level of the sound, all clips: best where neither is shifted by more than a picture."""
     lags = range(-6, 7)
     r = np.zeros(len(lags))
     for clip, _ in followed:
-        power = (clip.speech.sound.astype(float) ** 2).reshape(-1, 500).sum(1)  # 20 ms
+        power = (clip.speech.audio.astype(float) ** 2).reshape(-1, 500).sum(1)  # 20 ms
         level = np.log10(np.maximum(np.convolve(power, np.ones(3) / 3, "same")[::2], 1e4))
         opening = clip.mouth[:, visemes.OPEN]
         r += [np.corrcoef(np.roll(opening, lag), level)[0, 1] for lag in lags]
     assert abs(lags[int(np.argmax(r))]) <= 1 and r.max() / len(followed) > 0.6
 
 
-def median_pitch(sound):
+def median_pitch(audio):
     """Hz, of the louder half-second or so of 25 kHz sound (N,): the highest peak of the autocorrelation, 60 to 400 Hz."""
-    frames = np.lib.stride_tricks.sliding_window_view(sound.astype(float), 1500)[::500]
+    frames = np.lib.stride_tricks.sliding_window_view(audio.astype(float), 1500)[::500]
     loud = frames[(frames**2).mean(1) > 0.1 * (frames**2).mean(1).max()]
     likeness = np.fft.irfft(np.abs(np.fft.rfft(loud * np.hanning(1500), 4096)) ** 2)[:, 62:417]
     return 25_000 / np.median(62 + likeness.argmax(1))
@@ -256,7 +256,7 @@ def median_pitch(sound):
 def test_voices_differ():
     """The same sentence, said by each: every two are at least 5 % apart in pitch."""
     pitch = {
-        speaker: median_pitch(synthetic.speak(speaker, "bbaf2n", np.random.default_rng(0)).sound) for speaker in synthetic.VOICES
+        speaker: median_pitch(synthetic.speak(speaker, "bbaf2n", np.random.default_rng(0)).audio) for speaker in synthetic.VOICES
     }
     order = sorted(pitch, key=pitch.get)
     assert order == ["s5", "s1", "s3", "s2", "s4", "s6"]

@@ -20,13 +20,13 @@ KEY = jax.random.key(7)
 TRAINING_ALONE = {
     "dropout": 0.5, "gaps.curriculum_steps": 100, "augment.speed": 0.1, "augment.gain_db": 6.0, "augment.mirror": 0.5,
     "augment.stretch": 0.1, "augment.noise_px": 0.5, "augment.jitter_ms": 20.0,
-    "augment.lose_video": 0.3, "augment.lose_sound": 0.3,
+    "augment.drop_video": 0.3, "augment.drop_audio": 0.3,
 }  # fmt: skip
 UNIFIED = {
     "system": "av_unified", "preset": "paper", "motion": "pixels", "units": 4, "layers": 1, "stack": 4, "ctc_units": "phones",
     "loss.whole": 0.1, "loss.gap": 1.0, "loss.ctc": 0.01, "loss.near_frames": 3, "gaps.max_count": 2,
 }  # fmt: skip
-FIXED = {"augment.jitter_ms": 0.0, "augment.lose_video": 0.0, "augment.lose_sound": 0.0}  # where a test says nothing of them
+FIXED = {"augment.jitter_ms": 0.0, "augment.drop_video": 0.0, "augment.drop_audio": 0.0}  # where a test says nothing of them
 
 
 def config_of(name="base", **fields):
@@ -65,7 +65,7 @@ def drawn(monkeypatch, config, *, step=0, train=True, count=2_000, faceless=Fals
 def plainly(config, batch, share=1.0):
     """What audio/gap_masks.py draws by the key itself, of so large a share of the time."""
     how = {k: v for k, v in config.gaps.items() if k not in ("protocol", "curriculum_steps")}
-    how |= {k: np.float32(how[k] * share) for k in ("low_ms", "high_ms")}
+    how |= {k: np.float32(how[k] * share) for k in ("total_mean_ms", "total_std_ms", "total_min_ms", "total_max_ms")}
     return np.asarray(gap_masks.draw_batch(KEY, batch["id_hash"], batch["audio_length"], **how))
 
 
@@ -80,7 +80,9 @@ def test_gaps_are_drawn_by_the_key_itself(monkeypatch, train):
 @pytest.mark.parametrize(("total", "low", "high"), [("normal", 900.0, 300.0), ("uniform", 160.0, 1_600.0)])
 def test_the_curriculum_lets_the_lost_time_grow(monkeypatch, total, low, high):
     """A quarter of it in the 10th of 40 steps, all of it from the 40th on; in validation always all of it."""
-    wanted = {"gaps.total": total, "gaps.low_ms": low, "gaps.high_ms": high, "gaps.min_ms": 10.0, "gaps.curriculum_steps": 40}
+    names = ("total_mean_ms", "total_std_ms") if total == "normal" else ("total_min_ms", "total_max_ms")
+    wanted = {"gaps.total": total, f"gaps.{names[0]}": low, f"gaps.{names[1]}": high, "gaps.min_ms": 10.0}
+    wanted |= {"gaps.curriculum_steps": 40}
     config = unified(**wanted)
     lost = []
     for step, share in ((0, 1 / 40), (9, 0.25), (39, 1), (1_000, 1)):
@@ -91,8 +93,8 @@ def test_the_curriculum_lets_the_lost_time_grow(monkeypatch, total, low, high):
     np.testing.assert_array_equal(drawn(monkeypatch, config, train=False)[0], plainly(config, batch))
 
 
-def test_lost_sound_is_that_of_whole_clips(monkeypatch):
-    config = unified(**{"augment.lose_sound": 0.2})
+def test_lost_audio_is_that_of_whole_clips(monkeypatch):
+    config = unified(**{"augment.drop_audio": 0.2})
     found, batch = drawn(monkeypatch, config)
     whole = np.zeros_like(found)
     whole[:, 0, 1] = batch["audio_length"]
@@ -221,14 +223,14 @@ def test_a_text_that_cannot_be_said_is_counted_and_changes_nothing(params, batch
         ({"system": "av_unified", "stack": 5}, "config.stack: found 5, expected 1 or 2 or 3 or 4 of av_unified"),
         ({"system": "av_unified", "video_rate": "video"}, "config.video_rate: found 'video', expected 'audio' of av_unified"),
         ({"system": "av_s2s", "video_rate": "both"}, "config.video_rate: found 'both', expected 'audio' or 'video' of av_s2s"),
-        ({"system": "av_s2s", "lip_layers": 1}, "config.lip_layers: found 1, expected 0 of av_s2s"),
+        ({"system": "av_s2s", "video_layers": 1}, "config.video_layers: found 1, expected 0 of av_s2s"),
         ({"system": "av_unified", "feedback": 3}, "config.feedback: found 3, expected 0 or 1 or 2 of av_unified"),
         ({"system": "av_mtl_s2s", "ctc_units": "words"}, "config.ctc_units: found 'words', expected 'characters' or 'phones'"),
         ({"system": "av_mtl_s2s", "output": "sigmoid"}, "config.output: found 'sigmoid', expected 'linear' or 'relu'"),
         ({"system": "av_mtl_s3s"}, "unknown system 'av_mtl_s3s'; expected one of a_si"),
-        ({"system": "av_si", "augment.lose_video": 0.1}, "av_si can't lose a stream; expected lose_video and lose_sound 0"),
-        ({"system": "a_si", "augment.lose_sound": 0.1}, "config.augment: a_si can't lose"),
-        ({"system": "asr", "augment.lose_sound": 0.1}, "config.augment: asr can't lose"),
+        ({"system": "av_si", "augment.drop_video": 0.1}, "av_si can't lose a stream; expected drop_video and drop_audio 0"),
+        ({"system": "a_si", "augment.drop_audio": 0.1}, "config.augment: a_si can't lose"),
+        ({"system": "asr", "augment.drop_audio": 0.1}, "config.augment: asr can't lose"),
         ({"system": "av_si", "skip": True}, "config.skip: found True, expected False of av_si"),
         ({"system": "asr", "dtype": "bfloat16"}, "config.dtype: found 'bfloat16', expected 'float32' of asr"),
         ({"system": "av_unified", "output": "relu"}, "config.output: found 'relu', expected 'linear' of av_unified"),

@@ -57,7 +57,7 @@ class Pod(NamedTuple):
     """How two processes ended: workdir; of each what it said on stderr, which files of the workdir it wrote, its clips by step."""
 
     workdir: Path
-    said: list[str]
+    transcript: list[str]
     wrote: list[set[str]]
     met: list[list[list[str]]]
 
@@ -120,8 +120,8 @@ def test_two_processes_train_as_one(pod, trained):
     assert_same_rows(pod.workdir, trained)
     run = json.loads((pod.workdir / "run.json").read_text())
     assert run["processes"] == 2 and len(run["devices"]) == 4
-    assert "process 0 of 2, coordinator 127.0.0.1:" in pod.said[0] and "2 local of 4 devices" in pod.said[0]
-    assert pod.said[1] == "", "what all would say the first one says"
+    assert "process 0 of 2, coordinator 127.0.0.1:" in pod.transcript[0] and "2 local of 4 devices" in pod.transcript[0]
+    assert pod.transcript[1] == "", "what all would say the first one says"
 
 
 def test_every_file_is_written_by_one(pod, trained):
@@ -165,9 +165,13 @@ def state_like():
 
 def test_one_that_is_told_to_stop_stops_all(stopped):
     """Both save the same step, which neither has done before the other, and leave with 143."""
-    lines = [re.findall(r"stopped by SIGTERM after step (\d+), saved; the same command goes on", said) for said in stopped.said]
-    assert lines == [["3"], ["3"]], stopped.said
-    assert "SIGTERM: saving" in stopped.said[1] and "SIGTERM: saving" not in stopped.said[0], "told was the second alone"
+    lines = [
+        re.findall(r"stopped by SIGTERM after step (\d+), saved; the same command goes on", said) for said in stopped.transcript
+    ]
+    assert lines == [["3"], ["3"]], stopped.transcript
+    assert "SIGTERM: saving" in stopped.transcript[1] and "SIGTERM: saving" not in stopped.transcript[0], (
+        "told was the second alone"
+    )
     assert find_fault(stopped.workdir / "checkpoints" / "3") is None
 
 

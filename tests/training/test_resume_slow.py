@@ -127,14 +127,14 @@ class Training:
         return self.code
 
     def wait(self, seconds: float = 900) -> int:
-        until(lambda: self.poll() is not None, seconds, self.said)
+        until(lambda: self.poll() is not None, seconds, self.transcript)
         return self.code
 
     def kill(self) -> None:
         if self.poll() is None:  # nobody else reaps it: the pid is still its own
             os.kill(self.pid, signal.SIGKILL)
 
-    def said(self) -> str:
+    def transcript(self) -> str:
         return self._errors.read_text()
 
 
@@ -236,12 +236,12 @@ def test_killed_two_hundred_times(alone, arguments, tmp_path):
     for kill in range(KILLS):
         training, began = alone.start(arguments(workdir, epochs=ENDLESS)), time.monotonic()
         if kill < 2:  # the first compiles; so long a start of the second takes until it has saved something
-            until(watch.is_ahead, 300, training.said)
+            until(watch.is_ahead, 300, training.transcript)
             longest = 1.5 * (time.monotonic() - began)
         else:
             time.sleep(rng.uniform(0, longest))
         training.kill()
-        assert training.wait() == -signal.SIGKILL, f"kill {kill}:\n{training.said()[-3000:]}"
+        assert training.wait() == -signal.SIGKILL, f"kill {kill}:\n{training.transcript()[-3000:]}"
         watch.look()
         if watch.idle and watch.idle % 20 == 0:
             longest *= 1.5
@@ -249,7 +249,7 @@ def test_killed_two_hundred_times(alone, arguments, tmp_path):
     assert watch.newest >= KILLS // 20 and watch.half >= KILLS // 50
 
     def run(argv):
-        assert (done := alone.run(argv)).code == 0, done.said()[-3000:]
+        assert (done := alone.run(argv)).code == 0, done.transcript()[-3000:]
 
     finish(run, arguments, watch, workdir, tmp_path / "other")
 
@@ -264,10 +264,10 @@ def test_of_two_processes_one_or_both_are_killed(of_two, arguments, tmp_path):
     """Who loses its peer leaves by itself, with a code that says: start again. In turn both in a save, the second, the first."""
     workdir, watch, seed = tmp_path / "run", Watch(tmp_path / "run"), random.SystemRandom().randrange(2**32)
     rng, longest, left, two = random.Random(seed), 0.0, [], []
-    said = lambda: f"seed {seed}, {left}\n" + "\n---\n".join(one.said()[-2000:] for one in two)
+    said = lambda: f"seed {seed}, {left}\n" + "\n---\n".join(one.transcript()[-2000:] for one in two)
     for kill in range(max(3, KILLS // 10)):
         two[:], doomed = start_two(of_two, arguments(workdir, epochs=ENDLESS)), ([0, 1], [1], [0])[kill % 3]
-        until(lambda: "coordinator" in two[0].said(), 120, said)  # until then each waits for the other for minutes
+        until(lambda: "coordinator" in two[0].transcript(), 120, said)  # until then each waits for the other for minutes
         began = time.monotonic()
         if kill < 1:
             until(watch.is_ahead, 300, said)
@@ -310,15 +310,15 @@ def test_told_to_stop_in_every_phase(alone, arguments, tmp_path):
                ("compile", 1), ("checkpoint", 2), ("saving", 2), ("validation", 2), ("after", 0.3), ("step", 1)]  # fmt: skip
     for phase, nth in moments:
         done = alone.run(arguments(workdir, **fields), ("SIGTERM", phase, nth))
-        assert done.code == 143, (phase, done.said())
-        sent = float(done.said().partition("SENT ")[2].split()[0])
+        assert done.code == 143, (phase, done.transcript())
+        sent = float(done.transcript().partition("SENT ")[2].split()[0])
         assert time.time() - sent < GRACE_S, phase
         before = watch.newest
         watch.look()
-        if "nothing to save" in done.said():  # before the first step; of a run saved at an epoch's end its validation is, too
-            assert phase in ("restore", "start", "compile", "validation") and watch.newest == before, (phase, done.said())
+        if "nothing to save" in done.transcript():  # before the first step; of a run saved at an epoch's end its validation is, too
+            assert phase in ("restore", "start", "compile", "validation") and watch.newest == before, (phase, done.transcript())
         else:
-            assert f"stopped by SIGTERM after step {watch.newest}, saved; the same command goes on" in done.said(), phase
+            assert f"stopped by SIGTERM after step {watch.newest}, saved; the same command goes on" in done.transcript(), phase
             assert watch.newest > before, phase
         if phase == "validation" and nth == 1:  # done now, and killed before anything is saved
             assert alone.run(arguments(workdir, checkpoint_seconds=0, **fields), ("SIGKILL", "data", 1)).code == -signal.SIGKILL
@@ -339,9 +339,9 @@ def test_five_thousand_steps(alone, of_two, arguments, tmp_path, devices):
 
     fields = {"system": "a_si", "epochs": 2500, "validate_every": 500, "checkpoint_every": 2500, "checkpoint_seconds": 60}
     done = {2: of_two, 4: alone}[devices].run(arguments(tmp_path / "run", **fields))
-    assert done.code == 0, done.said()[-3000:]
+    assert done.code == 0, done.transcript()[-3000:]
     rows = read_rows(tmp_path / "run" / "metrics.csv")
-    assert [row["step"] for row in rows] == [1000, 2000, 3000, 4000, 5000] and f"{devices} x cpu" in done.said()
+    assert [row["step"] for row in rows] == [1000, 2000, 3000, 4000, 5000] and f"{devices} x cpu" in done.transcript()
     assert rows[-1]["train_loss"] < 0.5 * rows[0]["train_loss"]
 
 

@@ -25,14 +25,14 @@ def events(folder):
     return found
 
 
-def test_curves_and_pictures_of_a_run(tiny_config, tiny_dir, trained, tmp_path):
+def test_curves_and_frames_of_a_run(tiny_config, tiny_dir, trained, tmp_path):
     """Two starts of an epoch each: a point an epoch in each curve, a picture every second step, and nothing else changes."""
     import cv2
 
     from avsi_jax.training.run_directory import read_rows
 
     for epochs in (1, 2):
-        cli.train(tiny_config(epochs=epochs, pictures_every=2), tmp_path / "run")
+        cli.train(tiny_config(epochs=epochs, images_every=2), tmp_path / "run")
     assert (tmp_path / "run" / "metrics.csv").read_bytes() == (trained / "metrics.csv").read_bytes()
     rows = read_rows(tmp_path / "run" / "metrics.csv")
     drawn = [(step, value) for step, tag, value in events(tmp_path / "run" / "tensorboard") if tag == "val/gap_l1_db"]

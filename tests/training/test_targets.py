@@ -18,7 +18,7 @@ def touch(*names):
 class Writer:
     """An Inpainter that writes down which clip it was given."""
 
-    def repair_file(self, source, target, gaps, **asked):
+    def inpaint_file(self, source, target, gaps, **asked):
         Path(target).write_text(str(source))
         return api.FileRepair((), (), None, {"all": 0.1}, str(target), 3.0)
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from avsi_jax.runtime import storage
 from avsi_jax.training import tensorboard
-from avsi_jax.training.tensorboard import Board
+from avsi_jax.training.tensorboard import EventWriter
 from tests.runtime.test_storage import bucket, largest_file  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def noise(seed, *shape):
 
 
 def test_scalars_are_grouped(tmp_path):
-    shown = Board(tmp_path, 0)
+    shown = EventWriter(tmp_path, 0)
     row = {"step": 300, "train_loss": 1.5, "val_gap_l1_db": 8.25, "lr_scale": 0.1, "train_ctc": float("nan"), "valve": 2}
     shown.scalars(300, row)
     shown.close()
@@ -61,25 +61,25 @@ def test_scalars_are_grouped(tmp_path):
     assert found == {"train/loss": 1.5, "val/gap_l1_db": 8.25, "run/lr_scale": float(np.float32(0.1)), "run/valve": 2}
 
 
-def test_texts_and_pictures(tmp_path):
-    picture, config = noise(0, 20, 301, 3), '{\n  "name": "ä"\n}'
-    shown = Board(tmp_path, 0)
+def test_texts_and_frames(tmp_path):
+    picture_array, config = noise(0, 20, 301, 3), '{\n  "name": "ä"\n}'
+    shown = EventWriter(tmp_path, 0)
     shown.text("config", config)
-    shown.image(2**40, "restored", picture)
+    shown.image(2**40, "restored", picture_array)
     shown.close()
     text, image = (event.summary.value[0] for event in events_of(tmp_path)[2:])
     assert (text.tag, text.metadata.plugin_data.plugin_name) == ("config", "text")
     assert (text.tensor.dtype, text.tensor.tensor_shape.dim[0].size) == (7, 1)  # DT_STRING
     assert text.tensor.string_val[0].decode() == "\n".join("    " + line for line in config.splitlines())
     assert (image.image.height, image.image.width, image.image.colorspace) == (20, 301, 3)
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(image.image.encoded_image_string))), picture)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(image.image.encoded_image_string))), picture_array)
     assert events_of(tmp_path)[-1].step == 2**40
 
 
 def test_a_resumed_run_is_read_after_the_one_before_even_where_its_clock_is_behind(tmp_path):
     ahead = tmp_path / "events.out.tfevents.4000000000.other.1.00003"
     ahead.touch()
-    resumed = Board(tmp_path, 7)
+    resumed = EventWriter(tmp_path, 7)
     resumed.close()
     newest = max(p.name for p in tmp_path.iterdir())
     assert newest.startswith("events.out.tfevents.4000000001.")
@@ -88,7 +88,7 @@ def test_a_resumed_run_is_read_after_the_one_before_even_where_its_clock_is_behi
 
 
 def test_a_flush_that_fails_loses_nothing(tmp_path):
-    shown = Board(tmp_path, 0)
+    shown = EventWriter(tmp_path, 0)
     shown.scalars(1, {"train_loss": 1.0})
     shown.flush()
     shown.scalars(2, {f"train_{k}": k for k in range(100)})
@@ -103,7 +103,7 @@ def test_a_flush_that_fails_loses_nothing(tmp_path):
 
 def test_a_bucket_gets_one_file_after_the_other(bucket, monkeypatch):  # noqa: F811
     monkeypatch.setattr(tensorboard, "MOST_PENDING", 2000)
-    shown = Board(f"{bucket}/run/tensorboard", 0)
+    shown = EventWriter(f"{bucket}/run/tensorboard", 0)
     for step in range(1, 31):
         shown.scalars(step, {f"train_{k}": k for k in range(10)})
         if step % 3 == 0:
@@ -118,7 +118,7 @@ def test_tensorboard_reads_it(tmp_path, monkeypatch):
     """Its own reader: what a killed run wrote after the step it is resumed from is gone, and half a record ends a file, no more."""
     monkeypatch.setitem(sys.modules, "tensorboard.compat.notf", types.ModuleType("notf"))  # it does without tensorflow then
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", exc_type=ImportError)
-    killed = Board(tmp_path, 0)
+    killed = EventWriter(tmp_path, 0)
     killed.text("config", "{}")
     for step in range(0, 60, 10):
         killed.scalars(step, {"train_loss": step})
@@ -126,17 +126,17 @@ def test_tensorboard_reads_it(tmp_path, monkeypatch):
     killed.flush()
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-7])
-    resumed = Board(tmp_path, 30)
+    resumed = EventWriter(tmp_path, 30)
     for step in (40, 50, 60):
         resumed.scalars(step, {"train_loss": -step})
-    picture = noise(1, 10, 12, 3)
-    resumed.image(60, "restored", picture)
+    picture_array = noise(1, 10, 12, 3)
+    resumed.image(60, "restored", picture_array)
     resumed.close()
     read = accumulator.EventAccumulator(str(tmp_path)).Reload()
     assert [e.step for e in read.Scalars("train/loss")] == [0, 10, 20, 30, 40, 50, 60]
     assert [e.value for e in read.Scalars("train/loss")] == [0, 10, 20, 30, -40, -50, -60]
     (image,) = read.Images("restored")
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(image.encoded_image_string))), picture)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(image.encoded_image_string))), picture_array)
     assert read.Tensors("config")[0].tensor_proto.string_val[0] == b"    {}"
 
 
@@ -158,24 +158,24 @@ def test_a_board_imports_nothing_heavy(tmp_path):
 LOWEST, HIGHEST = (68, 1, 84), (253, 231, 37)  # the ends of viridis (bids.github.io/colormap)
 
 
-def panels(picture, bands, columns):
+def panels(image, bands, columns):
     """(3, columns) spectrograms of a picture, each (2 K, W, 3), and the bars over them (4, W, 3)."""
-    height, width = picture.shape[0] // 3, picture.shape[1] // columns
-    parts = [[picture[r * height :][:height, c * width :][:, : width - 8] for c in range(columns)] for r in range(3)]
+    height, width = image.shape[0] // 3, image.shape[1] // columns
+    parts = [[image[r * height :][:height, c * width :][:, : width - 8] for c in range(columns)] for r in range(3)]
     bars = [[part[16:20] for part in row] for row in parts]
     return [[part[20 : 20 + 2 * bands] for part in row] for row in parts], bars
 
 
-def test_a_picture_shows_time_to_the_right_and_low_bands_at_the_bottom():
+def test_a_frame_shows_time_to_the_right_and_low_bands_at_the_bottom():
     original = np.zeros((2, 100, 16), np.float32)
     original[0, :, 0] = 1  # low bands
     original[1, 75:, :] = 5  # late
     mask = np.zeros((2, 100), bool)
     mask[0, 20:30] = True
-    picture = tensorboard.spectrogram_picture(0 * original, original, original, mask, ["one", "two"])
-    assert picture.dtype == np.uint8 and picture.shape == (3 * (16 + 4 + 32 + 8), 2 * (100 * 4 + 8), 3)
-    (damaged, restored, clean), bars = panels(picture, 16, 2)
-    assert (damaged[1] == LOWEST).all()
+    image = tensorboard.spectrogram_image(0 * original, original, original, mask, ["one", "two"])
+    assert image.dtype == np.uint8 and image.shape == (3 * (16 + 4 + 32 + 8), 2 * (100 * 4 + 8), 3)
+    (masked, restored, clean), bars = panels(image, 16, 2)
+    assert (masked[1] == LOWEST).all()
     for low, late in (restored, clean):
         inside = np.delete(low, [80, 120], axis=1)  # without the lines at the borders of the gap
         assert (inside[-2:] == HIGHEST).all() and (inside[:-2] == LOWEST).all()
@@ -188,22 +188,22 @@ def test_a_picture_shows_time_to_the_right_and_low_bands_at_the_bottom():
 def test_panels_of_a_clip_share_their_colours():
     """The scale is the original's: what is louder or softer in another panel is cut, not stretched."""
     level = np.linspace(0, 1, 50 * 8, dtype=np.float32).reshape(1, 50, 8)
-    (half, same, clean), _ = panels(tensorboard.spectrogram_picture(level / 2, level, level, np.zeros((1, 50), bool)), 8, 1)
+    (half, same, clean), _ = panels(tensorboard.spectrogram_image(level / 2, level, level, np.zeros((1, 50), bool)), 8, 1)
     np.testing.assert_array_equal(same[0], clean[0])
     assert (half[0][:, -8:] != clean[0][:, -8:]).any() and not (half[0] == HIGHEST).all(-1).any()
-    (loud, _, clean), _ = panels(tensorboard.spectrogram_picture(level + 9, level, level, np.zeros((1, 50), bool)), 8, 1)
+    (loud, _, clean), _ = panels(tensorboard.spectrogram_image(level + 9, level, level, np.zeros((1, 50), bool)), 8, 1)
     assert (loud[0] == HIGHEST).all() and (clean[0] == LOWEST).all(-1).any()
 
 
 def test_a_silent_clip_and_a_gap_at_the_end_are_drawn():
     level, mask = np.full((1, 500, 4), -80.0), np.ones((1, 500), bool)
-    picture = tensorboard.spectrogram_picture(level, level, level, mask)
-    assert picture.shape == (3 * (16 + 4 + 8 + 8), 508, 3)
-    _, bars = panels(picture, 4, 1)
+    image = tensorboard.spectrogram_image(level, level, level, mask)
+    assert image.shape == (3 * (16 + 4 + 8 + 8), 508, 3)
+    _, bars = panels(image, 4, 1)
     assert (np.asarray(bars) == (220, 40, 40)).all()
 
 
-def test_a_png_holds_the_picture(tmp_path):
-    picture = noise(3, 33, 20, 3)
-    storage.write_bytes(tmp_path / "pictures" / "step.png", tensorboard.encode_png(picture))
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "pictures" / "step.png")), picture)
+def test_a_png_holds_the_frame(tmp_path):
+    image = noise(3, 33, 20, 3)
+    storage.write_bytes(tmp_path / "pictures" / "step.png", tensorboard.encode_png(image))
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "pictures" / "step.png")), image)

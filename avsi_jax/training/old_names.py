@@ -1,0 +1,42 @@
+"""Names in configs and weights that were renamed: what was written before is read under today's names.
+
+The table and its two readers are all there is; every file that is read back passes through one of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+RENAMED_FIELDS = {  # of a config, by group; "" is the top level
+    "": {"lip_layers": "video_layers", "pictures_every": "images_every"},
+    "augment": {"lose_video": "drop_video", "lose_sound": "drop_audio"},
+}
+RENAMED_KINDS = {"damaged": "masked", "ceiling": "oracle_mel"}  # of the systems in a table of results
+
+
+def current_config(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config.json under today's names; a config of today comes back unchanged.
+
+    gaps.low_ms and gaps.high_ms were mean and deviation for gaps.total='normal' and the range for 'uniform'.
+    """
+    fields = _renamed(fields, RENAMED_FIELDS[""])
+    for group, names in RENAMED_FIELDS.items():
+        if group and isinstance(fields.get(group), dict):
+            fields[group] = _renamed(fields[group], names)
+    gaps = fields.get("gaps")
+    if isinstance(gaps, dict) and "low_ms" in gaps:
+        names = ("total_mean_ms", "total_std_ms") if gaps.get("total", "normal") == "normal" else ("total_min_ms", "total_max_ms")
+        unused = {"total_mean_ms": 900.0, "total_std_ms": 300.0, "total_min_ms": 160.0, "total_max_ms": 1600.0}
+        fields["gaps"] = unused | _renamed(gaps, dict(zip(("low_ms", "high_ms"), names, strict=True)))
+    return fields
+
+
+def current_kinds(value: Any) -> Any:
+    """JSON of results under today's names of the kinds of systems, in rows {"kind": ...} at any depth."""
+    if isinstance(value, dict):
+        return {k: RENAMED_KINDS.get(v, v) if k == "kind" and isinstance(v, str) else current_kinds(v) for k, v in value.items()}
+    return [current_kinds(v) for v in value] if isinstance(value, list) else value
+
+
+def _renamed(fields: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return {names.get(name, name): value for name, value in fields.items()}
