@@ -93,9 +93,12 @@ def open_container(file, formats: str = VIDEO_FORMATS):
     """PyAV's container of a local file of the known kinds, closed by its `with`; MediaError for a play list and others."""
     import av
 
-    options = {"format_whitelist": formats, "protocol_whitelist": "file"}
+    path, options = str(pathlib.Path(file).absolute()), {"format_whitelist": formats, "protocol_whitelist": "file"}
     try:
-        return av.open(str(pathlib.Path(file).absolute()), options=options, metadata_errors="replace")
+        try:
+            return av.open(path, options=options, metadata_errors="replace")
+        except TypeError:  # PyAV 19 has no such keyword: metadata that is not UTF-8 is no error there
+            return av.open(path, options=options)
     except av.ArgumentError as e:
         raise MediaError(f"{file}: found a play list or another unknown kind of file inside, expected a clip; convert it") from e
 

@@ -247,6 +247,41 @@ def test_a_cut_off_clip_gives_what_is_there(grid_dir, tmp_path):
     assert 20 < len(clip.video.rgb) < 60 and 40_000 < len(clip.audio.samples) < 100_000
 
 
+def test_metadata_that_is_not_utf8_is_no_error(tmp_path):
+    import av
+
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as out:
+        out.metadata["title"] = "title in Latin-1"
+        sound = out.add_stream("pcm_s16le", rate=RATE, layout="mono")
+        sound.metadata["title"] = "title in Latin-1"
+        write_channels(out, sound, [tone(440)], RATE)
+    content = path.read_bytes()
+    assert content.count(b"title in Latin-1") == 2
+    path.write_bytes(content.replace(b"title in Latin-1", b"titl\xe9 \xff\xfe Latin-1"))
+    assert len(media.read_clip(path).sound.samples) == RATE
+
+
+@pytest.mark.parametrize("takes_keyword", [True, False])
+def test_clips_are_read_whether_or_not_pyav_takes_metadata_errors(tmp_path, monkeypatch, takes_keyword):
+    """PyAV 19 removed the keyword; 16 to 18 fail on metadata that is not UTF-8 without it."""
+    import av
+
+    path, real, given = write_clip(tmp_path / "a.mkv", "ffv1"), av.open, []
+
+    def newest(file, mode="r", *, options=None):
+        given.append({})
+        return real(file, mode, options=options)
+
+    def older(file, mode="r", *, options=None, metadata_errors="strict"):
+        given.append({"metadata_errors": metadata_errors})
+        return real(file, mode, options=options)
+
+    monkeypatch.setattr(av, "open", older if takes_keyword else newest)
+    assert len(media.read_clip(path).pictures.rgb) == FPS
+    assert given == ([{"metadata_errors": "replace"}] if takes_keyword else [{}])
+
+
 def flash_and_click(frames=50, at=20, rate=25_000):
     """Dark pictures (T, 72, 64) of yuv420p and silence, but for a white picture and a click in its first instant."""
     video = np.full((frames, 72, 64), 128, np.uint8)
