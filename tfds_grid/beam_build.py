@@ -16,6 +16,7 @@ import time
 
 from etils import epath
 
+from avsi_jax.runtime import unexpected_errors
 from tfds_grid import prepare, speakers
 
 RUNNERS = "--runner=DataflowRunner, FlinkRunner, SparkRunner"
@@ -105,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@unexpected_errors.reported("beam_build")
 def main(argv=None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     ours = argv.index("--") if "--" in argv else len(argv)

@@ -24,6 +24,7 @@ import time
 
 from etils import epath
 
+from avsi_jax.runtime import unexpected_errors
 from tfds_grid import measuring, speakers
 from tfds_grid.measuring import Measured
 
@@ -301,6 +302,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@unexpected_errors.reported("avsi-prepare")
 def main(argv=None) -> int:
     options = parser()
     args = options.parse_args(argv)

@@ -28,7 +28,7 @@ import numpy as np
 import avsi_jax
 from avsi_jax.data import grid_text
 from avsi_jax.media import clip_io, grid_mpeg
-from avsi_jax.runtime import process_pool
+from avsi_jax.runtime import process_pool, unexpected_errors
 from tfds_grid import espeak, grid_ids, visemes
 
 NUM_FRAMES, RATE = 75, 25_000  # pictures, Hz: as Grid's videos and its audio_25k
@@ -282,6 +282,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@unexpected_errors.reported("synthetic")
 def main(argv=None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)

@@ -16,6 +16,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from avsi_jax.app import isolation
+from avsi_jax.runtime import unexpected_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,6 +34,7 @@ ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # ---- the command -----------------------------------------------------------------------------------------------------------------
 
 
+@unexpected_errors.reported("avsi-app")
 def main(argv: list[str] | None = None) -> int:
     known = _parser().parse_args(argv)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import traceback
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ import gradio as gr
 from avsi_jax.app import rendering
 from avsi_jax.app.session import Clip, Limits, Session, SessionStore, written
 from avsi_jax.media import clip_io
+from avsi_jax.runtime import unexpected_errors
 
 if TYPE_CHECKING:
     from avsi_jax.inpainting.api import Inpainter
@@ -160,7 +161,7 @@ class Handlers:
             except (ValueError, OSError) as error:
                 raise gr.Error(rendering.line(error), title="", duration=15, print_exception=False) from None
             except Exception as error:
-                traceback.print_exc()
+                print(f"avsi-app: {unexpected_errors.explain(error)}", file=sys.stderr, flush=True)
                 line = f"That did not work ({type(error).__name__}); the terminal of avsi-app says more"
                 raise gr.Error(line, title="", print_exception=False) from None
 

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from avsi_jax import configs
+from avsi_jax.runtime import unexpected_errors
 
 METRICS = (
     "gap_l1_mel_db", "gap_l1_db", "pesq_nb", "pesq_wb", "stoi", "estoi", "stoi_gap", "wer_gap", "cer", "per",
@@ -365,6 +366,7 @@ def tick(done: int, total: int, began: float, what: str = "sounds scored") -> No
         )
 
 
+@unexpected_errors.reported("avsi-evaluate")
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "avsi-evaluate", description="Evaluate a trained system on one split; writes a report into its workdir."

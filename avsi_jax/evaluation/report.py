@@ -19,6 +19,7 @@ import numpy as np
 from avsi_jax.evaluation import compare_runs, curves, table_export, tables, word_errors
 from avsi_jax.evaluation.tables import METRICS, Evaluation
 from avsi_jax.media import clip_io, plots
+from avsi_jax.runtime import unexpected_errors
 
 MEDIA_TYPES = {".wav": "audio/wav", ".flac": "audio/flac"}
 MAX_EXAMPLE_BYTES = 9_000_000  # of pictures and sounds in the page
@@ -190,6 +191,7 @@ def compared(truth: str, said: str) -> list[tuple[str, bool]]:
 # ---- the command -----------------------------------------------------------------------------------------------------------------
 
 
+@unexpected_errors.reported("avsi_jax.report")
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m avsi_jax.report", description="Pages of evaluations that are there already.")
     parser.add_argument("folders", nargs="+", metavar="EVAL", help="the folder of an evaluation: RUN/eval/PROTOCOL-SPLIT-SUITE")

@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from avsi_jax.runtime import unexpected_errors
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -163,6 +165,7 @@ TPU; jax and numpy alone run it (`pip install jax flatbuffers`):
 """
 
 
+@unexpected_errors.reported("avsi-export")
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "avsi-export", description="Write a trained system as one file that jax alone runs, with its weights beside it."

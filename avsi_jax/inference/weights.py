@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from avsi_jax.inference import trained_run
 from avsi_jax.inference.trained_run import Run
-from avsi_jax.runtime import storage
+from avsi_jax.runtime import storage, unexpected_errors
 from avsi_jax.training import old_names
 from avsi_jax.training import run_directory as workdir_files
 
@@ -336,6 +336,7 @@ def write(folder: str | Path, run: Run, facts: dict, *, overwrite: bool = False)
     return folder
 
 
+@unexpected_errors.reported("avsi_jax.weights")
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m avsi_jax.weights", description="A training's checkpoint -> a folder of weights to share, with a model card."

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NoReturn
 from avsi_jax.inpainting import cli_jobs
 from avsi_jax.inpainting.cli_jobs import AUTO, Job
 from avsi_jax.inpainting.cli_output import NAME, ClipOutcome, ProgressReporter, say, shown, told
+from avsi_jax.runtime import unexpected_errors
 
 if TYPE_CHECKING:
     from avsi_jax.inpainting.api import Inpainter
@@ -222,6 +223,7 @@ def is_full(error: BaseException | None, target: Path) -> bool:
 # ---- the command -------------------------------------------------------------------------------------------------------------
 
 
+@unexpected_errors.reported(NAME)
 def main(argv: list[str] | None = None) -> int:
     known = parser().parse_intermixed_args(argv)
     command = shlex.join([NAME, *(sys.argv[1:] if argv is None else argv)])
@@ -244,7 +246,7 @@ def run(known: argparse.Namespace, command: str, outcomes: list[ClipOutcome]) ->
         jobs, page = plan(known)
         todo = [job for job in jobs if not job.there and not job.problem]
         inpainter = _load(known.checkpoint) if todo else None
-    except (ValueError, OSError) as error:
+    except Exception as error:
         say(told(error))
         return 2
     reporter = ProgressReporter(len(todo), quiet=known.quiet, as_json=known.json)

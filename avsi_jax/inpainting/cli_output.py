@@ -12,7 +12,8 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+
+from avsi_jax.runtime import unexpected_errors
 
 NAME = "avsi-inpaint"
 SAY_EVERY_S = 30  # where no terminal shows a bar
@@ -58,17 +59,13 @@ def shown(text: object) -> str:
 
 
 def told(error: BaseException) -> str:
-    """An error in one line; one that no clip should cause with its name and place, for who mends it."""
+    """An error in one line; one that no clip should cause with its name, its place and what to do."""
     text = " ".join(str(error).split())
     if isinstance(error, ValueError | OSError):
         return text
     if isinstance(error, MemoryError):
         return "not enough memory; cut the clip around its gaps, or close other programs"
-    trace, last = error.__traceback__, "?"
-    while trace:
-        last = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return f"unexpected {type(error).__name__} at {last}: {text[:300]}"
+    return unexpected_errors.explain(error)
 
 
 # ---- lines ----------------------------------------------------------------------------------------------------------------------

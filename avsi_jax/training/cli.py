@@ -12,7 +12,7 @@ import sys
 import traceback
 
 from avsi_jax import configs
-from avsi_jax.runtime import distributed
+from avsi_jax.runtime import distributed, unexpected_errors
 from avsi_jax.runtime.goodput import PhaseTimer
 from avsi_jax.runtime.signals import Stopped, StopSignals
 from avsi_jax.training.progress_log import Console
@@ -62,6 +62,7 @@ def parse(argv: list[str] | None):
     return parser.parse_known_args(argv)
 
 
+@unexpected_errors.reported("avsi-train")
 def main(argv: list[str] | None = None) -> int:
     known, rest = parse(argv)
     console = Console()
@@ -89,8 +90,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def alone_or_left(error: Exception, console: Console) -> int:
-    """The exit code where another process is gone: what jax says of a broken collective differs by device. Else raises the error,
-    a fault of ours, or ends one of several processes with it: the others are not to wait.
+    """The exit code where another process is gone: what jax says of a broken collective differs by device. Else 1 for an error
+    that nobody expected: a line on stderr, the traceback in train.log.
     """
     import jax
 
@@ -101,12 +102,11 @@ def alone_or_left(error: Exception, console: Console) -> int:
         console.warn(f"avsi-train: out of memory ({said}); expected room for a step: a smaller --config.batch_size, or "
                      "--config.accumulate=2")  # fmt: skip
         return 2
-    if not distributed.is_joined():
-        raise error
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    if distributed.is_joined() and isinstance(error, jax.errors.JaxRuntimeError):
         console.warn(f"avsi-train: another process is gone ({said}); the same command goes on")
         return watchdog.EXIT_CODE
-    traceback.print_exc()
+    console.record("".join(traceback.format_exception(error)))
+    console.warn(f"avsi-train: {unexpected_errors.explain(error)}")
     return 1
 
 

@@ -32,6 +32,10 @@ class Console:
         """A line of this process alone."""
         self.say(text, everyone=True)
 
+    def record(self, text: str) -> None:
+        """In the log alone."""
+        self._keep(text.rstrip())
+
     def _keep(self, line: str) -> None:
         if self._path is None:
             self._waiting.append(line)
