@@ -259,7 +259,7 @@ def test_metadata_that_is_not_utf8_is_no_error(tmp_path):
     content = path.read_bytes()
     assert content.count(b"title in Latin-1") == 2
     path.write_bytes(content.replace(b"title in Latin-1", b"titl\xe9 \xff\xfe Latin-1"))
-    assert len(clip_io.read_clip(path).sound.samples) == RATE
+    assert len(clip_io.read_clip(path).audio.samples) == RATE
 
 
 @pytest.mark.parametrize("takes_keyword", [True, False])
@@ -278,7 +278,7 @@ def test_clips_are_read_whether_or_not_pyav_takes_metadata_errors(tmp_path, monk
         return real(file, mode, options=options)
 
     monkeypatch.setattr(av, "open", older if takes_keyword else newest)
-    assert len(clip_io.read_clip(path).pictures.rgb) == FPS
+    assert len(clip_io.read_clip(path).video.rgb) == FPS
     assert given == ([{"metadata_errors": "replace"}] if takes_keyword else [{}])
 
 
