@@ -1,25 +1,27 @@
-# Every target sets itself up: a Python 3.11 or 3.12 with its headers, a C compiler and make are all a fresh machine needs.
+# Every target sets itself up: a Python 3.11, 3.12 or 3.13 with its headers, a C compiler and make are all a fresh machine needs.
 #   PYTHON=/path/to/python  which Python makes the environment      VENV=.venv-312  where it lies
 #   ARGS="-k stft"          more words for pytest, or for the benchmark      WORKERS=0  all tests in one process
 #   TPU_CACHE=DIR           where `make tpu` keeps what it compiled: a rerun does what is missing
 #   GRID=DIR OUT=DIR EPOCHS=N for `make demo`      DATA=DIR RUNS=DIR JUDGE=RUN for `make table`
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint test test-slow test-beam test-gcs demo docs bench table tpu clean
+.PHONY: help venv lint test test-newest test-oldest main-job test-slow test-beam test-gcs demo docs bench table tpu clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints/tests.txt
 WANTED := '.[prepare,synth,app,docs,test]'
 PINS := pyproject.toml setup.py constraints/tests.txt $(CONSTRAINTS)
+EDITABLE := -e
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-# The first Python 3.11 or 3.12 that can make an environment and compile against its headers.
+# The first Python, of those versions in that order, that can make an environment and compile against its headers.
 USABLE := import ensurepip, os, sys, sysconfig, venv; \
-  sys.exit(not ((3, 11) <= sys.version_info < (3, 13) and os.path.exists(sysconfig.get_path("include") + "/Python.h")))
+  sys.exit(not (sys.version_info >= (3, 11) and os.path.exists(sysconfig.get_path("include") + "/Python.h")))
+first_python = $(shell for v in $(1); do for p in python$$v $$HOME/.pyenv/versions/$$v*/bin/python; do \
+  "$$p" -c '$(USABLE)' 2>/dev/null && { command -v "$$p"; exit; }; done; done)
 ifndef PYTHON
-PYTHON := $(shell for p in python3.11 python3.12 python3 $$HOME/.pyenv/versions/3.11*/bin/python \
-  $$HOME/.pyenv/versions/3.12*/bin/python; do "$$p" -c '$(USABLE)' 2>/dev/null && { command -v "$$p"; break; }; done)
+PYTHON := $(call first_python,3.11 3.12 3.13 3)
 endif
 
 # What the environment was made from: the Python and the place first (another one: start anew), then what is installed.
@@ -28,7 +30,9 @@ HASH := import hashlib, sys; print(hashlib.sha256(b"".join(open(p, "rb").read() 
 
 help:
 	@echo "make test           lint and all tests but the slow ones"
-	@echo "make test-slow      the slow tests"
+	@echo "make test-newest    the main job with the newest releases of all dependencies, on the newest Python there is (.venv-newest)"
+	@echo "make test-oldest    the main job with the oldest releases that pyproject.toml allows, on Python 3.11 (.venv-oldest)"
+	@echo "make test-slow      the slow tests, and test-oldest"
 	@echo "make test-beam      the build by Apache Beam, in an environment of its own (.venv-beam: Beam takes an older protobuf)"
 	@echo "make test-gcs       gs:// workdirs and data on a bucket of this machine's own, in an environment of its own (.venv-gcs)"
 	@echo "make bench          the training step beside PyTorch, flax and Keras, in an environment of its own (.venv-bench)"
@@ -42,7 +46,7 @@ help:
 	@echo "make clean          remove the environment and build litter"
 
 venv:
-	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11 or 3.12 with venv and Python.h; install one" \
+	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11, 3.12 or 3.13 with venv and Python.h; install one" \
 	  "(Debian: apt-get install python3-venv python3-dev) or name it: make PYTHON=/path/to/python" >&2; exit 2; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is" \
 	  "`"$(PYTHON)" -V 2>&1`, expected 3.11 or newer; name another one: make PYTHON=/path/to/python" >&2; exit 2; }
@@ -54,7 +58,7 @@ venv:
 	if [ "`cat "$(VENV)/made-from" 2>/dev/null`" != "$$pins" ]; then \
 	  echo "$(VENV): installing (about 3 GB; some minutes the first time)"; \
 	  "$(BIN)/python" -m pip install -qq --upgrade pip; \
-	  "$(BIN)/python" -m pip install -qq -e $(WANTED) -c $(CONSTRAINTS); \
+	  "$(BIN)/python" -m pip install -qq $(EDITABLE) $(WANTED) $(CONSTRAINTS:%=-c %); \
 	  "$(BIN)/python" -m pip check; \
 	  echo "$$pins" > "$(VENV)/made-from"; \
 	fi; \
@@ -70,8 +74,30 @@ PYTEST = "$(BIN)/python" -m pytest -n $(WORKERS) --dist loadfile --durations=20
 test: lint
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-slow: venv
+test-slow: venv test-oldest
 	$(PYTEST) -m slow $(ARGS)
+
+# The package is installed as a user installs it, without -e, and its commands run in another folder.
+MAIN_JOB := '.[prepare,synth,app]' pytest 'setuptools>=77'
+NEWEST_PYTHON ?= $(call first_python,3.14 3.13 3.12 3.11)
+OLDEST_PYTHON ?= $(call first_python,3.11)
+
+test-newest:
+	@$(MAKE) main-job VENV=.venv-newest PYTHON="$(NEWEST_PYTHON)" CONSTRAINTS=
+
+test-oldest:
+	@mkdir -p build
+	@"$(OLDEST_PYTHON)" constraints/lower_bounds.py prepare synth app > build/lower_bounds.txt
+	@$(MAKE) main-job VENV=.venv-oldest PYTHON="$(OLDEST_PYTHON)" CONSTRAINTS=build/lower_bounds.txt
+
+# The environment is kept; the package itself is built anew, from nothing that an earlier build left.
+main-job:
+	@$(MAKE) venv WANTED="$(MAIN_JOB)" EDITABLE=
+	rm -rf build/lib build/bdist.*
+	"$(BIN)/python" -m pip install -qq --no-deps --force-reinstall --no-build-isolation .
+	@"$(BIN)/python" -m pip freeze | tr '\n' ' '; echo
+	cd "$${TMPDIR:-/tmp}" && "$(abspath $(BIN))/python" -m pytest -c /dev/null --rootdir="$(CURDIR)/tests" --noconftest \
+	  -p no:cacheprovider --durations=0 "$(CURDIR)/tests/main_job.py" $(ARGS)
 
 test-beam:
 	@$(MAKE) venv VENV=.venv-beam CONSTRAINTS=constraints/beam.txt WANTED="'.[prepare,beam,synth,test]'"
@@ -103,5 +129,5 @@ tpu:
 	.venv-tpu/bin/python -m benchmarks.tpu.tpu_compile --cache="$(TPU_CACHE)" $(ARGS)
 
 clean:
-	rm -rf "$(VENV)" .venv-beam .venv-bench .venv-gcs .venv-tpu build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf "$(VENV)" .venv-beam .venv-bench .venv-gcs .venv-newest .venv-oldest .venv-tpu build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

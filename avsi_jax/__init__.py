@@ -1,23 +1,23 @@
-"""avsi_jax: speech with a hole and a video of the talking face become the speech, whole.
+"""avsi_jax: restores missing speech from the surrounding audio and the speaker's lips.
 
     from avsi_jax import Inpainter
 
-The rooms, in the order the sound travels, are listed in docs/index.md. Importing this package loads none of them.
+docs/index.md lists the packages. Importing avsi_jax loads none of them: the names below are loaded on first use.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from avsi_jax.inpainting.api import Inpainter
+    from avsi_jax.inpainting.api import FileRepair, Gap, Inpainter, Repair
 
 __version__ = "0.1.0"
-__all__ = ["Inpainter", "__version__"]
+__all__ = ["FileRepair", "Gap", "Inpainter", "Repair", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """`Inpainter`, loaded (with jax and all it needs) when it is first asked for."""
-    if name == "Inpainter":
-        from avsi_jax.inpainting.api import Inpainter
+    """The public classes, imported (with jax and everything else they need) on first use."""
+    if name in ("FileRepair", "Gap", "Inpainter", "Repair"):
+        from avsi_jax.inpainting import api
 
-        return Inpainter
+        return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

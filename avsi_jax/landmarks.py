@@ -1,4 +1,4 @@
-"""Fetches the face networks: `python -m avsi_jax.landmarks --fetch`; the code is in avsi_jax.face.landmarks."""
+"""Downloads the face networks: `python -m avsi_jax.landmarks --fetch`. The code is in avsi_jax.face.landmarks."""
 
 import sys
 

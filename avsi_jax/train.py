@@ -1,4 +1,4 @@
-"""The training command: `python -m avsi_jax.train`; the code is in avsi_jax.training.cli."""
+"""Forwards `python -m avsi_jax.train` to the command avsi-train (avsi_jax/training/cli.py)."""
 
 from avsi_jax.training.cli import command
 

@@ -1,4 +1,4 @@
-"""Packs a training run as weights to share: `python -m avsi_jax.weights`; the code is in avsi_jax.inference.weights."""
+"""Writes a trained run as a folder of weights to share: `python -m avsi_jax.weights`; the code is in avsi_jax.inference.weights."""
 
 import sys
 

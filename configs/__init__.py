@@ -1,7 +1,6 @@
-"""Experiments as ml_collections configs: base.py is the whole experiment, every other file says in which lines it differs.
+"""Experiment configs (ml_collections): `base.py` defines every field, the other files override some of its values.
 
-A plain top-level package, so that `from configs import base` works in a checkout, an editable install and a wheel.
-The files in it import nothing but ml_collections and each other; `load` is how every command reads them.
+Installed as `avsi_jax.configs`. The config files import only ml_collections and each other; every command reads them with `load`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,9 @@ import difflib
 import functools
 import importlib.util
 import pathlib
+import types
 from collections.abc import Iterable
+from typing import Any
 
 import ml_collections
 
@@ -19,33 +20,35 @@ HOME = pathlib.Path(__file__).parent
 
 
 class ConfigError(ValueError):
-    """A config that is not there, or a field that it does not have."""
+    """An unknown config, an unknown field, or a value of the wrong type."""
 
 
 def names() -> list[str]:
-    """The configs that ship, by the name to give to --config."""
+    """Names of the configs in this package, as accepted by --config."""
     return sorted(p.stem for p in HOME.glob("*.py") if p.stem != "__init__")
 
 
 def load(name_or_path: str, overrides: Iterable[tuple[str, str]] = (), *, like: str = "") -> ml_collections.ConfigDict:
-    """The locked config of that name (a bare name ships with the package) or path (a .py file, which is executed), overridden.
+    """Loads a config, applies overrides and locks it.
 
-    Overrides are (dotted field, text) pairs; the text is read as the field's own type. ConfigError says what there is instead.
-    `like`: the config whose fields it must have, those of a training ('base') or of an evaluation ('eval').
+    name_or_path: the name of a config in this package, or the path of a .py file, which is executed.
+    overrides: (dotted field, text) pairs; the text is converted to the type of the field.
+    like: 'base' or 'eval'; the config must have all fields of that one.
+    Raises ConfigError, whose message names what was expected.
     """
     config = _module(name_or_path).get_config()
     if like and (missing := sorted(set(fields(_module(like).get_config())) - set(fields(config)))):
-        raise ConfigError(f"config {name_or_path!r} has no {missing[0]}; expected {like!r}, or one that starts from it")
+        raise ConfigError(f"config {name_or_path!r} has no field {missing[0]}; expected {like!r}, or a config based on it")
     overrides = list(overrides)
     for field, text in overrides:
         override(config, field, text)
     if config.get("fidelity", "ours") != "ours":
-        said = {field for field, _ in overrides} | set(_changed(config, _module("base").get_config()))
-        be_faithful(config, said)
+        explicit = {field for field, _ in overrides} | set(_changed_fields(config, _module("base").get_config()))
+        apply_paper_settings(config, explicit)
     return config.lock()
 
 
-# What the paper's code decides (its networks' own sizes stand in the systems' files); its faults are not among them.
+# Field values of the paper's code, without its errors. The sizes that differ between its networks are in the systems' config files.
 PAPER_SYSTEMS = ("a_si", "av_si", "av_mtl_si", "av_s2s", "av_mtl_s2s")
 PAPER = {
     "preset": "paper", "levels": "preset", "landmarks": "face", "motion": "pixels", "video_rate": "audio",
@@ -63,38 +66,44 @@ PAPER = {
 }  # fmt: skip
 
 
-def be_faithful(config: ml_collections.ConfigDict, said: Iterable[str] = ()) -> None:
-    """Every field of PAPER as the paper's code has it; ConfigError where one that was `said`, by file or override, is otherwise."""
+def apply_paper_settings(config: ml_collections.ConfigDict, explicit: Iterable[str] = ()) -> None:
+    """Sets every field of PAPER to the value of the paper's code (config.fidelity='paper').
+
+    explicit: fields set by the config file or by an override; ConfigError if the value of one of them contradicts PAPER.
+    """
     if config.fidelity != "paper":
         raise ConfigError(f"config.fidelity: found {config.fidelity!r}, expected 'ours' or 'paper'")
     if config.system not in PAPER_SYSTEMS:
         raise ConfigError(f"config.fidelity=paper: {config.system} is not in the paper; expected {', '.join(PAPER_SYSTEMS)}")
     for field, value in PAPER.items():
         if field == "loss.ctc" and "mtl" not in config.system:
-            continue  # no head to train
+            continue  # no CTC head
         *groups, last = field.split(".")
         group = config
         for name in groups:
             group = group[name]
-        if field in said and group[last] != value:
-            raise ConfigError(f"config.fidelity=paper: found {field}={group[last]!r}, the paper's code has {value!r}; drop one")
+        if field in explicit and group[last] != value:
+            raise ConfigError(
+                f"config.fidelity=paper: found {field}={group[last]!r}, the paper's code has {value!r}; "
+                f"remove either fidelity or {field}"
+            )
         group[last] = value
 
 
-def _changed(config: ml_collections.ConfigDict, usual: ml_collections.ConfigDict) -> list[str]:
-    """Dotted names of the values in which a config differs from the usual one."""
+def _changed_fields(config: ml_collections.ConfigDict, reference: ml_collections.ConfigDict) -> list[str]:
+    """Dotted names of the fields whose values differ from the reference config."""
     flat = lambda c: {field: functools.reduce(lambda group, name: group[name], field.split("."), c) for field in fields(c)}
-    here, there = flat(config), flat(usual)
-    return [field for field, value in here.items() if value != there.get(field)]
+    values, expected = flat(config), flat(reference)
+    return [field for field, value in values.items() if value != expected.get(field)]
 
 
 def split_overrides(arguments: Iterable[str]) -> list[tuple[str, str]]:
-    """`--config.FIELD=VALUE` or `--config.FIELD VALUE` arguments -> (field, value) pairs; ConfigError for anything else."""
-    pairs, waiting = [], None
+    """Converts `--config.FIELD=VALUE` and `--config.FIELD VALUE` arguments to (field, value) pairs; ConfigError for others."""
+    pairs, pending_field = [], None
     for argument in arguments:
-        if waiting is not None:
-            pairs.append((waiting, argument))
-            waiting = None
+        if pending_field is not None:
+            pairs.append((pending_field, argument))
+            pending_field = None
         elif not argument.startswith("--config."):
             raise ConfigError(f"unknown argument {argument!r}; expected --config.FIELD=VALUE (--help lists the rest)")
         else:
@@ -102,19 +111,20 @@ def split_overrides(arguments: Iterable[str]) -> list[tuple[str, str]]:
             if equals:
                 pairs.append((field, text))
             else:
-                waiting = field
-    if waiting is not None:
-        raise ConfigError(f"--config.{waiting} has no value; expected --config.{waiting}=VALUE")
+                pending_field = field
+    if pending_field is not None:
+        raise ConfigError(f"--config.{pending_field} has no value; expected --config.{pending_field}=VALUE")
     return pairs
 
 
-def _module(name_or_path: str):
+def _module(name_or_path: str) -> types.ModuleType:
+    """Imports a config file by name or path."""
     path = pathlib.Path(name_or_path)
     if path.suffix != ".py":
         path = HOME / f"{name_or_path}.py"
     if not path.is_file():
         raise ConfigError(
-            f"no config {name_or_path!r}{_nearest(name_or_path, names())}; expected one of {', '.join(names())}, or a .py file"
+            f"no config {name_or_path!r}{_suggestion(name_or_path, names())}; expected one of {', '.join(names())}, or a .py file"
         )
     module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
@@ -125,39 +135,43 @@ def _module(name_or_path: str):
 
 
 def override(config: ml_collections.ConfigDict, field: str, text: str) -> None:
-    """Sets one dotted field from text, as the type it has; an unknown field is an error that names the nearest ones."""
+    """Sets one dotted field from text, converted to the field's type; ConfigError for an unknown field or a wrong type."""
     known = fields(config)
     if field not in known:
-        raise ConfigError(f"no field config.{field}{_nearest(field, known)}; all fields: avsi-train --config=base --show")
+        raise ConfigError(
+            f"no field config.{field}{_suggestion(field, known)}; list all fields with avsi-train --config=base --show"
+        )
     *groups, last = field.split(".")
     for group in groups:
         config = config[group]
-    config[last] = _read(field, text, config[last])
+    config[last] = _convert(field, text, config[last])
 
 
 def fields(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
-    """Dotted names of every value in the config."""
-    out: list[str] = []
+    """Dotted names of all fields of the config."""
+    names: list[str] = []
     for key, value in config.items():
-        out += fields(value, f"{prefix}{key}.") if isinstance(value, ml_collections.ConfigDict) else [f"{prefix}{key}"]
-    return out
+        names += fields(value, f"{prefix}{key}.") if isinstance(value, ml_collections.ConfigDict) else [f"{prefix}{key}"]
+    return names
 
 
-def _read(field: str, text: str, now):
-    """The text as a value of the type that the field has now."""
-    if isinstance(now, str):
+def _convert(field: str, text: str, current: Any) -> Any:
+    """Converts text to the type of the field's current value."""
+    if isinstance(current, str):
         return text
     try:
         value = ast.literal_eval(text)
-        if isinstance(now, tuple):
+        if isinstance(current, tuple):
             return tuple(value) if isinstance(value, tuple | list) else (value,)
-        if isinstance(now, bool) == isinstance(value, bool) and type(now)(value) == value:
-            return type(now)(value)
+        if isinstance(current, bool) == isinstance(value, bool) and type(current)(value) == value:
+            return type(current)(value)
     except (ValueError, SyntaxError, TypeError):
         pass
-    raise ConfigError(f"config.{field}: found {text!r}, expected {type(now).__name__} such as {(1, 2) if now == () else now!r}")
+    example = (1, 2) if current == () else current
+    raise ConfigError(f"config.{field}: found {text!r}, expected {type(current).__name__} such as {example!r}")
 
 
-def _nearest(word: str, known: list[str]) -> str:
+def _suggestion(word: str, known: list[str]) -> str:
+    """Text for an error message that names the most similar known words."""
     near = difflib.get_close_matches(word, known, 3, 0.5)
     return f" (did you mean {' or '.join(near)}?)" if near else ""

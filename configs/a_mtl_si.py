@@ -1,4 +1,4 @@
-"""a_mtl_si, completes the paper's table: a_si with a CTC head behind a ReLU layer. 3.92 M parameters.
+"""a_mtl_si: a_si with a CTC head behind a ReLU layer; completes the paper's table. 3.92 M parameters.
 
 avsi-train --config=a_mtl_si --workdir=DIR --config.data_dir=DATA
 """

@@ -1,4 +1,4 @@
-"""asr, the judge of restored words: clean sound -> 5 convolutions -> phones by CTC. Restores nothing; docs/recogniser.md.
+"""asr, the recogniser that scores restored words: clean audio -> 5 convolutions -> phones by CTC (docs/asr_judge.md).
 
 avsi-train --config=asr --workdir=DIR --config.data_dir=DATA
 """
@@ -12,14 +12,14 @@ def get_config():
     config.preset = "wide"
     config.levels = "standardised"
     config.ctc_units = "phones"
-    config.validation_split = "validation_seen"  # the speakers that it judges
-    config.stack = 2  # 50 steps a second
-    config.layers = 5  # 200 ms of sound on either side
+    config.validation_split = "validation_seen"  # the speakers whose restored words it scores
+    config.stack = 2  # 50 time steps per second
+    config.layers = 5  # 200 ms of context on either side
     config.units = 192
     config.dropout = 0.2
     config.augment.speed = 0.1
     config.augment.gain_db = 6.0
-    config.augment.trim = 1.0  # else the first word is learned in the silence before it
+    config.augment.trim = 1.0  # without it the CTC places the first word in the silence before it
     config.loss.whole = 0.0
     config.loss.ctc = 1.0
     config.batch_size = 16

@@ -1,4 +1,4 @@
-"""av_mtl_s2s, the paper's headline: lips -> encoder (CTC reads it) -> joined with the damaged sound -> decoder. 8.15 M parameters.
+"""av_mtl_s2s, the paper's main network: video -> encoder (with CTC head), joined with masked audio -> decoder. 8.15 M parameters.
 
 avsi-train --config=av_mtl_s2s --workdir=DIR --config.data_dir=DATA
 """

@@ -1,4 +1,4 @@
-"""av_mtl_si, in the paper's code alone: av_si with a CTC head behind a ReLU layer. 4.19 M parameters.
+"""av_mtl_si, in the paper's code but not in its text: av_si with a CTC head behind a ReLU layer. 4.19 M parameters.
 
 avsi-train --config=av_mtl_si --workdir=DIR --config.data_dir=DATA
 """

@@ -1,6 +1,6 @@
-"""The whole experiment: the paper's values but for output, clip_norm and gaps.protocol, which say why.
+"""The default experiment: the values of the paper's code, except output, clip_norm and gaps.protocol, whose comments say why.
 
-A system's file is this plus the lines in which it differs.
+Every other config is this one with some values changed. "The paper" is Elyaderani & Shirani, INTERSPEECH 2023 (docs/systems.md).
 
 avsi-train --config=av_mtl_s2s --workdir=DIR --config.data_dir=DATA
 """
@@ -11,104 +11,115 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
 
-    # ours: the fields below as they are; paper: every field that the paper's code decides as it does, its faults excepted
-    # (configs.PAPER lists them; saying another value for one of them beside it is refused).
+    # ours: the values below. paper: the fields of configs.PAPER get the values of the paper's code (docs/systems.md); setting one
+    # of them to another value as well is an error.
     config.fidelity = "ours"
 
-    # What is trained.
+    # ---- System and input.
     config.system = "av_mtl_s2s"  # a name of avsi_jax.models.systems.SYSTEMS
     config.preset = "paper"  # signal preset of avsi_jax.presets: paper (8 kHz, 64 mel), wide (16 kHz, 80 mel), morrone
-    # preset: levels as the preset has them, in [0, 1] at paper, standardised by the train split at wide and morrone;
-    # standardised: at every preset, so that loss.ctc weighs the same everywhere.
+    # Scale of the spectrogram levels. preset: as the preset has them, in [0, 1] for paper, standardised by the train split for wide
+    # and morrone. standardised: by the train split at every preset, so that loss.ctc has the same relative weight everywhere.
     config.levels = "preset"
-    config.landmarks = "face"  # face: all 68 points, the paper's code; mouth: its text
-    # pixels: motion as the paper's code; standardised: the same by mean and deviation of the train split; pose: place and motion
-    # of the face turned level, in eye distances, standardised.
+    config.landmarks = "face"  # face: all 68 landmarks (the paper's code); mouth: the 20 of the mouth (the paper's text)
+    # Visual features. pixels: motion of the landmarks in pixels (the paper's code); standardised: the same, standardised by the
+    # train split; pose: positions and motion normalised for head position, size and roll, standardised.
     config.motion = "pixels"
-    config.video_rate = "audio"  # the lips at the spectrogram's frames, the paper's code; video: the encoder takes a step a picture
-    config.ctc_units = "characters"  # the paper's code; phones: its text, and Morrone
-    config.mask_input = False  # whether the network is told which frames a gap touches
-    config.layers = 3  # bidirectional LSTM layers of each of encoder and decoder
-    config.units = 256  # LSTM units a direction
-    config.bottleneck = 136  # width of the encoder's ReLU layer (the CTC head reads it); 0: there is none
-    config.bottleneck_relu = True  # False: a linear layer
-    config.skip = False  # *_s2s: what describes the lips goes round the encoder too
-    config.stack = 1  # av_unified, asr: frames that become one step of the LSTMs
-    config.video_layers = 0  # av_unified: layers that look at the lips alone, beside the direct way
-    config.feedback = 0  # av_unified: after so many layers what was read by then is told to the layers after; 0: never
-    config.dropout = 0.0  # of the values after each layer
-    config.output = "linear"  # of the audio-visual systems; relu is the paper's code, and leaves bands dead (docs/results_long.md)
-    config.lstm = "auto"  # separate (CPU), joined (GPU, TPU), cudnn (NVIDIA, float32), auto
-    config.dtype = "float32"  # of the LSTMs' products; bfloat16: added up in float32, parameters and state stay float32
+    # Rate of the visual features. audio: interpolated to the spectrogram frames (the paper's code); video: one encoder time step
+    # per video frame, interpolated after the encoder.
+    config.video_rate = "audio"
+    config.ctc_units = "characters"  # labels of the CTC head: characters (the paper's code) or phones (its text, Morrone et al.)
+    config.mask_input = False  # whether the network also gets the gap mask: one value per frame
+    config.layers = 3  # bidirectional LSTM layers, in the encoder and in the decoder each (the paper)
+    config.units = 256  # LSTM units per direction (the paper)
+    config.bottleneck = 136  # units of the layer after the encoder, which feeds CTC head and decoder (the paper); 0: no such layer
+    config.bottleneck_relu = True  # whether the bottleneck ends in a ReLU (the paper); False: linear
+    config.skip = False  # *_s2s: whether the visual features also go directly to the decoder
+    config.stack = 1  # av_unified, asr: spectrogram frames per LSTM time step
+    config.video_layers = 0  # av_unified: LSTM layers on the visual features alone, beside their direct path to the decoder
+    config.feedback = 0  # av_unified: layers after which the CTC output is fed to the following ones (docs/systems.md); 0: off
+    config.dropout = 0.0  # share of the values set to 0 after each layer, in [0, 1)
+    # Output layer of the audio-visual systems: linear; or relu, the paper's code, which leaves bands dead (docs/results_long.md).
+    config.output = "linear"
+    config.lstm = "auto"  # LSTM implementation: auto, separate (for CPU), joined (for GPU and TPU), cudnn (NVIDIA, float32)
+    # Type of the LSTM matrix products. bfloat16: they accumulate in float32; parameters and state stay float32.
+    config.dtype = "float32"
 
-    # Data.
-    config.data_dir = ""  # where avsi-prepare wrote
-    config.builder_config = "speaker_independent"  # or speaker_dependent: speakers shared by all splits
+    # ---- Data.
+    config.data_dir = ""  # folder that avsi-prepare --data_dir=DIR wrote
+    config.builder_config = "speaker_independent"  # dataset config; speaker_dependent: every speaker occurs in all splits
     config.train_split = "train"  # any split of the dataset
-    config.validation_split = "validation"  # unseen speakers; small data: validation_seen
+    config.validation_split = "validation"  # validation: unseen speakers; validation_seen: seen speakers, for small datasets
 
-    # Gaps of training and validation, drawn fresh in every step, in the waveform.
+    # ---- Gaps of training and validation clips, drawn anew in every training step.
     config.gaps = ml_collections.ConfigDict()
-    config.gaps.protocol = "waveform"  # paper: whole frames of the spectrogram set to 0, kind to the frames beside
-    config.gaps.max_count = 8  # gaps a clip ~ U{1..8}
-    # Total duration of a clip's gaps, ms. normal: N(total_mean_ms, total_std_ms); uniform: U(total_min_ms, total_max_ms).
+    # waveform: samples are set to 0 before the spectrogram is computed. paper (its code): whole frames of the clean spectrogram are
+    # set to 0, which leaves audio of the gap in the frames beside it.
+    config.gaps.protocol = "waveform"
+    config.gaps.max_count = 8  # number of gaps per clip ~ U{1..max_count} (the paper)
+    # Distribution of the total duration of a clip's gaps, ms. normal: N(total_mean_ms, total_std_ms), as in the paper; uniform:
+    # U(total_min_ms, total_max_ms).
     config.gaps.total = "normal"
-    config.gaps.total_mean_ms = 900.0
-    config.gaps.total_std_ms = 300.0
-    config.gaps.total_min_ms = 160.0
-    config.gaps.total_max_ms = 1600.0
-    config.gaps.min_ms = 60.0  # 3 frames, the shortest gap
-    config.gaps.curriculum_steps = 0  # over so many steps the time lost grows to what is said above
+    config.gaps.total_mean_ms = 900.0  # for total='normal', the paper
+    config.gaps.total_std_ms = 300.0  # for total='normal', the paper
+    config.gaps.total_min_ms = 160.0  # for total='uniform'
+    config.gaps.total_max_ms = 1600.0  # for total='uniform'
+    config.gaps.min_ms = 60.0  # shortest gap, ms: 3 frames (the paper)
+    config.gaps.curriculum_steps = 0  # training steps over which the total duration grows linearly to its full value; 0: none
 
-    # Training clips made others (avsi_jax.data.augmentation says how); 0: not.
+    # ---- Augmentation of training clips (avsi_jax.data.augmentation); 0 turns each off, as in the paper.
     config.augment = ml_collections.ConfigDict()
-    config.augment.speed = 0.0  # sound and picture faster or slower by up to this share
-    config.augment.gain_db = 0.0  # louder or softer by up to
-    config.augment.trim = 0.0  # of the silence around the words up to this share cut off
-    config.augment.mirror = 0.0  # probability
-    config.augment.stretch = 0.0  # every movement of the face larger or smaller by up to this share
-    config.augment.noise_px = 0.0  # deviation of noise on every point, pixels of a 360-wide picture
-    config.augment.jitter_ms = 0.0  # sound and picture out of step by up to
-    config.augment.drop_video = 0.0  # probability that no picture shows a face (av_unified)
-    config.augment.drop_audio = 0.0  # probability that no sound is left (av_unified)
+    config.augment.speed = 0.0  # audio and video faster or slower by up to this share
+    config.augment.gain_db = 0.0  # louder or softer by up to this many dB
+    config.augment.trim = 0.0  # up to this share of the silence before and after the words is cut off
+    config.augment.mirror = 0.0  # probability of mirroring the landmarks left to right
+    config.augment.stretch = 0.0  # facial movements larger or smaller by up to this share
+    config.augment.noise_px = 0.0  # standard deviation of noise on every landmark, pixels of a 360 px wide frame
+    config.augment.jitter_ms = 0.0  # A/V offset of up to this many ms
+    config.augment.drop_video = 0.0  # av_unified: probability that no face is visible in a clip
+    config.augment.drop_audio = 0.0  # av_unified: probability that all audio of a clip is masked; never together with drop_video
 
-    # Objective: whole * error(all valid frames) + gap * error(frames a gap touches or nearly so) + ctc * CTC.
+    # ---- Objective: whole * error(all valid frames) + gap * error(frames in or near a gap) + ctc * CTC loss.
     config.loss = ml_collections.ConfigDict()
-    config.loss.kind = "mse"  # mse or l1, of the normalised level
-    config.loss.whole = 1.0  # gap included
-    config.loss.gap = 0.0  # the paper weighs valid frames and gaps alike
-    config.loss.near_frames = 0  # of the gap's part: so many frames beside what a gap touches count as well
-    config.loss.ctc = 1e-3  # nats a clip; 0 for systems that do not read the lips
+    config.loss.kind = "mse"  # error of the normalised levels: mse (the paper) or l1 (Morrone et al.)
+    config.loss.whole = 1.0  # weight of the error over all valid frames, those in gaps included (the paper)
+    config.loss.gap = 0.0  # weight of the error over the frames in or near a gap; 0 in the paper
+    config.loss.near_frames = 0  # frames on either side of a gap that count as near
+    config.loss.ctc = 1e-3  # weight of the CTC loss, which is in nats per clip (the paper); 0 for systems without a CTC head
 
-    # Optimisation.
-    config.seed = 0  # of parameters, order and gaps
-    config.batch_size = 32  # of all devices together
-    # A device goes through its share of the batch in so many equal parts, one after the other: less memory, the same step.
+    # ---- Optimisation.
+    config.seed = 0  # of parameters, clip order, gaps, dropout and augmentation
+    config.batch_size = 32  # clips per training step over all devices (the paper)
+    # Equal parts in which a device processes its share of the batch one after the other: less memory, the same training step.
     config.accumulate = 1
     config.epochs = 200  # at most
-    config.learning_rate = 1e-3  # Adam
-    # Largest global norm of the gradient, 0: not clipped. The paper does not clip; one burst stalled it (docs/results_long.md).
+    config.learning_rate = 1e-3  # of Adam (the paper)
+    # Largest global norm of the gradient; 0: no clipping, as in the paper, where one burst of the gradient stalled the training
+    # (docs/results_long.md).
     config.clip_norm = 1.0
-    # Decay of a running mean of the parameters, which validation, evaluation and repair then use, e.g. 0.999; 0: there is none.
+    # Decay of an exponential moving average of the parameters, e.g. 0.999, used for validation, evaluation and inpainting; 0: none.
     config.ema = 0.0
-    config.schedule = "plateau"  # plateau (x factor after patience epochs without gain) or cosine (to 0 over all epochs)
-    config.warmup_epochs = 0.0  # cosine only
-    config.monitor = "val_loss"  # decides plateau, early stop and the best checkpoint; or val_gap_l1_db, which CTC doesn't sway
-    config.plateau_factor = 0.1  # of the learning rate
-    config.plateau_patience = 5  # epochs
-    config.early_stop_patience = 10  # epochs without gain; 0: never
-    config.min_delta = 1e-4  # what counts as a gain for early stop (Keras' ReduceLROnPlateau has the same default)
+    # Learning rate. plateau: times plateau_factor after plateau_patience epochs without gain (the paper); cosine: to 0 at the end.
+    config.schedule = "plateau"
+    config.warmup_epochs = 0.0  # epochs of linear warm-up; cosine schedule only
+    # Metric for plateau, early stopping and the best checkpoint: val_loss (the paper), or val_gap_l1_db, which excludes the CTC.
+    config.monitor = "val_loss"
+    config.plateau_factor = 0.1  # factor of the learning rate (the paper)
+    config.plateau_patience = 5  # epochs (the paper)
+    config.early_stop_patience = 10  # epochs without gain (the paper); 0: never stop early
+    config.min_delta = 1e-4  # smallest decrease of the metric that counts as a gain (default of Keras' ReduceLROnPlateau)
 
-    # Keeping.
+    # ---- Validation, checkpoints and images.
     config.validate_every = 1  # epochs
     config.checkpoint_every = 1  # epochs; the last epoch is always saved
-    config.keep = 2  # last checkpoints kept beside the best
-    config.checkpoint_seconds = 60.0  # work at risk: inside an epoch too, once so many seconds passed since the last; 0: never
-    config.images_every = 0  # steps from one set of spectrogram pictures to the next, in pictures/ and TensorBoard; 0: never
+    config.keep = 2  # number of newest checkpoints kept, besides the best one
+    config.checkpoint_seconds = 60.0  # also save within an epoch when this many seconds have passed since the last save; 0: never
+    config.images_every = 0  # training steps between spectrogram images, in images/ and TensorBoard; 0: never
 
-    # Faults.
-    # A step that takes more seconds, or what compiles, reads or writes and takes ten times as many, ends the process with every
-    # stack dumped and the missing process named, to be started again; never before ten times the longest of its kind; 0: never.
+    # ---- Failures.
+    # Watchdog timeout, seconds. The process dumps all stacks and exits with code 75, to be restarted, when a training step takes
+    # longer, or compilation, reading or writing takes ten times longer. The limit is never below ten times the longest duration of
+    # the same phase so far. 0: no watchdog.
     config.watchdog_s = 60.0
-    config.debug_nans = False  # stop at the operation that first gives NaN (jax_debug_nans); slow
+    config.debug_nans = False  # stop at the operation that first produces a NaN (jax_debug_nans); slow
     return config

@@ -1,4 +1,4 @@
-"""To find a fault: config `tiny` with its eyes open. It stops at the first NaN, draws and saves every few steps.
+"""For debugging: config `tiny` that stops at the first NaN and writes images and checkpoints every few seconds.
 
 avsi-train --config=debug --workdir=DIR --config.data_dir=DATA
 """

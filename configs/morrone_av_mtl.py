@@ -1,4 +1,4 @@
-"""morrone_av_mtl (Morrone et al. 2021): sound and lips joined -> 3 BLSTM of 250 -> 257 bands, phones by CTC. 4.44 M parameters.
+"""morrone_av_mtl (Morrone et al. 2021): audio and video joined -> 3 BLSTM of 250 -> 257 bins, and phones by CTC. 4.44 M parameters.
 
 avsi-train --config=morrone_av_mtl --workdir=DIR --config.data_dir=DATA
 """
@@ -10,12 +10,12 @@ def get_config():
     config = base.get_config()
     config.system = "morrone_av_mtl"
     config.preset = "morrone"
-    config.motion = "standardised"  # theirs: by speaker, those of the test too
+    config.motion = "standardised"  # by the train split; theirs: by speaker, including the test speakers
     config.ctc_units = "phones"
     config.units = 250
     config.gaps.min_ms = 36.0  # 3 frames
     config.loss.kind = "l1"
-    config.loss.whole = 0.0  # in the gap alone
+    config.loss.whole = 0.0  # only the error in the gap counts
     config.loss.gap = 1.0
     config.batch_size = 8
     config.epochs = 50

@@ -1,4 +1,4 @@
-"""v_s2s, completes the paper's table: av_s2s that hears nothing. 8.71 M parameters.
+"""v_s2s: av_s2s without audio input; completes the paper's table. 8.71 M parameters.
 
 avsi-train --config=v_s2s --workdir=DIR --config.data_dir=DATA
 """

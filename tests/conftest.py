@@ -1,7 +1,7 @@
-"""What every test runs under: four CPU devices, no silent rank promotion, quiet libraries; and where clips and trainings come from.
+"""Environment of all tests (four CPU devices, no implicit rank promotion, quiet libraries), and fixtures for clips and trainings.
 
-The settings are environment variables, set before anything imports jax, so that commands run by a test keep to them too.
-A value that is already set wins (JAX_PLATFORMS=cuda runs the tests on a GPU).
+The settings are environment variables, set before anything imports jax, so that they also apply to commands run by a test. A value
+that is already set is kept (JAX_PLATFORMS=cuda runs the tests on a GPU).
 """
 
 import atexit
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a step that several tests train with is compiled once a session
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a step that several tests use is compiled once per session
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="avsi_jax_tests_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
@@ -33,33 +33,40 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 if "jax" in sys.modules:
-    raise RuntimeError("jax was imported before tests/conftest.py, which sets it up; drop the pytest plugin that imports it")
+    raise RuntimeError("jax was imported before tests/conftest.py, which configures it; remove the pytest plugin that imports it")
 
-gc.set_threshold(100_000, 20, 50)  # tracing makes objects by the million that live: looking at them all takes a sixth of the time
+gc.set_threshold(100_000, 20, 50)  # tracing creates millions of objects: by default a sixth of the time goes into scanning them
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Files that take longest, longest first: begun last, one would leave a core idle. The second one trains nothing, so that it need
-# not wait for the training that the first one makes for all.
-LONG = """evaluate dataset pod prepare resume train parallel restore vocoder replay standardised steps metrics cluster inpaint
-experiment models lstm faults mending features clips gaps watchdog protocols hostile""".split()
+# The slowest files, slowest first: started last, one of them would leave a core idle. The second one trains nothing, so it does not
+# have to wait for the training that the first one runs for the session.
+SLOWEST = """
+evaluation/test_evaluate_command.py tfds_grid/test_dataset_builder.py training/test_pod.py tfds_grid/test_prepare.py
+training/test_resume.py training/test_train_command.py runtime/test_devices.py inference/test_restorer.py audio/test_griffin_lim.py
+training/test_replay_step.py data/test_normalisation.py training/test_train_step.py evaluation/test_metrics.py
+runtime/test_distributed.py inpainting/test_api.py training/test_objective.py models/test_systems.py models/test_lstm.py
+training/test_faults.py inpainting/test_clip_inpainter.py data/test_features.py tfds_grid/test_clips.py audio/test_gap_masks.py
+runtime/test_watchdog.py evaluation/test_protocols.py security/test_hostile_inputs.py
+""".split()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
-    """xdist hands out the files as they come; its own order goes by the number of tests, and the long ones have few."""
+    """Makes xdist distribute the files in order; it would sort them by their number of tests, and slow files have few."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items):
-    place = {f"test_{name}.py": number for number, name in enumerate(LONG)}
-    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+    """Moves the slowest files to the front."""
+    position = {ROOT / "tests" / name: number for number, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: position.get(item.path, len(position)))
 
 
 @pytest.fixture(autouse=True, scope="module")
-def forgetful():
-    """What a file's tests compiled is let go of after them: a worker that kept all of it came to 5 GB."""
+def clear_compilation_caches():
+    """Frees compiled programs after each file: a worker that kept all of them needed 5 GB."""
     yield
     if "jax" in sys.modules:
         import jax
@@ -70,24 +77,27 @@ def forgetful():
 
 @pytest.fixture(scope="module")
 def quickly_compiled():
-    """For a file whose programs run a few times each: to make them fast takes half of its time. The environment's word stands."""
+    """Compiles without most optimisations: for files whose programs run only a few times, where compilation takes half the time.
+
+    Does nothing if the environment sets JAX_DISABLE_MOST_OPTIMIZATIONS.
+    """
     import jax
 
-    named = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS")
-    if named is None:
+    in_environment = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS")
+    if in_environment is None:
         jax.config.update("jax_disable_most_optimizations", True)
     yield
-    if named is None:
+    if in_environment is None:
         jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")
 def grid_dir() -> Path:
     """A folder of real Grid clips (sN/*.mpg, alignments/sN/*.align): $AVSI_GRID, else shared/grid beside the checkout."""
-    named = os.environ.get("AVSI_GRID")
-    if named and not Path(named).is_dir():
-        pytest.fail(f"AVSI_GRID: found no folder {named}, expected one of Grid clips; unset it to skip these tests")
-    folder = Path(named) if named else ROOT.parent / "shared" / "grid"
+    path = os.environ.get("AVSI_GRID")
+    if path and not Path(path).is_dir():
+        pytest.fail(f"AVSI_GRID: found no folder {path}, expected one with Grid clips; unset it to skip these tests")
+    folder = Path(path) if path else ROOT.parent / "shared" / "grid"
     if not folder.is_dir():
         pytest.skip("needs real Grid clips: set AVSI_GRID")
     return folder
@@ -95,19 +105,19 @@ def grid_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory):
-    """once(name, make) -> a folder that make(folder) fills once a session, by whichever of its processes comes first."""
+    """once(name, make) -> a folder that make(folder) fills once per session, in whichever of its processes needs it first."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
     def made(name: str, make) -> Path:
-        folder, whole = base / name, base / f"{name}.whole"
+        folder, complete = base / name, base / f"{name}.complete"
         with (base / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not whole.exists():
+            if not complete.exists():
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
                 make(folder)
-                whole.touch()
+                complete.touch()
         return folder
 
     return made
@@ -115,13 +125,13 @@ def once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def synthetic_dir(once) -> Path:
-    """A raw folder of the synthetic corpus: s1 and s2 with three clips each, as .mpg, .wav and .align. Not to be changed."""
+    """A raw folder of the synthetic corpus: s1 and s2 with three clips each, as .mpg, .wav and .align. Read-only."""
     if not all(map(importlib.util.find_spec, ("espeakng_loader", "skimage"))):
         pytest.skip("the synthetic corpus needs the extra: pip install '.[synth]'")
 
     def make(folder: Path) -> None:
-        wanted = ["--out", str(folder / "raw"), "--speakers=2", "--clips=3", "--seed=0"]
-        command = [sys.executable, "-m", "tfds_grid.synthetic", *wanted]
+        options = ["--out", str(folder / "raw"), "--speakers=2", "--clips=3", "--seed=0"]
+        command = [sys.executable, "-m", "tfds_grid.synthetic", *options]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
         assert done.returncode == 0, done.stderr
 
@@ -130,7 +140,7 @@ def synthetic_dir(once) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_dir(once) -> Path:
-    """config.data_dir of the made-up dataset of tests/support/tiny_data.py: 9 clips to train on, 3 to validate, 3 to test."""
+    """config.data_dir of the synthetic dataset of tests/support/tiny_data.py: 9 clips to train on, 3 to validate, 3 to test."""
     from tests.support import tiny_data
 
     return once("tiny_data", tiny_data.build) / "data"
@@ -138,7 +148,7 @@ def tiny_dir(once) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_steps():
-    """Trainings in this process share what they trace (tests/support/shared_compilation.py)."""
+    """Makes trainings in this process share compiled steps (tests/support/shared_compilation.py)."""
     from tests.support import shared_compilation
 
     with pytest.MonkeyPatch.context() as patch:
@@ -148,19 +158,19 @@ def shared_steps():
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_dir, shared_steps):
-    """tiny_config(**fields) -> config `tiny`, smaller still, on the tiny dataset; fields override, loss__gap=1 is loss.gap."""
+    """tiny_config(**fields) -> config `tiny` with 8 units on the tiny dataset; fields override, loss__gap=1 sets loss.gap."""
     from avsi_jax import configs
 
     def make(**fields):
-        wanted = {"data_dir": tiny_dir, "units": 8, "bottleneck": 8} | fields
-        return configs.load("tiny", [(field.replace("__", "."), str(value)) for field, value in wanted.items()])
+        fields = {"data_dir": tiny_dir, "units": 8, "bottleneck": 8} | fields
+        return configs.load("tiny", [(field.replace("__", "."), str(value)) for field, value in fields.items()])
 
     return make
 
 
 @pytest.fixture(scope="session")
 def trained(tiny_config, once) -> Path:
-    """The workdir of two epochs of `tiny`, uninterrupted. Not to be changed by a test."""
+    """The workdir of two uninterrupted epochs of `tiny`. Read-only."""
     from avsi_jax.training import cli
 
     return once("trained", lambda folder: cli.train(tiny_config(), folder / "run")) / "run"
@@ -168,7 +178,7 @@ def trained(tiny_config, once) -> Path:
 
 @pytest.fixture(scope="session")
 def untrained_a_si(tiny_config, tmp_path_factory) -> Path:
-    """The workdir of a tiny a_si as it is before its first step. Not to be changed by a test."""
+    """The workdir of a tiny a_si before its first training step. Read-only."""
     from avsi_jax.training import checkpoints, run_directory, train_step
 
     folder = tmp_path_factory.mktemp("untrained") / "run"

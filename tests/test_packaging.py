@@ -1,4 +1,4 @@
-"""What a user gets: a wheel with everything in it, dependencies that are all declared, commands that answer at once."""
+"""What a user installs: a complete wheel, declared dependencies, commands that start without heavy imports."""
 
 import ast
 import importlib.metadata
@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 import zipfile
 from pathlib import Path
@@ -23,9 +22,8 @@ FOLDERS = ("avsi_jax", "configs", "tfds_grid")  # of the checkout; configs is in
 SCRIPTS = PYPROJECT["project"]["scripts"]
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
 HEAVY = "jax jaxlib flax optax orbax grain tensorflow tensorflow_datasets librosa numba scipy av cv2 matplotlib gradio".split()
-HELP_BOUND_S = 2.0  # more than a bare interpreter; the aim is 0.5 s, the rest is for a busy machine
 
-# Runs a console script's function as its wrapper does, then tells on the last line of stdout how it went.
+# Runs a console script's function as its wrapper does, then prints the heavy modules it loaded.
 CALL = f"""
 import importlib, json, sys
 module, function, *sys.argv[1:] = sys.argv[1:]
@@ -105,7 +103,7 @@ def test_wheel_holds(unpacked, pattern):
 
 
 def test_wheel_holds_the_shipped_weights_and_stays_small(wheel, unpacked):
-    """30 MB, of which the weights are most; those that are not there yet are no fault."""
+    """At most 30 MB, most of it weights."""
     assert wheel.stat().st_size <= 30e6, f"the wheel has {wheel.stat().st_size / 1e6:.1f} MB"
     shipped = {p.parent.name for p in (ROOT / "avsi_jax" / "pretrained").glob("*/model.safetensors")}
     for name in shipped:
@@ -113,15 +111,15 @@ def test_wheel_holds_the_shipped_weights_and_stays_small(wheel, unpacked):
         assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
-def test_wheel_tells_version_commands_and_python(unpacked):
+def test_wheel_metadata_states_version_commands_and_python(unpacked):
     (meta,) = unpacked.glob("avsi_jax-*.dist-info")
-    told = importlib.metadata.Distribution.at(meta)
+    wheel_metadata = importlib.metadata.Distribution.at(meta)
     citation = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M).group(1)
     package = re.search(r'^__version__ = "(.+)"$', (ROOT / "avsi_jax" / "__init__.py").read_text(), re.M).group(1)
-    assert told.version == package == citation
+    assert wheel_metadata.version == package == citation
     assert f"{package}" in (ROOT / "CHANGELOG.md").read_text()
-    assert {e.name: e.value for e in told.entry_points if e.group == "console_scripts"} == SCRIPTS
-    assert told.metadata["Requires-Python"] == ">=3.11"
+    assert {e.name: e.value for e in wheel_metadata.entry_points if e.group == "console_scripts"} == SCRIPTS
+    assert wheel_metadata.metadata["Requires-Python"] == ">=3.11"
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -133,6 +131,25 @@ def test_config_loads_from_another_folder(unpacked, tmp_path, name):
     assert Path(done.stdout.strip()) == unpacked / "avsi_jax" / "configs" / f"{name}.py"
 
 
+OWN_CONFIGS = """
+import configs
+assert configs.mine == 1 and "avsi_jax" not in configs.__file__
+from avsi_jax import Inpainter
+print(Inpainter.from_pretrained().restorer.name)
+"""
+
+
+@pytest.mark.parametrize("installed_as", ["wheel", "editable"])
+def test_a_project_may_have_its_own_package_configs(installed_as, unpacked, tmp_path):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "__init__.py").write_text("mine = 1\n")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    if installed_as == "wheel":
+        env["PYTHONPATH"] = str(unpacked)
+    done = subprocess.run([sys.executable, "-c", OWN_CONFIGS], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "av_unified"), done.stderr
+
+
 def test_package_import_is_light(tmp_path):
     code = f"import sys, avsi_jax; print([m for m in {HEAVY} + ['numpy'] if m in sys.modules], avsi_jax.__version__)"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -141,35 +158,28 @@ def test_package_import_is_light(tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_answers_at_once(script, tmp_path):
-    def seconds(run):
-        start = time.perf_counter()
-        done = run()
-        return time.perf_counter() - start, done
-
-    bare, _ = min((seconds(lambda: subprocess.run([sys.executable, "-c", ""])) for _ in range(3)), key=lambda t: t[0])
-    took, done = min((seconds(lambda: call(script, "--help", cwd=tmp_path)) for _ in range(3)), key=lambda t: t[0])
+def test_help_names_the_command_and_loads_no_heavy_module(script, tmp_path):
+    done = call(script, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     *text, heavy = done.stdout.splitlines()
     assert script in "\n".join(text), f"--help of {script} does not name it: {text[:3]}"
     assert json.loads(heavy) == [], "--help loads heavy modules: import them where they are used"
-    assert took - bare < HELP_BOUND_S, f"--help took {took:.2f} s, a bare interpreter {bare:.2f} s"
 
 
-NEEDS_NOTHING = {"avsi-app"}  # it starts with what ships
+NEEDS_NO_ARGUMENT = {"avsi-app"}  # it starts with the shipped weights
 
 
 @pytest.mark.parametrize(
-    ("script", "args"), [(s, args) for s in SCRIPTS for args in (["--no_such_flag=1"], []) if args or s not in NEEDS_NOTHING]
+    ("script", "args"), [(s, args) for s in SCRIPTS for args in (["--no_such_flag=1"], []) if args or s not in NEEDS_NO_ARGUMENT]
 )
-def test_wrong_arguments_are_told_in_one_line(script, args, tmp_path):
+def test_wrong_arguments_take_one_line(script, args, tmp_path):
     done = call(script, *args, cwd=tmp_path)
     assert done.returncode == 2, (done.stdout, done.stderr)
     assert "Traceback" not in done.stderr + done.stdout
     message = re.sub(r"\Ausage: .*\n( +.*\n)*", "", done.stderr)  # argparse shows the usage first
     (line,) = [line for line in message.splitlines() if line.strip()]
-    told = line.removeprefix(f"{script}: ")
-    assert told != line and len(told) > 10, f"{line!r}: expected '{script}: what was found, what was expected, what mends it'"
+    message = line.removeprefix(f"{script}: ")
+    assert message != line and len(message) > 10, f"{line!r}: expected '{script}: found, expected, fix'"
 
 
 def third_party_imports(package: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The presets against the table of the design, librosa's frame counts, and what is refused."""
+"""Presets: published values, frame counts as in librosa, and rejection of contradictory settings."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ def test_presets_are_the_published_ones(name, rate, n_fft, window, hop, bands, p
     assert s.record_samples == num_samples * 16_000 // rate
 
 
-def test_a_grid_mpeg_fills_the_papers_clip():
+def test_the_papers_clip_has_the_length_of_a_grid_mpeg():
     """131,328 samples at 44.1 kHz are 2.978 s: 23,824 samples at 8 kHz."""
     assert presets.get("paper").num_samples == round(131_328 / 44_100 * 8_000)
 
@@ -38,13 +38,13 @@ def test_centred_frames_are_librosas(name, n):
     assert s.frames_of(n) == librosa.stft(audio, n_fft=s.n_fft, hop_length=s.hop, win_length=s.window).shape[1]
 
 
-def test_frames_not_centred_cover_every_sample():
+def test_frames_that_are_not_centred_cover_every_sample():
     """Morrone's pad_end: ceil(samples / hop) frames."""
     assert [presets.get("morrone").frames_of(n) for n in (1, 192, 193, 47_809, 48_000, 48_001)] == [1, 1, 2, 250, 250, 251]
 
 
-def test_presets_work_as_keys_and_cannot_be_changed():
-    """They are static arguments of jit."""
+def test_presets_are_hashable_and_frozen():
+    """They are used as static arguments of jit."""
     paper = presets.get("paper")
     assert hash(paper) == hash(dataclasses.replace(paper)) and paper == dataclasses.replace(paper)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -52,7 +52,7 @@ def test_presets_work_as_keys_and_cannot_be_changed():
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"rate": 11_025}, "must divide"),
         ({"window": 600}, "hop <= window <= n_fft"),
@@ -62,11 +62,11 @@ def test_presets_work_as_keys_and_cannot_be_changed():
         ({"scale": "linear"}, "256 bands, found 64"),
     ],
 )
-def test_impossible_presets_are_refused(change, says):
-    with pytest.raises(ValueError, match=says):
+def test_contradictory_presets_are_rejected(change, message):
+    with pytest.raises(ValueError, match=message):
         dataclasses.replace(presets.get("paper"), **change)
 
 
-def test_an_unknown_preset_names_the_known_ones():
+def test_an_unknown_preset_lists_the_known_ones():
     with pytest.raises(ValueError, match="'papre'.*paper, wide, morrone"):
         presets.get("papre")

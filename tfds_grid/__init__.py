@@ -1,1 +1,1 @@
-"""The Grid corpus as a TensorFlow Datasets dataset: raw files -> records. Knows no model, and avsi_jax never imports it."""
+"""The Grid corpus as a TensorFlow Datasets dataset: raw files -> records. Imports no model, and avsi_jax never imports it."""

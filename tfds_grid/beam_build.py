@@ -1,8 +1,8 @@
-"""The build of avsi-prepare as an Apache Beam pipeline, for a cluster: the same records, the same bytes (docs/beam.md).
+"""Builds the dataset with Apache Beam on a cluster: the same bytes as avsi-prepare writes (docs/beam.md).
 
     python -m tfds_grid.beam_build --raw=RAW --data_dir=DATA [flags of avsi-prepare] -- --runner=FlinkRunner [options of Beam]
 
-RAW lies where all workers see it, under the same path. Nothing is kept of a stopped build: workers share no cache.
+All workers must see RAW under the same path. A stopped build starts from the beginning: workers share no cache.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from tfds_grid import prepare, speakers
 RUNNERS = "--runner=DataflowRunner, FlinkRunner, SparkRunner"
 
 
-def build(args, beam_options: list[str]) -> None:
-    """The whole build; raises ValueError or OSError with one line for the user."""
+def build(args: argparse.Namespace, beam_options: list[str]) -> None:
+    """Runs the whole build; raises ValueError or OSError with a one-line message for the user."""
     _need_beam()
     prepare.need_tensorflow()
     _check_runner(beam_options)
-    raw, data_dir = pathlib.Path(args.raw).expanduser().absolute(), _absolute(args.data_dir)  # workers stand in other folders
+    raw, data_dir = pathlib.Path(args.raw).expanduser().absolute(), _absolute(args.data_dir)  # workers run in other folders
     exclude = set().union(*map(speakers.read_ids, args.exclude))
-    corpus = speakers.find_clips(raw, exclude, cache=_place_to_unpack(raw, data_dir), layout=args.layout)
+    corpus = speakers.find_clips(raw, exclude, cache=_unpack_folder(raw, data_dir), layout=args.layout)
     if not corpus.clips:
-        raise ValueError(f"--raw={raw}: found no clip{speakers.why_none(corpus)}; {speakers.HOW_TO_GET_IT}")
+        raise ValueError(f"--raw={raw}: no clip found{speakers.explain_empty(corpus)}; {speakers.HOW_TO_GET_IT}")
     names = prepare.CONFIGS if args.builder_config == "all" else (args.builder_config,)
     for name in names:
         prepare.refuse_existing(prepare.dataset_folder(data_dir, name), args.overwrite)
@@ -51,23 +51,23 @@ def _need_beam() -> None:
 
 
 def _check_runner(beam_options: list[str]) -> None:
-    """ValueError where no runner is named: Beam would take the one for tests."""
+    """ValueError where no runner is named: Beam would use its test runner."""
     from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
     if PipelineOptions(beam_options).view_as(StandardOptions).runner is None:
         raise ValueError(
-            "no runner given, and Beam's own choice, the DirectRunner, is for tests (on one machine avsi-prepare is the quicker "
-            f"build); name one after two dashes: -- {RUNNERS} ... (docs/beam.md)"
+            "no runner given, and Beam's default, the DirectRunner, is for tests (on one machine avsi-prepare is faster); "
+            f"name one after two dashes: -- {RUNNERS} ... (docs/beam.md)"
         )
 
 
 def _absolute(folder: str) -> epath.Path:
-    """A local folder or a bucket's."""
+    """The absolute path of a local folder; a bucket's URL as it is."""
     return epath.Path(folder if "://" in folder else pathlib.Path(folder).expanduser().absolute())
 
 
-def _place_to_unpack(raw: pathlib.Path, data_dir: epath.Path) -> pathlib.Path:
-    """Where compressed tars go, for all workers to see: as in avsi-prepare, or beside them where the records go to a bucket."""
+def _unpack_folder(raw: pathlib.Path, data_dir: epath.Path) -> pathlib.Path:
+    """Where compressed tars are unpacked, visible to all workers: the data_dir's cache, or below `raw` if data_dir is a bucket."""
     return (raw if "://" in str(data_dir) else pathlib.Path(data_dir)) / prepare.CACHE
 
 
@@ -88,8 +88,8 @@ def _make_builder(name: str, args, data_dir: epath.Path, corpus: speakers.RawCor
     )
 
 
-def _report(builder, corpus: speakers.RawCorpus, banned: set[str], seconds: float) -> None:
-    report = prepare.build_report(builder, corpus, builder.measured_by_beam, banned=banned, seconds={"pipeline": seconds})
+def _report(builder, corpus: speakers.RawCorpus, excluded: set[str], seconds: float) -> None:
+    report = prepare.build_report(builder, corpus, builder.measured_by_beam, excluded=excluded, seconds={"pipeline": seconds})
     (builder.data_path / "build_report.json").write_text(json.dumps(report, indent=1) + "\n")
     print(prepare.summary(builder.builder_config.name, report), f"\n  {builder.data_path}", flush=True)
 
@@ -100,14 +100,15 @@ def _report(builder, corpus: speakers.RawCorpus, banned: set[str], seconds: floa
 def _parser() -> argparse.ArgumentParser:
     parser = prepare.parser()
     parser.prog, parser.usage = "python -m tfds_grid.beam_build", "%(prog)s --raw=DIR --data_dir=DIR [flags] -- BEAM OPTIONS"
-    parser.description = "Builds the dataset `grid` on a cluster, by Apache Beam: the same bytes as avsi-prepare."
-    parser.epilog = f"After two dashes: the options of Beam, such as {RUNNERS}. --workers: children that a worker of Beam's keeps."
-    parser.set_defaults(workers=1)  # Beam starts a worker a core itself
+    parser.description = "Builds the dataset `grid` on a cluster with Apache Beam: the same bytes as avsi-prepare writes."
+    parser.epilog = f"After two dashes: Beam's options, such as {RUNNERS}. --workers: child processes of each Beam worker."
+    parser.set_defaults(workers=1)  # Beam itself starts one worker per core
     return parser
 
 
 @unexpected_errors.reported("beam_build")
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
+    """The command `python -m tfds_grid.beam_build`; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     ours = argv.index("--") if "--" in argv else len(argv)
     parser = _parser()
@@ -119,7 +120,7 @@ def main(argv=None) -> int:
         print(f"beam_build: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nbeam_build: stopped, nothing is kept; a job on a cluster runs on until it is cancelled there", file=sys.stderr)
+        print("\nbeam_build: stopped, nothing is kept; a job on a cluster runs until it is cancelled there", file=sys.stderr)
         return 130
     return 0
 

@@ -1,4 +1,4 @@
-"""The TFDS builder of the Grid corpus: clips -> splits of records. `avsi-prepare` drives it; `tfds build` can do without."""
+"""The TFDS builder of the Grid corpus: clips -> splits of records. Used by `avsi-prepare`, and directly by `tfds build`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import itertools
 import logging
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 from tensorflow_datasets.core import writer
 from tensorflow_datasets.proto import tf_example_pb2
 
@@ -18,15 +20,15 @@ from tfds_grid import clips, speakers
 
 CACHE = ".cache"  # in the data_dir
 STATISTICS_VERSION = 2  # raise when clip_sums gives other sums
-AS_BYTES = tfds.features.Encoding.BYTES  # as they lie in memory: a third of the size of a list of numbers, and far quicker
-PROTOCOL_OF_CONFIG = {  # each with and without the pictures of the mouth
+AS_BYTES = tfds.features.Encoding.BYTES  # raw bytes: a third of the size of a list of numbers, and much faster to read
+PROTOCOL_OF_CONFIG = {  # each with and without mouth crops
     f"{protocol}{suffix}": (protocol, bool(suffix)) for protocol in speakers.SPLITS for suffix in ("", "_mouth")
 }
 
 
 @dataclasses.dataclass(kw_only=True)
 class GridConfig(tfds.core.BuilderConfig):
-    """protocol: who is in which split (speakers.split_of). mouth: whether records hold pictures of the mouth."""
+    """protocol: how speakers are split (speakers.split_of). mouth: whether records hold mouth crops."""
 
     protocol: str
     mouth: bool
@@ -37,13 +39,17 @@ def _describe(protocol: str, mouth: bool) -> str:
         "speaker_independent": "s26 s27 s29 s31 in validation, s30 s32 s33 s34 in test, all others 80/10/10 by hash of the id",
         "speaker_dependent": "all speakers 80/10/10 by hash of the id",
     }[protocol]
-    return splits + ("; with aligned grey pictures of the mouth" if mouth else "")
+    return splits + ("; with aligned grey mouth crops" if mouth else "")
 
 
 class FixedOrderWriter(writer.ExampleWriter):
-    """Two builds give the same bytes: TFDS leaves the features of a record in an order that changes from process to process."""
+    """Writes the features of a record in a fixed order, so that two builds give the same bytes.
 
-    def write(self, path, examples):
+    In TFDS their order changes from process to process.
+    """
+
+    def write(self, path: epath.PathLike, examples: Iterable[tuple[Any, bytes]]) -> Any:
+        """As in the base class; examples are (key, serialised record)."""
         return super().write(path, ((key, _in_fixed_order(data)) for key, data in examples))
 
 
@@ -52,38 +58,37 @@ def _in_fixed_order(data: bytes) -> bytes:
 
 
 def clip_sums(example: dict) -> dict[str, np.ndarray]:
-    """What a clip adds to the train statistics (avsi_jax.data.train_statistics, which brings jax)."""
+    """A clip's contribution to the train statistics (avsi_jax.data.train_statistics, which imports jax)."""
     from avsi_jax.data import train_statistics
 
     return train_statistics.clip_sums(example)
 
 
 def statistics_of(sums: Iterable[dict[str, np.ndarray]]) -> dict:
-    """The train statistics of these clips, as the metadata holds them."""
+    """The train statistics from the sums of clips, as the metadata holds them."""
     from avsi_jax.data import train_statistics
 
     return train_statistics.finish(functools.reduce(train_statistics.add, sums))
 
 
 def _without_empty(examples: dict[str, Iterator]) -> dict[str, Iterator]:
-    """Without the splits whose clips all turn out to be unusable, which TFDS takes for an error."""
-    first = {split: next(found, None) for split, found in examples.items()}
-    return {split: itertools.chain([first[split]], found) for split, found in examples.items() if first[split] is not None}
+    """Removes the splits whose clips are all unusable: TFDS raises an error for an empty split."""
+    first = {split: next(iterator, None) for split, iterator in examples.items()}
+    return {split: itertools.chain([first[split]], rest) for split, rest in examples.items() if first[split] is not None}
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
     """Dataset `grid`.
 
-    full_train: fold validation_seen and test_seen back into train, as published. layout, exclude: see speakers.find_clips.
-    measured: where clips.measure_cached left the clips' measurements, by id; clips not in it are left out. Without it every clip
-    of the raw folder (TFDS's manual_dir) is measured here, one after the other. statistics: of the train split, where they are
-    known already.
+    full_train: add validation_seen and test_seen to train, as in the paper. layout, exclude: see speakers.find_clips.
+    measured: files of clips.measure_cached by clip id; other clips are left out. Without it every clip of the raw folder (TFDS's
+    manual_dir) is measured here, one after the other. statistics: of the train split, if they are known already.
     """
 
     VERSION = tfds.core.Version("2.1.0")
     RELEASE_NOTES = {
         "2.1.0": "Statistics of poses; the records are those of 2.0.0.",
-        "2.0.0": "Speakers by the corpus' own table; video features 25 a second; sound and points stored as bytes; statistics.",
+        "2.0.0": "Speakers by the corpus' own table; video features at 25 fps; audio and landmarks as bytes; statistics.",
         "1.0.0": "First release.",
     }
     BUILDER_CONFIGS = [
@@ -91,14 +96,14 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         for name, (protocol, mouth) in PROTOCOL_OF_CONFIG.items()
     ]
     MANUAL_DOWNLOAD_INSTRUCTIONS = f"""
-    One folder, named by --manual_dir (tfds build) or --raw (avsi-prepare): {speakers.HOW_TO_GET_IT}.
+    One folder, given by --manual_dir (tfds build) or --raw (avsi-prepare): {speakers.HOW_TO_GET_IT}.
     """
 
     def __init__(
         self,
         *,
         full_train: bool = False,
-        exclude=(),
+        exclude: Iterable[str] = (),
         layout: str = "grid",
         measured: Mapping[str, pathlib.Path] | None = None,
         statistics: dict | None = None,
@@ -110,10 +115,10 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {
-            "id": tfds.features.Text(doc="name of the clip: six characters that name the six words"),
+            "id": tfds.features.Text(doc="id of the clip: six characters that encode its six words"),
             "speaker": tfds.features.Text(),
             "audio": tfds.features.Tensor(shape=(None,), dtype=np.int16, encoding=AS_BYTES, doc="16 kHz mono, its own length"),
-            "offset_s": tfds.features.Scalar(np.float32, doc="seconds by which the sound lags the picture"),
+            "offset_s": tfds.features.Scalar(np.float32, doc="seconds by which the audio lags the video"),
             "landmarks": tfds.features.Tensor(shape=(None, 68, 2), dtype=np.float32, encoding=AS_BYTES, doc="pixels, iBUG-68"),
             "landmarks_valid": tfds.features.Tensor(shape=(None,), dtype=np.bool_, doc="false: interpolated"),
             "frame_size": tfds.features.Tensor(shape=(2,), dtype=np.int32, doc="width, height"),
@@ -121,18 +126,18 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             "text": tfds.features.Text(doc="the six words"),
             "words": tfds.features.Sequence(
                 {"word": tfds.features.Text(), "start_s": np.float32, "end_s": np.float32},
-                doc="on the picture's clock; empty where there is no .align",
+                doc="times on the video's clock; empty where there is no .align",
             ),
         }
         if self.builder_config.mouth:
             image = tfds.features.Image(shape=(96, 96, 1), encoding_format="jpeg")
-            features["mouth"] = tfds.features.Sequence(image, doc="aligned grey crop of the mouth, one a frame")
+            features["mouth"] = tfds.features.Sequence(image, doc="aligned grey mouth crop, one per frame")
         return self.dataset_info_from_configs(
             features=tfds.features.FeaturesDict(features),
             homepage="https://doi.org/10.5281/zenodo.3625687",
             license="CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/)",
-            metadata=tfds.core.MetadataDict(),  # filled while building: other readers need no face models
-            disable_shuffling=False,  # order on disk is by hash of the id
+            metadata=tfds.core.MetadataDict(),  # filled during the build: readers need no face models
+            disable_shuffling=False,  # records are ordered by hash of the id
         )
 
     def _example_writer(self) -> writer.ExampleWriter:
@@ -144,12 +149,12 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         examples = {split: self._generate_examples(clips_of, split) for split, clips_of in members.items()}
         return examples if self._measured is not None else _without_empty(examples)
 
-    def find_clips(self, raw) -> speakers.RawCorpus:
-        """What the raw folder holds; compressed tars are unpacked to .cache in the data_dir."""
+    def find_clips(self, raw: epath.PathLike) -> speakers.RawCorpus:
+        """The clips of the raw folder; compressed tars are unpacked to .cache in the data_dir."""
         return speakers.find_clips(raw, self._exclude, cache=pathlib.Path(self._data_dir_root) / CACHE, layout=self._layout)
 
     def describe_build(self) -> None:
-        """Writes into the metadata how the records are made; the train statistics follow when its examples have been seen."""
+        """Records in the metadata how the records are made, and the train statistics if they are known already."""
         from avsi_jax.face import landmarks
 
         self.info.metadata["face_models_sha256"] = landmarks.model_fingerprint()
@@ -166,10 +171,10 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         for clip in corpus.clips:
             if self._measured is None or clip.id in self._measured:
                 members[speakers.split_of(clip.id, clip.speaker, protocol, **options)].append(clip)
-        return {split: found for split, found in members.items() if found}
+        return {split: clips_of_split for split, clips_of_split in members.items() if clips_of_split}
 
     def _generate_examples(self, members: list[speakers.RawClip], split: str) -> Iterator[tuple[str, dict]]:
-        seen = []
+        sums = []
         for clip in members:
             try:
                 example = self.example_of(clip)
@@ -177,13 +182,13 @@ class Builder(tfds.core.GeneratorBasedBuilder):
                 logging.warning("%s is left out: %s", clip.id, e)
                 continue
             if split == "train" and self._statistics is None:
-                seen.append(clip_sums(example))
+                sums.append(clip_sums(example))
             yield clip.id, example
-        if seen:
-            self.info.metadata["train_statistics"] = statistics_of(seen)
+        if sums:
+            self.info.metadata["train_statistics"] = statistics_of(sums)
 
     def example_of(self, clip: speakers.RawClip) -> dict:
-        """The features of a clip's record; UnusableClipError where it can't have one."""
+        """The features of a clip's record; UnusableClipError where the clip can't be used."""
         mouth = self.builder_config.mouth
         if self._measured is None:
             return clips.record(clip, clips.measure(clip, mouth=mouth))

@@ -1,6 +1,6 @@
-"""Who says which sentence: every Grid id belongs to one speaker of the whole corpus, whatever folder a clip lies in.
+"""The speaker of every Grid id: each id belongs to one speaker of the corpus, independent of the folder that a clip is in.
 
-The table `speakers_of_ids.txt` is made from the corpus' alignments, s1/bbaf2n.align and so on, in a .tar of any kind:
+The table `speakers_of_ids.txt` is made from the corpus' alignments (s1/bbaf2n.align and so on) in a .tar of any kind:
 
     python -m tfds_grid.grid_ids --alignments=alignments_all.tar.xz
 """
@@ -21,8 +21,8 @@ from collections.abc import Iterable
 
 from avsi_jax.data import grid_text
 
-MIN_CLIPS = 33_000  # that a table is made of
-TABLE = pathlib.Path(__file__).with_name("speakers_of_ids.txt")  # base64 of zlib of a byte an id: n of its speaker sn, 0 for none
+MIN_CLIPS = 33_000  # fewest alignments that a table is made from
+TABLE = pathlib.Path(__file__).with_name("speakers_of_ids.txt")  # base64(zlib(one byte per id: n for speaker sn, 0 for none))
 
 
 def all_ids() -> list[str]:
@@ -31,12 +31,12 @@ def all_ids() -> list[str]:
 
 
 def speaker_of(clip_id: str) -> str | None:
-    """'s1' to 's34'; None where the id is not of the corpus, or its speaker is not in the table."""
+    """'s1' to 's34'; None where the id is not in the table."""
     return _speakers().get(clip_id)
 
 
 def ids_of(speaker: str) -> list[str]:
-    """The ids that a speaker says, in order (1000, less those that were kept from the table)."""
+    """The ids of a speaker, sorted (1000, minus those left out of the table)."""
     return sorted(clip_id for clip_id, name in _speakers().items() if name == speaker)
 
 
@@ -47,21 +47,22 @@ def _speakers() -> dict[str, str]:
 
 
 def make_table(alignments: Iterable[str]) -> str:
-    """Paths such as s1/bbaf2n.align -> the table's text. ValueError where an id has two speakers, or a path names none."""
+    """Paths such as s1/bbaf2n.align -> the table's text. ValueError for another path, or an id with two speakers."""
     numbers: dict[str, int] = {}
     for path in alignments:
-        found = re.search(r"(?:^|/)s([1-9]\d?)/([^/]+)\.align$", path)
-        if not found or not grid_text.is_grid_id(found[2]):
+        match = re.search(r"(?:^|/)s([1-9]\d?)/([^/]+)\.align$", path)
+        if not match or not grid_text.is_grid_id(match[2]):
             raise ValueError(f"{path}: expected paths such as s1/bbaf2n.align")
-        number, clip_id = int(found[1]), found[2]
+        number, clip_id = int(match[1]), match[2]
         if numbers.setdefault(clip_id, number) != number:
-            raise ValueError(f"{clip_id} is found under s{numbers[clip_id]} and under s{number}: expected one speaker an id")
+            raise ValueError(f"{clip_id} is found under s{numbers[clip_id]} and under s{number}: expected one speaker per id")
     packed = zlib.compress(bytes(numbers.get(clip_id, 0) for clip_id in all_ids()), 9)
     return "\n".join(textwrap.wrap(base64.b64encode(packed).decode(), 120)) + "\n"
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser("python -m tfds_grid.grid_ids", description="Makes the table of who says which Grid sentence.")
+def main(argv: list[str] | None = None) -> int:
+    """The command `python -m tfds_grid.grid_ids`; returns the exit status."""
+    parser = argparse.ArgumentParser("python -m tfds_grid.grid_ids", description="Makes the table of the speakers of Grid's ids.")
     parser.add_argument("--alignments", required=True, metavar="TAR", help="the corpus' alignments: s1/bbaf2n.align ... in a .tar")
     args = parser.parse_args(argv)
     try:
@@ -69,10 +70,10 @@ def main(argv=None) -> int:
             names = [name for name in tar.getnames() if name.endswith(".align")]
         table = make_table(names)
         if len(names) < MIN_CLIPS:
-            raise ValueError(f"{args.alignments}: found {len(names)} alignments, expected those of the whole corpus, 34,000")
-        half = TABLE.with_suffix(".tmp")
-        half.write_text(table)
-        half.replace(TABLE)
+            raise ValueError(f"{args.alignments}: found {len(names)} alignments, expected all 34,000 of the corpus")
+        temporary = TABLE.with_suffix(".tmp")
+        temporary.write_text(table)
+        temporary.replace(TABLE)
     except (OSError, ValueError, tarfile.TarError, EOFError) as e:
         print(f"grid_ids: {' '.join(str(e).split())}", file=sys.stderr)
         return 2

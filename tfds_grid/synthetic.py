@@ -1,11 +1,11 @@
-"""A synthetic corpus with the layout of Grid: eSpeak NG says Grid sentences, one warped photo moves its lips to them.
+"""A synthetic corpus in the layout of Grid: eSpeak NG speaks Grid sentences, and a warped photo moves its lips accordingly.
 
-For tests and for `make demo`, where no data is at hand. Easier than people: sound and lips come from the same phones. Speaker s1
-says sentences of the real s1, so that a build puts every clip where it puts Grid's.
+For tests and for `make demo`, where no data is at hand. Easier than real speech: audio and lip movements come from the same
+phones. Speaker s1 has sentences of Grid's s1, so that the splits of a build are those of Grid.
 
     python -m tfds_grid.synthetic --out=RAW --speakers=4 --clips=60 --seed=0
 
-The same arguments give the same bytes, whatever the number of workers. What a killed run has written is kept and completed.
+The same arguments give the same bytes for any number of workers. Running it again completes what a killed run has written.
 Letters: N samples, T video frames.
 """
 
@@ -31,12 +31,13 @@ from avsi_jax.media import clip_io, grid_mpeg
 from avsi_jax.runtime import process_pool, unexpected_errors
 from tfds_grid import espeak, grid_ids, visemes
 
-NUM_FRAMES, RATE = 75, 25_000  # pictures, Hz: as Grid's videos and its audio_25k
+NUM_FRAMES, RATE = 75, 25_000  # video frames, Hz: as in Grid's videos and its audio_25k
 NUM_SAMPLES = NUM_FRAMES * RATE // visemes.FPS
-LONGEST_S = 2.45  # of speech in the 3 seconds; a longer sentence is said again, faster
-FASTER = 15  # words a minute
-SPELT = {"a": "[['eI]]", "z": "[[z'Ed]]"}  # as phones: "at a" would be one word with an article, a US voice would say "zee"
-VOICES = {  # two British, a Scot, an American, received pronunciation, a child; from low to high s5 s1 s3 s2 s4 s6
+MAX_SPEECH_S = 2.45  # speech in the 3 seconds; a longer sentence is synthesized again, faster
+SPEED_UP_WPM = 15  # words per minute
+# Given as phones: "at a" would become one word with an article, and a US voice would pronounce "z" as "zee".
+PRONUNCIATIONS = {"a": "[['eI]]", "z": "[[z'Ed]]"}
+VOICES = {  # two British, a Scottish, an American, received pronunciation, a child; by rising pitch: s5 s1 s3 s2 s4 s6
     "s1": espeak.Voice("gmw/en+m3", pitch=38, pitch_range=55, words_per_minute=150),
     "s2": espeak.Voice("gmw/en+f2", pitch=55, pitch_range=55, words_per_minute=158),
     "s3": espeak.Voice("gmw/en-GB-scotland+m7", pitch=60, pitch_range=50, words_per_minute=142),
@@ -46,16 +47,16 @@ VOICES = {  # two British, a Scot, an American, received pronunciation, a child;
 }
 
 CLIP_TIMEOUT_S, CLIP_MEMORY_MB = 120, 4096  # a clip takes 0.3 s and 150 MB
-UNFINISHED = ".unfinished"  # folder in RAW while it is made: the README to come, and the file being written
+UNFINISHED = ".unfinished"  # folder in RAW during a run: the final README, and the file being written
 README = "README.txt"
 TITLE = "Synthetic talking-head clips in the layout of the Grid corpus"
-NEEDED = {"espeakng_loader": "speaks the sentences", "skimage": "holds the photo"}
+REQUIRED_MODULES = {"espeakng_loader": "synthesizes speech", "skimage": "contains the photo"}
 REPORTED_PACKAGES = ("espeakng-loader", "scikit-image", "opencv-python-headless", "av", "numpy", "scipy", "soxr")
 
 
 @dataclasses.dataclass(frozen=True)
 class Speech:
-    """A spoken sentence in its 3 seconds."""
+    """A synthesized sentence, padded to 3 seconds."""
 
     audio: np.ndarray  # (75000,) int16 at RATE
     words: tuple[tuple[int, int, str], ...]  # start and end in samples, silences ('sil') at both ends
@@ -64,51 +65,51 @@ class Speech:
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticClip:
-    """A clip and, which the files don't tell, what drove its mouth."""
+    """A clip, with the mouth movements that generated its video."""
 
     id: str
     speaker: str
     speech: Speech
     video: np.ndarray  # (75, 432, 360) uint8, planar yuv420p of 360 x 288
     mouth: np.ndarray  # (75, 6) in the order of visemes.MOUTH
-    visemes: np.ndarray  # (75,) names
+    visemes: np.ndarray  # (75,) names, one per frame
 
 
 def sentences(speaker: str, count: int, seed: int) -> list[str]:
-    """`count` ids that the speaker says in Grid, in order; a larger count of the same seed holds those of a smaller one."""
+    """`count` ids of the speaker in Grid, sorted; for one seed, a larger count includes the ids of a smaller one."""
     ids = grid_ids.ids_of(speaker)
     if count > len(ids):
-        raise ValueError(f"--clips={count}: {speaker} says {len(ids)} sentences; expected at most so many")
+        raise ValueError(f"--clips={count}: {speaker} has {len(ids)} sentences; expected at most {len(ids)}")
     order = np.random.default_rng([seed, _number(speaker)]).permutation(len(ids))
     return sorted(ids[i] for i in order[:count])
 
 
 def make_clip(speaker: str, clip_id: str, seed: int) -> SyntheticClip:
-    """One clip, a function of its arguments alone (about 0.3 s)."""
+    """Makes one clip; it depends only on the arguments (about 0.3 s)."""
     root = np.random.SeedSequence([seed, _number(speaker), *clip_id.encode()])
     voice, mouth, camera = map(np.random.default_rng, root.spawn(3))
     speech, head = speak(speaker, clip_id, voice), _head(speaker)
     track, names = visemes.mouth_track(speech.phones, mouth, num_frames=NUM_FRAMES, gain=head.gain)
-    return SyntheticClip(clip_id, speaker, speech, head.video_file(track, camera), track, names)
+    return SyntheticClip(clip_id, speaker, speech, head.render(track, camera), track, names)
 
 
 def speak(speaker: str, clip_id: str, rng: np.random.Generator) -> Speech:
-    """The id's sentence in the speaker's voice, each time a little faster or slower, higher or lower, sooner or later."""
+    """The id's sentence in the speaker's voice, with random variations of speed, pitch and start time."""
     words = grid_text.words_of(clip_id)
-    said = _say(" ".join(SPELT.get(word, word) for word in words), VOICES[speaker], rng)
-    if len(said.words) != len(words):
-        raise espeak.EspeakError(f"eSpeak NG says {clip_id} as {len(said.words)} words, expected {len(words)}")
-    scale = RATE / said.rate
-    phones = [(round(at * scale), name) for at, name in said.phones]
-    voice = clip_io.resample(clip_io.from_int16(np.frombuffer(said.pcm, "<i2")), said.rate, RATE)
+    utterance = _synthesize(" ".join(PRONUNCIATIONS.get(word, word) for word in words), VOICES[speaker], rng)
+    if len(utterance.words) != len(words):
+        raise espeak.EspeakError(f"eSpeak NG gives {len(utterance.words)} words for {clip_id}, expected {len(words)}")
+    scale = RATE / utterance.rate
+    phones = [(round(at * scale), name) for at, name in utterance.phones]
+    voice = clip_io.resample(clip_io.from_int16(np.frombuffer(utterance.pcm, "<i2")), utterance.rate, RATE)
     spoken = [at for at, name in phones if not name.startswith("_")]
     end = next((at for at, _ in phones if at > spoken[-1]), len(voice))
-    first = round(rng.uniform(0.4, 0.6) * (NUM_SAMPLES - end))  # about as much silence before as after
-    audio = rng.normal(0, 6 / 32768, NUM_SAMPLES)  # a quiet room
+    first = round(rng.uniform(0.4, 0.6) * (NUM_SAMPLES - end))  # roughly equal silence before and after
+    audio = rng.normal(0, 6 / 32768, NUM_SAMPLES)  # low background noise
     part = voice[: NUM_SAMPLES - first]
     audio[first : first + len(part)] += rng.uniform(0.55, 0.75) * part
-    starts = [first + max(round(said.words[0] * scale), spoken[0] - RATE // 50)]
-    starts += [first + round(at * scale) for at in said.words[1:]]
+    starts = [first + max(round(utterance.words[0] * scale), spoken[0] - RATE // 50)]
+    starts += [first + round(at * scale) for at in utterance.words[1:]]
     edges = [0, *starts, first + end, NUM_SAMPLES]
     ends = [at for at, _ in phones[1:]] + [len(voice)]
     return Speech(
@@ -118,15 +119,15 @@ def speak(speaker: str, clip_id: str, rng: np.random.Generator) -> Speech:
     )
 
 
-def _say(sentence: str, voice: espeak.Voice, rng: np.random.Generator) -> espeak.Utterance:
+def _synthesize(sentence: str, voice: espeak.Voice, rng: np.random.Generator) -> espeak.Utterance:
     pitch = int(np.clip(voice.pitch + rng.integers(-5, 6), 0, 99))
     voice = dataclasses.replace(voice, pitch=pitch, words_per_minute=voice.words_per_minute + int(rng.integers(-12, 13)))
     seed = int(rng.integers(1, 2**31))
     while True:
-        said = _espeak().say(sentence, voice, seed)
-        if len(said.pcm) // 2 <= LONGEST_S * said.rate:
-            return said
-        voice = dataclasses.replace(voice, words_per_minute=voice.words_per_minute + FASTER)
+        utterance = _espeak().synthesize(sentence, voice, seed)
+        if len(utterance.pcm) // 2 <= MAX_SPEECH_S * utterance.rate:
+            return utterance
+        voice = dataclasses.replace(voice, words_per_minute=voice.words_per_minute + SPEED_UP_WPM)
 
 
 @functools.cache
@@ -149,70 +150,70 @@ def _number(speaker: str) -> int:
 
 
 def paths_of(raw: pathlib.Path, speaker: str, clip_id: str) -> tuple[pathlib.Path, pathlib.Path, pathlib.Path]:
-    """Where video, sound and words of a clip lie: as in the Zenodo record of Grid, unpacked."""
+    """Paths of a clip's video, audio and words, as in Grid's unpacked Zenodo record."""
     folders = raw, raw / "audio_25k", raw / "alignments"
     return tuple(folder / speaker / f"{clip_id}{suffix}" for folder, suffix in zip(folders, (".mpg", ".wav", ".align")))
 
 
 def write_clip(raw: pathlib.Path, speaker: str, clip_id: str, seed: int) -> None:
-    """Makes a clip and puts its files in place, each at once; the words come last, so where they are the clip is whole."""
+    """Makes a clip and moves its files into place atomically; the words come last, so their presence marks a complete clip."""
     video, audio, words = paths_of(raw, speaker, clip_id)
     if words.exists():
         return
     clip = make_clip(speaker, clip_id, seed)
-    half = {path: raw / UNFINISHED / path.name for path in (video, audio, words)}
-    grid_mpeg.write_clip(half[video], clip.video, visemes.FPS, clip.speech.audio, RATE)
-    clip_io.write_audio(half[audio], clip.speech.audio, RATE)
-    half[words].write_text("".join(f"{start} {end} {word}\n" for start, end, word in clip.speech.words))
-    for path in half:
-        half[path].replace(path)
+    temporary = {path: raw / UNFINISHED / path.name for path in (video, audio, words)}
+    grid_mpeg.write_clip(temporary[video], clip.video, visemes.FPS, clip.speech.audio, RATE)
+    clip_io.write_audio(temporary[audio], clip.speech.audio, RATE)
+    temporary[words].write_text("".join(f"{start} {end} {word}\n" for start, end, word in clip.speech.words))
+    for path in temporary:
+        temporary[path].replace(path)
 
 
 def readme(speakers: int, clips: int, seed: int) -> str:
-    """What RAW/README.txt says: also by which a run knows whether it may go on with what it finds."""
+    """The text of RAW/README.txt. A run only continues a folder whose README is the same."""
     voices = "\n".join(f"  {name}: {voice.name}" for name, voice in list(VOICES.items())[:speakers])
     return f"""{TITLE}
 {"=" * len(TITLE)}
 
-No person speaks here: the voices are synthetic, and so are the movements of the one face. Good for trying programs out; numbers
-measured on these clips say nothing about people.
+No person speaks here: the voices and the movements of the one face are synthetic. The clips are meant for trying programs out;
+numbers measured on them do not transfer to real speech.
 
 Made by   python -m tfds_grid.synthetic --speakers={speakers} --clips={clips} --seed={seed}
 with      {_versions()}
 
-Files     s1/ID.mpg (MPEG-1, 360 x 288, 25 pictures a second, 3 s), audio_25k/s1/ID.wav (25 kHz), alignments/s1/ID.align (start
-          and end of each word in 1/25000 s). ID names the six words, as in the Grid corpus; s1 says sentences of its s1.
-Voices    eSpeak NG (https://github.com/espeak-ng/espeak-ng, GPL-3.0-or-later), as the Python wheel espeakng-loader brings it:
+Files     s1/ID.mpg (MPEG-1, 360 x 288, 25 fps, 3 s), audio_25k/s1/ID.wav (25 kHz), alignments/s1/ID.align (start and end of each
+          word in 1/25000 s). ID encodes the six words, as in the Grid corpus; s1 has sentences of Grid's s1.
+Voices    eSpeak NG (https://github.com/espeak-ng/espeak-ng, GPL-3.0-or-later), from the Python wheel espeakng-loader:
 {voices}
-Picture   NASA's portrait of the astronaut Eileen Collins, public domain, as scikit-image brings it (skimage.data.astronaut),
-          changed in proportions, colour and movement. Credit: NASA. Neither NASA nor the person shown endorses this.
+Photo     NASA's portrait of the astronaut Eileen Collins, public domain, from scikit-image (skimage.data.astronaut), changed in
+          proportions, colour and movement. Credit: NASA. Neither NASA nor the person shown endorses this.
 """
 
 
 def _versions() -> str:
-    found = [f"avsi_jax {avsi_jax.__version__}"]
+    versions = [f"avsi_jax {avsi_jax.__version__}"]
     for name in REPORTED_PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{name} {importlib.metadata.version(name)}")
-    return ", ".join(found)
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(versions)
 
 
 def _open_folder(raw: pathlib.Path, note: str, overwrite: bool) -> None:
-    """Makes RAW ready for clips that belong under this README; FileExistsError where it holds anything else."""
+    """Prepares RAW for clips that match this README (`note`); FileExistsError where it holds anything else."""
     begun, finished = raw / UNFINISHED / README, raw / README
     if begun.is_file() and begun.read_text() == note:
         return
     if raw.exists() and not raw.is_dir():
-        raise FileExistsError(f"--out={raw} is a file; expected a folder, or a new name")
+        raise FileExistsError(f"--out={raw} is a file; expected an empty or a new folder")
     if raw.is_dir() and any(raw.iterdir()):
-        mine = [path for path in (begun, finished) if path.is_file() and path.read_text().startswith(TITLE)]
-        state = "an unfinished run of other arguments or versions" if mine == [begun] else "a synthetic corpus already"
-        if not mine:
-            raise FileExistsError(f"--out={raw} holds files that are not of this program; expected an empty or a new folder")
+        readmes = [path for path in (begun, finished) if path.is_file() and path.read_text().startswith(TITLE)]
+        state = "an unfinished run with other arguments or versions" if readmes == [begun] else "a synthetic corpus already"
+        if not readmes:
+            raise FileExistsError(f"--out={raw} holds files that this program did not write; expected an empty or a new folder")
         if not overwrite:
             raise FileExistsError(f"--out={raw} holds {state}; --overwrite replaces it, another --out keeps it")
         begun.parent.mkdir(exist_ok=True)
-        mine[0].replace(begun)  # ours still, but no longer complete
+        readmes[0].replace(begun)  # marks the folder as ours, but incomplete
         for folder in (*(raw / home / name for home in ("audio_25k", "alignments", "") for name in VOICES),):
             for path in folder.glob("*"):
                 if grid_text.is_grid_id(path.stem) and path.suffix in (".mpg", ".wav", ".align"):
@@ -220,50 +221,50 @@ def _open_folder(raw: pathlib.Path, note: str, overwrite: bool) -> None:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
     begun.parent.mkdir(parents=True, exist_ok=True)
-    half = begun.with_suffix(".tmp")
-    half.write_text(note)
-    half.replace(begun)
+    temporary = begun.with_suffix(".tmp")
+    temporary.write_text(note)
+    temporary.replace(begun)
 
 
-def generate(raw, *, speakers: int, clips: int, seed: int, number: int, overwrite: bool = False) -> None:
-    """Writes the corpus, by `number` workers; raises ValueError or OSError with one line for the user."""
+def generate(raw: str | os.PathLike, *, speakers: int, clips: int, seed: int, num_workers: int, overwrite: bool = False) -> None:
+    """Writes the corpus with `num_workers` processes; raises ValueError or OSError with a one-line message for the user."""
     raw = pathlib.Path(raw).expanduser()
     _need_extra()
     jobs = [(f"s{i}", clip_id) for i in range(1, speakers + 1) for clip_id in sentences(f"s{i}", clips, seed)]
     _open_folder(raw, readme(speakers, clips, seed), overwrite)
     for path in {path.parent for job in jobs for path in paths_of(raw, *job)}:
         path.mkdir(parents=True, exist_ok=True)
-    _write_all(raw, jobs, seed, number)
+    _write_all(raw, jobs, seed, num_workers)
     (raw / UNFINISHED / README).replace(raw / README)
     shutil.rmtree(raw / UNFINISHED)
 
 
 def _need_extra() -> None:
-    for module, what in NEEDED.items():
+    for module, purpose in REQUIRED_MODULES.items():
         if importlib.util.find_spec(module) is None:
-            raise ModuleNotFoundError(f'{module}, which {what}, is not installed: pip install "avsi_jax[synth]"')
+            raise ModuleNotFoundError(f'{module}, which {purpose}, is not installed: pip install "avsi_jax[synth]"')
 
 
 # --------------------------------------------------------------------------------------------------------------- workers
 
 
 def _start_worker() -> None:
-    """One core a worker: the pool is the parallelism."""
+    """Each worker uses one core: the pool is the parallelism."""
     import cv2
 
     cv2.setNumThreads(1)
 
 
-def _write_all(raw: pathlib.Path, jobs: Sequence[tuple[str, str]], seed: int, number: int) -> None:
+def _write_all(raw: pathlib.Path, jobs: Sequence[tuple[str, str]], seed: int, num_workers: int) -> None:
     import tqdm
 
     calls = [(raw, *job, seed) for job in jobs]
     outcomes = process_pool.run(
-        write_clip, calls, workers=number, timeout_s=CLIP_TIMEOUT_S, memory_mb=CLIP_MEMORY_MB, start=_start_worker
+        write_clip, calls, workers=num_workers, timeout_s=CLIP_TIMEOUT_S, memory_mb=CLIP_MEMORY_MB, start=_start_worker
     )
     for outcome in tqdm.tqdm(outcomes, "making", len(calls), unit="clip", mininterval=1):
-        if outcome.lost:
-            raise OSError(f"making {jobs[outcome.index][1]} {outcome.lost}; the same command goes on from here")
+        if outcome.failure:
+            raise OSError(f"making {jobs[outcome.index][1]} {outcome.failure}; the same command continues from here")
 
 
 # --------------------------------------------------------------------------------------------------------------- command
@@ -275,36 +276,37 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--out", required=True, metavar="RAW", help="folder to write to: new or empty")
     add("--speakers", type=int, default=4, metavar="N", help=f"s1 to sN, at most {len(VOICES)}; default: %(default)s")
-    add("--clips", type=int, default=60, metavar="N", help="of each speaker; default: %(default)s")
-    add("--seed", type=int, default=0, help="of sentences, voices and movements; default: %(default)s")
-    add("--workers", type=int, default=cores, metavar="N", help="processes; default: one a core, %(default)s")
-    add("--overwrite", action="store_true", help="replace a synthetic corpus that is there")
+    add("--clips", type=int, default=60, metavar="N", help="clips per speaker; default: %(default)s")
+    add("--seed", type=int, default=0, help="seed for sentences, voices and movements; default: %(default)s")
+    add("--workers", type=int, default=cores, metavar="N", help="worker processes; default: one per core, %(default)s")
+    add("--overwrite", action="store_true", help="replace an existing synthetic corpus")
     return parser
 
 
 @unexpected_errors.reported("synthetic")
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
+    """The command `python -m tfds_grid.synthetic`; returns the exit status."""
     parser = _parser()
     args = parser.parse_args(argv)
     if not 1 <= args.speakers <= len(VOICES):
-        parser.error(f"--speakers={args.speakers}: expected 1 to {len(VOICES)}, there is one voice for each")
+        parser.error(f"--speakers={args.speakers}: expected 1 to {len(VOICES)}, the number of voices")
     if args.clips < 1 or args.workers < 1 or args.seed < 0:
-        parser.error(f"--clips={args.clips} --workers={args.workers} --seed={args.seed}: expected 1, 1 and 0 at least")
+        parser.error(f"--clips={args.clips} --workers={args.workers} --seed={args.seed}: expected at least 1, 1 and 0")
     try:
         generate(
-            args.out, speakers=args.speakers, clips=args.clips, seed=args.seed, number=args.workers, overwrite=args.overwrite
+            args.out, speakers=args.speakers, clips=args.clips, seed=args.seed, num_workers=args.workers, overwrite=args.overwrite
         )  # fmt: skip
     except (ValueError, OSError, ModuleNotFoundError) as e:
         print(f"synthetic: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nsynthetic: stopped; the same command goes on where this one was", file=sys.stderr)
+        print("\nsynthetic: stopped; the same command continues from here", file=sys.stderr)
         return 130
     print(f"{args.out}: {args.speakers * args.clips} clips of {args.speakers} synthetic speakers")
     return 0
 
 
-if __name__ == "__main__":  # workers know this file by its name alone
+if __name__ == "__main__":  # worker processes import this module by name
     from tfds_grid import synthetic
 
     sys.exit(synthetic.main())

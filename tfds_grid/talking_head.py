@@ -1,11 +1,11 @@
-"""What a mouth does -> pictures of a face that does it: one photo, warped.
+"""Renders video of a synthetic face from mouth movements by warping one photo.
 
-The photo is the NASA portrait inside the wheel of scikit-image (extra `synth`; public domain, data/README.txt there). The mouth's
-six numbers (visemes.py) move the lips: every column of the mouth's surroundings is stretched between nose, four lip curves, chin
-and neck. Speakers differ in proportions, tone, background, and how far they open the mouth.
+The photo is the NASA portrait in the scikit-image wheel (extra `synth`; public domain, see data/README.txt there). Six mouth
+parameters (visemes.py) move the lips: every pixel column around the mouth is stretched between nose, four lip curves, chin and
+neck. Speakers differ in proportions, skin tone, background, and how far they open the mouth.
 
-Points are (x, y). Photo pixels: of the whole photo. Plate pixels: of the speaker's still picture, PLATE_SCALE a photo pixel.
-Images go through OpenCV as uint8 only: its float32 and cubic maps give other bytes with and without AVX2.
+Points are (x, y). Photo pixels: in the full photo. Plate pixels: in the speaker's still image ("plate"), PLATE_SCALE per photo
+pixel. Images are processed by OpenCV as uint8 only: its float32 and cubic maps give other bytes with and without AVX2.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from scipy import ndimage
 from tfds_grid.visemes import ROUND, TONGUE
 
 WIDTH, HEIGHT = 360, 288
-LOOKS = (6, 35, 37, 3, 27, 2)  # seeds; of 25 tried, six unlike faces whose lips face/landmarks.py follows well
+LOOK_SEEDS = (6, 35, 37, 3, 27, 2)  # of 25 seeds tried, six dissimilar faces whose lips face/landmarks.py tracks well
 
-PHOTO_LEFT, PHOTO_RIGHT, PHOTO_BOTTOM = 80, 380, 230  # what is used of the photo's 512 x 512 pixels
-PLATE_X, PLATE_Y, PLATE_WIDTH, PLATE_HEIGHT = 100, 2, 250, 202  # what the plate shows of the photo, photo pixels
+PHOTO_LEFT, PHOTO_RIGHT, PHOTO_BOTTOM = 80, 380, 230  # used part of the photo's 512 x 512 pixels
+PLATE_X, PLATE_Y, PLATE_WIDTH, PLATE_HEIGHT = 100, 2, 250, 202  # part of the photo shown in the plate, photo pixels
 PLATE_SCALE = 2
-# Measured once on the photo with a face mesh; photo pixels. The mouth smiles there, with teeth.
+# Measured once on the photo with a face mesh; photo pixels. The photo shows a smile with teeth.
 # fmt: off
-LIP_CURVES = np.array([  # from its left corner to its right one: upper lip outside and inside, lower lip inside and outside
+LIP_CURVES = np.array([  # from left to right corner: upper lip outside and inside, lower lip inside and outside
     [[202.5, 139.4], [204.7, 139.3], [207.7, 139.4], [211.6, 139.5], [217.4, 139.6], [223.7, 140.8],
      [230.2, 139.9], [236.2, 140.2], [240.2, 140.4], [243.3, 140.6], [245.5, 140.9]],
     [[204.0, 140.1], [206.6, 140.5], [209.7, 141.1], [213.3, 141.9], [217.9, 142.9], [223.7, 143.7],
@@ -51,20 +51,20 @@ EYE_POINTS = np.array([  # left corner, right corner, upper lid, lower lid, brow
 
 @functools.cache
 def _photo() -> tuple[np.ndarray, np.ndarray]:
-    """The used part of the photo, RGB (230, 300, 3) uint8 with a softened smile, and its figure (230, 300) uint8: 255 is hers."""
+    """The used part of the photo, RGB (230, 300, 3) uint8, with a softened smile; and its person mask (230, 300) uint8."""
     import skimage.data
 
     image = skimage.data.astronaut()[:PHOTO_BOTTOM, PHOTO_LEFT:PHOTO_RIGHT]
-    figure = _figure(image)
+    person_mask = _person_mask(image)
     y, x = np.mgrid[:PHOTO_BOTTOM, PHOTO_LEFT:PHOTO_RIGHT]
-    for dimple_x, dimple_y in DIMPLES:  # they would stay when the lips go round
+    for dimple_x, dimple_y in DIMPLES:  # blurred: they would remain when the lips are rounded
         weight = 0.8 * np.exp(-(((x - dimple_x) / 4) ** 2 + ((y - dimple_y) / 7) ** 2))[..., None]
         image = np.round(image + weight * (cv2.GaussianBlur(image, (0, 0), 4.0).astype(np.float64) - image)).astype(np.uint8)
-    return image, figure
+    return image, person_mask
 
 
-def _figure(image: np.ndarray) -> np.ndarray:
-    """255 where the person is, 0 where the background is: GrabCut from a rough ellipse, its largest piece without holes."""
+def _person_mask(image: np.ndarray) -> np.ndarray:
+    """255 for the person, 0 for the background: GrabCut from a rough ellipse, largest component, interior filled."""
     y, x = np.mgrid[:PHOTO_BOTTOM, PHOTO_LEFT:PHOTO_RIGHT]
     ellipse = lambda cx, cy, rx, ry: ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 < 1
     mask = np.full(image.shape[:2], cv2.GC_PR_BGD, np.uint8)
@@ -86,38 +86,38 @@ def _largest_piece(mask: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Proportions:
-    """How a face differs from the photo's, each about -0.1 to 0.1."""
+    """Relative differences between a face and the photo's, each about -0.1 to 0.1."""
 
     width: float
     taper: float
     length: float
-    face_models: float
+    eyes: float
     nose: float
     jaw: float
 
     def to_photo(self, x, y):
-        """Points of this face -> points of the photo, in photo pixels; the same far from the face."""
+        """Points of this face -> points of the photo, in photo pixels; far from the face they are unchanged."""
         bump = lambda dx, dy: np.exp(-(dx**2) - dy**2)
         near = np.exp(-(((x - FACE_X) / 62) ** 4 + ((y - 125) / 85) ** 4))
         photo_x = x - (x - FACE_X) * near * (self.width + self.taper * (y - 125) / 55)
         photo_y = y - (y - 112) * near * self.length
         photo_x = photo_x - (x - FACE_X) * self.nose * bump((x - FACE_X) / 12, (y - 122) / 16)
         for eye_x, eye_y in EYES:
-            near_eye = self.face_models * bump((x - eye_x) / 14, (y - eye_y) / 10)
+            near_eye = self.eyes * bump((x - eye_x) / 14, (y - eye_y) / 10)
             photo_x, photo_y = photo_x - (x - eye_x) * near_eye, photo_y - (y - eye_y) * near_eye
         photo_x = photo_x - (x - FACE_X) * self.jaw * np.exp(-(((y - 172) / 16) ** 2) - ((x - FACE_X) / 70) ** 4)
         return photo_x, photo_y
 
     def to_plate(self, points: np.ndarray) -> np.ndarray:
         """Points (..., 2) of the photo -> plate pixels of this face (to_photo inverted by iteration)."""
-        found = points.copy()
+        face_points = points.copy()
         for _ in range(20):
-            found += points - np.stack(self.to_photo(found[..., 0], found[..., 1]), -1)
-        return (found - [PLATE_X, PLATE_Y]) * PLATE_SCALE
+            face_points += points - np.stack(self.to_photo(face_points[..., 0], face_points[..., 1]), -1)
+        return (face_points - [PLATE_X, PLATE_Y]) * PLATE_SCALE
 
 
 def _toned(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Another light and another skin."""
+    """The image with random lighting and skin tone."""
     lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB).astype(np.float64)
     lab[..., 0] = 255 * (lab[..., 0] / 255) ** rng.uniform(0.8, 1.45)
     for channel, low, high in ((1, -3, 3), (2, -4, 6)):
@@ -126,16 +126,16 @@ def _toned(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _paint_plate(proportions: _Proportions, rng: np.random.Generator) -> np.ndarray:
-    """The speaker's still picture (404, 500, 3) uint8, before a plain background."""
-    image, figure = _photo()
+    """The speaker's still image (404, 500, 3) uint8, in front of a plain background."""
+    image, person_mask = _photo()
     size = PLATE_WIDTH * PLATE_SCALE, PLATE_HEIGHT * PLATE_SCALE
     x, y = np.meshgrid(np.arange(size[0]) / PLATE_SCALE + PLATE_X, np.arange(size[1]) / PLATE_SCALE + PLATE_Y)
     photo_x, photo_y = proportions.to_photo(x, y)
-    four = lambda pixel: ((pixel + 0.5) * 4 - 0.5).astype(np.float32)  # where it lies in a picture four times as large
-    enlarge = lambda picture_array: cv2.resize(picture_array, None, fx=4, fy=4, interpolation=cv2.INTER_CUBIC)
+    four = lambda pixel: ((pixel + 0.5) * 4 - 0.5).astype(np.float32)  # coordinates in an image four times as large
+    enlarge = lambda photo: cv2.resize(photo, None, fx=4, fy=4, interpolation=cv2.INTER_CUBIC)
     maps = four(photo_x - PHOTO_LEFT), four(photo_y)
-    take = lambda picture_array: cv2.remap(enlarge(picture_array), *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    person, alpha = take(_toned(image, rng)), take(figure)[..., None] / 255
+    take = lambda photo: cv2.remap(enlarge(photo), *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    person, alpha = take(_toned(image, rng)), take(person_mask)[..., None] / 255
     hsv = np.uint8([[[rng.integers(95, 125), rng.integers(20, 90), rng.integers(110, 190)]]])
     shading = 1.05 - 0.25 * (y - PLATE_Y) / PLATE_HEIGHT + 0.08 * np.sin(x / 40 + rng.uniform(-3, 3))
     background = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0, 0] * shading[..., None]
@@ -146,35 +146,35 @@ def _paint_plate(proportions: _Proportions, rng: np.random.Generator) -> np.ndar
 
 
 def _falling(x, start, end):
-    """1 below start, 0 above end, smooth between."""
+    """1 below start, 0 above end, smooth in between."""
     t = np.clip((end - x) / (end - start), 0, 1)
     return t * t * (3 - 2 * t)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Stretch:
-    """A mouth's shape by columns (X of them): where seven levels, nose to neck, lie on the plate and where they shall lie."""
+    """A mouth's shape by columns (X of them): current and wanted rows of seven levels, from nose to neck."""
 
-    columns: np.ndarray  # (X,) of the plate, where each column is taken from
+    columns: np.ndarray  # (X,) source column in the plate
     source: np.ndarray  # (7, X) rows: nose, upper lip outside and inside, lower lip inside and outside, chin, neck
     target: np.ndarray  # (7, X)
-    half_width: float  # of the mouth; plate pixels, as all
-    gap: float  # between the lips, at most
+    half_width: float  # of the mouth; plate pixels, like all lengths here
+    lip_distance: float  # largest distance between the lips
     across: np.ndarray  # (X,) -1 to 1 from corner to corner
 
 
 class Head:
-    """A synthetic speaker's face; `index` 0 to 5 decides the looks."""
+    """A synthetic speaker's face; `index` 0 to 5 selects its appearance."""
 
     def __init__(self, index: int):
-        rng = np.random.default_rng([77, LOOKS[index]])
+        rng = np.random.default_rng([77, LOOK_SEEDS[index]])
         self._proportions = _Proportions(*(rng.uniform(-a, a) for a in (0.09, 0.10, 0.07, 0.10, 0.12, 0.10)))
         self._lip_width, self._lip_height, self.gain = (m + rng.uniform(-a, a) for m, a in ((1, 0.07), (0.93, 0.07), (1, 0.12)))
         self._plate = _paint_plate(self._proportions, rng)
         self._measure()
 
     def _measure(self) -> None:
-        """What does not change from picture to picture, in plate pixels."""
+        """Computes what is the same in all frames, in plate pixels."""
         self._curves = self._proportions.to_plate(LIP_CURVES)
         levels = self._proportions.to_plate(np.array([[FACE_X, NOSE_Y], [FACE_X, CHIN_Y], [FACE_X, NECK_Y]]))
         self._nose, self._chin, self._neck = levels[:, 1]
@@ -190,10 +190,10 @@ class Head:
         below_nose = (self._ys - self._nose) / (0.5 * (upper - self._nose))
         above_chin = (self._chin - self._ys) / (0.75 * (self._chin - lower))
         self._sideways = ((1 - _falling(below_nose, 0, 1)) * (1 - _falling(above_chin, 0, 1))).astype(np.float32)
-        self._face_models = self._proportions.to_plate(EYE_POINTS)
+        self._eye_points = self._proportions.to_plate(EYE_POINTS)
 
     def image(self, mouth: np.ndarray, blink: float = 0.0) -> np.ndarray:
-        """The plate (404, 500, 3) uint8 with its mouth as told (6,), and its lids down by `blink`, 0 to 1."""
+        """The plate (404, 500, 3) uint8 with the given mouth (6,); `blink`: how far the eyelids are closed, 0 to 1."""
         stretch = self._stretch(mouth)
         box = self._warp(stretch)
         self._paint_inside(box, stretch, mouth)
@@ -205,10 +205,10 @@ class Head:
         return plate
 
     def _stretch(self, mouth: np.ndarray) -> _Stretch:
-        """The lip curves that these six numbers ask for."""
+        """The lip curves for six mouth parameters."""
         opening, spread, rounding, press, tuck, _ = mouth
         k, xs = PLATE_SCALE, self._xs
-        gap = 12.5 * k * opening
+        lip_distance = 12.5 * k * opening
         half = self._half * 0.80 * self._lip_width * (1 + 0.20 * spread - 0.40 * rounding - 0.05 * opening)
         upper = 4.0 * k * self._lip_height * (1 + 0.22 * rounding) * (1 - 0.30 * press)
         lower = 5.4 * k * self._lip_height * (1 + 0.22 * rounding) * (1 - 0.28 * press) * (1 - 0.55 * tuck)
@@ -216,8 +216,8 @@ class Head:
         arch = 1 - across**2
         seam = self._seam - 0.9 * k * across**2 * (1 + 0.8 * spread)
         inside = arch ** (0.80 - 0.25 * rounding)
-        upper_inside = seam - (0.20 * gap + 1.1 * k * tuck) * inside
-        lower_inside = seam + (0.80 * gap - 0.4 * k * tuck) * inside
+        upper_inside = seam - (0.20 * lip_distance + 1.1 * k * tuck) * inside
+        lower_inside = seam + (0.80 * lip_distance - 0.4 * k * tuck) * inside
         upper_outside = upper_inside - upper * arch**0.62 * (1 - 0.16 * np.exp(-((across / 0.13) ** 2)))
         lower_outside = lower_inside + lower * arch**0.55
         columns = self._columns(half)
@@ -227,13 +227,13 @@ class Head:
         wanted = np.stack([upper_outside, upper_inside, lower_inside, lower_outside])
         target = source.copy()
         target[1:5] += (wanted - source[1:5]) * self._lips_follow
-        target[5] += 0.62 * gap * self._jaw_follows
+        target[5] += 0.62 * lip_distance * self._jaw_follows
         for i in range(1, 7):
             target[i] = np.maximum(target[i], target[i - 1] + (0 if i == 3 else 0.05))
-        return _Stretch(columns, source.astype(np.float32), target.astype(np.float32), half, gap, across)
+        return _Stretch(columns, source.astype(np.float32), target.astype(np.float32), half, lip_distance, across)
 
     def _columns(self, half: float) -> np.ndarray:
-        """Where each column is taken from: the mouth becomes `half` wide to each side, its surroundings make room."""
+        """Source column of each column: the mouth gets the half width `half`, and its surroundings are compressed."""
         aside, reach = np.abs(self._xs - self._x), 2.3 * self._half
         outside = self._half + (aside - half) * (reach - self._half) / (reach - half)
         taken = np.where(aside < half, aside * self._half / half, outside)
@@ -245,7 +245,7 @@ class Head:
         rows = source[0] + np.minimum(ys - target[0], 0) + np.maximum(ys - target[6], 0)
         for i in range(6):
             length = target[i + 1] - target[i]
-            if i == 2:  # between the lips: cut, to be painted over
+            if i == 2:  # between the lips: cut here, painted over later
                 rows += np.where(ys > (target[2] + target[3]) / 2, source[3] - source[2], 0)
             else:
                 rows += np.clip(ys - target[i], 0, length) * ((source[i + 1] - source[i]) / length)
@@ -253,14 +253,16 @@ class Head:
         return cv2.remap(self._plate, columns, rows, cv2.INTER_LINEAR)
 
     def _paint_inside(self, box: np.ndarray, stretch: _Stretch, mouth: np.ndarray) -> None:
-        """Draws what is seen between the lips into the box: the photo's teeth, dark, tongue; a seam where they are shut."""
+        """Draws the visible inside of the mouth into the box: teeth from the photo, a dark cavity, tongue; a seam if closed."""
         k, ending = PLATE_SCALE, stretch.half_width + 2
         left, right = np.searchsorted(self._xs, [self._x - ending, self._x + ending])
         upper, lower = stretch.target[2:4, left:right]
         top, bottom = int(max(upper.min() - 3 - self._ys[0, 0], 0)), int(lower.max() + 4 - self._ys[0, 0])
         ys, aside = self._ys[top:bottom], np.abs(stretch.across[left:right])
-        inside = self._cavity(ys, upper, lower, aside, mouth[TONGUE], stretch.gap)
-        edge = self._seam + k * (1.2 - 1.6 * aside**2) + 0.12 * stretch.gap  # of the upper teeth: they stay with the skull
+        inside = self._cavity(ys, upper, lower, aside, mouth[TONGUE], stretch.lip_distance)
+        edge = (
+            self._seam + k * (1.2 - 1.6 * aside**2) + 0.12 * stretch.lip_distance
+        )  # of the upper teeth, which do not move with the jaw
         teeth = self._teeth(ys, ys - edge, self._xs[left:right], stretch.source[2:4, left:right])
         teeth *= (0.62 + 0.30 * np.clip((ys - upper) / (3 * k), 0, 1))[..., None]
         showing = np.clip((edge - ys) / k + 0.5, 0, 1) * np.clip(1.5 - 1.35 * aside, 0, 1) * (1 - 0.5 * mouth[ROUND])
@@ -274,23 +276,23 @@ class Head:
         box[top:bottom, left:right] = np.clip(patch, 0, 255)
 
     @staticmethod
-    def _cavity(ys, upper, lower, aside, tongue: float, gap: float) -> np.ndarray:
-        """Dark, with a tongue from below."""
+    def _cavity(ys, upper, lower, aside, tongue: float, lip_distance: float) -> np.ndarray:
+        """Colours of the dark cavity with the tongue at its bottom."""
         tip = lower - (2.0 + 4.5 * tongue) * PLATE_SCALE * (1 - aside**2)
-        shown = np.clip((ys - tip) / (1.6 * PLATE_SCALE), 0, 1) * (0.35 + 0.45 * tongue) * (gap > 1)
+        shown = np.clip((ys - tip) / (1.6 * PLATE_SCALE), 0, 1) * (0.35 + 0.45 * tongue) * (lip_distance > 1)
         dark = np.float32([52, 22, 22])
         return dark + shown[..., None].astype(np.float32) * (np.float32([165, 82, 80]) - dark)
 
     def _teeth(self, ys, below_edge, xs, lips) -> np.ndarray:
-        """The photo's teeth, hung up by their lower edge."""
+        """The photo's teeth, aligned at their lower edge."""
         k, (upper, lower) = PLATE_SCALE, lips
         rows = np.clip(lower - 1.2 * k + below_edge, upper + 0.8 * k, lower - 0.9 * k).astype(np.float32)
         columns = np.broadcast_to(self._x + (xs - self._x) * 0.95, rows.shape).astype(np.float32)
         return cv2.remap(self._plate, columns, rows, cv2.INTER_LINEAR).astype(np.float32)
 
     def _close_eyes(self, plate: np.ndarray, blink: float) -> None:
-        """Draws the skin between brow and lid down over the eye."""
-        for (left, _), (right, _), (_, lid), (_, low), (x, brow) in self._face_models:
+        """Stretches the skin between brow and eyelid over the eye."""
+        for (left, _), (right, _), (_, lid), (_, low), (x, brow) in self._eye_points:
             half = (right - left) / 2
             box = slice(int(brow - 2), int(low + 4)), slice(int(x - 1.5 * half), int(x + 1.5 * half))
             xs, ys = np.arange(box[1].start, box[1].stop), np.arange(box[0].start, box[0].stop)[:, None]
@@ -299,22 +301,22 @@ class Head:
             columns = np.broadcast_to(xs, rows.shape).astype(np.float32)
             plate[box] = cv2.remap(self._plate, columns, rows.astype(np.float32), cv2.INTER_LINEAR)
 
-    def video_file(self, mouths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Mouths (T, 6) -> pictures (T, 432, 360) uint8, planar yuv420p: the head sways and blinks, the camera's luma is noisy."""
+    def render(self, mouths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Mouths (T, 6) -> frames (T, 432, 360) uint8, planar yuv420p, with head movement, blinks and luma noise."""
         num_frames = len(mouths)
         views, blinks = _views(num_frames, rng), _blinks(num_frames, rng)
         noise = np.clip(np.round(rng.normal(8, 2, (HEIGHT + 64, WIDTH + 64))), 0, 16).astype(np.uint8)
-        video_file = np.empty((num_frames, HEIGHT * 3 // 2, WIDTH), np.uint8)
+        frames = np.empty((num_frames, HEIGHT * 3 // 2, WIDTH), np.uint8)
         for t in range(num_frames):
-            rgb = _seen(self.image(mouths[t], blinks[t]), views[t])
-            video_file[t] = cv2.cvtColor(rgb, cv2.COLOR_RGB2YUV_I420)  # BT.601, video range: what MPEG-1 holds
+            rgb = _camera_view(self.image(mouths[t], blinks[t]), views[t])
+            frames[t] = cv2.cvtColor(rgb, cv2.COLOR_RGB2YUV_I420)  # BT.601, video range: the colours of MPEG-1
             y, x = rng.integers(0, 64, 2)
-            video_file[t, :HEIGHT] = cv2.subtract(cv2.add(video_file[t, :HEIGHT], noise[y : y + HEIGHT, x : x + WIDTH]), 8)
-        return video_file
+            frames[t, :HEIGHT] = cv2.subtract(cv2.add(frames[t, :HEIGHT], noise[y : y + HEIGHT, x : x + WIDTH]), 8)
+        return frames
 
 
 def _views(num_frames: int, rng: np.random.Generator) -> np.ndarray:
-    """(T, 2, 3): the affine map from plate to picture, slowly swaying."""
+    """(T, 2, 3) affine maps from plate to frame, with slow head movement."""
     sway = lambda reach, smooth: _wander(num_frames, reach, smooth, rng)
     dx, dy, roll, zoom = sway(4, 12), sway(3, 12), np.radians(sway(1.8, 14)), 1 + sway(0.015, 16)
     scale = WIDTH / (PLATE_WIDTH * PLATE_SCALE) * zoom
@@ -323,7 +325,7 @@ def _views(num_frames: int, rng: np.random.Generator) -> np.ndarray:
     turn = np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], 1)
     shift = np.stack([WIDTH / 2 + dx, 0.56 * HEIGHT + dy], -1) - turn @ centre
     views = np.concatenate([turn, shift[..., None]], -1)
-    views[:, 0] *= -1  # mirrored: face/landmarks.py follows these lips better so
+    views[:, 0] *= -1  # mirrored: face/landmarks.py tracks these lips better this way
     views[:, 0, 2] += WIDTH - 1
     return views
 
@@ -335,15 +337,15 @@ def _wander(num_frames: int, reach: float, smooth: float, rng: np.random.Generat
 
 
 def _blinks(num_frames: int, rng: np.random.Generator) -> np.ndarray:
-    """(T,) how far the lids are down: none, one or two blinks of four pictures."""
+    """(T,) how far the eyelids are closed: none, one or two blinks of four frames."""
     blinks = np.zeros(num_frames)
     for t in rng.integers(4, num_frames - 4, rng.integers(0, 3)):
         blinks[t - 1 : t + 3] = np.maximum(blinks[t - 1 : t + 3], [0.5, 1, 0.8, 0.3])
     return blinks
 
 
-def _seen(plate: np.ndarray, view: np.ndarray) -> np.ndarray:
-    """The plate through an affine map -> RGB (288, 360, 3). By remap: warpAffine rounds otherwise with and without AVX2."""
+def _camera_view(plate: np.ndarray, view: np.ndarray) -> np.ndarray:
+    """The plate through an affine map -> RGB (288, 360, 3). Uses remap: warpAffine rounds differently with and without AVX2."""
     back = cv2.invertAffineTransform(view)
     x, y = np.arange(WIDTH), np.arange(HEIGHT)[:, None]
     columns, rows = ((b[0] * x + b[1] * y + b[2]).astype(np.float32) for b in back)

@@ -1,1 +1,1 @@
-"""The command avsi-app: a local web page that restores uploaded clips."""
+"""The command avsi-app: a local web page that restores gaps in uploaded clips."""

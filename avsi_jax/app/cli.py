@@ -1,8 +1,8 @@
-"""avsi-app: a page on this machine on which a person repairs a clip: put it in, mark what is lost, hear it whole.
+"""avsi-app: serves a web page on this machine that restores gaps in uploaded clips.
 
-Needs Gradio (extra `app`). The server listens at 127.0.0.1 unless told otherwise, is never shared, asks nothing of other machines,
-makes one repair at a time, and keeps what was put in until the page is closed or the server stops. No passwords: whoever reaches
-the address may use it. What the page is made of is in app/ui.py.
+Needs Gradio (extra `app`). The server listens on 127.0.0.1 unless --host is given, is never shared through Gradio's tunnel, makes
+no requests to other machines, runs one restoration at a time, and keeps uploads until the page is closed or the server stops.
+There are no passwords: anyone who can reach the address may use it. The page itself is in app/ui.py.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ import importlib.util
 import signal
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from avsi_jax.app import isolation
 from avsi_jax.runtime import unexpected_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import ModuleType
 
     from avsi_jax.app.session import Limits
     from avsi_jax.inpainting.api import Inpainter
 
-SETTINGS = {  # nothing asked of others, no second server, nothing kept in browsers
+SETTINGS = {  # no requests to other machines, no second server, nothing stored in browsers
     "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False", "GRADIO_SSR_MODE": "False", "GRADIO_MCP_SERVER": "False",
     "GRADIO_SHARE": "False", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
 }  # fmt: skip
-ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------------------
@@ -36,15 +37,16 @@ ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @unexpected_errors.reported("avsi-app")
 def main(argv: list[str] | None = None) -> int:
-    known = _parser().parse_args(argv)
+    """The console script; the exit code."""
+    args = _parser().parse_args(argv)
     try:
-        need_gradio()
-        limits = _limits(known)
-        for number in ENDINGS:
+        check_gradio_installed()
+        limits = _limits(args)
+        for number in STOP_SIGNALS:
             signal.signal(number, _stop)
-        with served(_painter(known.checkpoint), limits, known.host, known.port) as address:
-            isolation.forbid_calls_outside(known.host)
-            print(f"avsi-app: {address}  (Ctrl-C stops it and deletes what was put in)", flush=True)
+        with served(_load_inpainter(args.checkpoint), limits, args.host, args.port) as address:
+            isolation.block_outgoing_connections(args.host)
+            print(f"avsi-app: {address}  (Ctrl-C stops the server and deletes the uploads)", flush=True)
             threading.Event().wait()
     except KeyboardInterrupt:
         return 0
@@ -56,41 +58,44 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "avsi-app", description="A page in your browser that fills the holes in a clip's sound. Everything stays on this machine."
+        "avsi-app", description="A web page on this machine that restores gaps in the audio of clips. No data leaves the machine."
     )
-    parser.add_argument("--checkpoint", default="pretrained", help="pretrained (the default), a folder of weights, or a workdir")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets others in, without a password")
-    parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--max_seconds", type=float, default=60, help="longest clip that is taken (default 60)")
-    parser.add_argument("--max_mb", type=float, default=200, help="largest file that is taken (default 200)")
+    parser.add_argument("--checkpoint", default="pretrained", help="name of shipped weights (default: pretrained), a folder of "
+                        "weights, or the working directory of a training")  # fmt: skip
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 admits other machines, without a password"
+    )
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default 7860); 0 picks a free one")
+    parser.add_argument("--max_seconds", type=float, default=60, help="longest clip that is accepted (default 60)")
+    parser.add_argument("--max_mb", type=float, default=200, help="largest file that is accepted (default 200)")
     return parser
 
 
-def _limits(known) -> Limits:
+def _limits(args: argparse.Namespace) -> Limits:
     from avsi_jax.app.session import Limits
 
     for name in ("max_seconds", "max_mb"):
-        if not 0 < getattr(known, name) < float("inf"):
-            raise ValueError(f"--{name}={getattr(known, name):g}: expected a number above 0")
-    if not 0 <= known.port < 65536:
-        raise ValueError(f"--port={known.port}: expected 0 to 65535; 0 takes any that is free")
-    return Limits(known.max_seconds, known.max_mb)
+        if not 0 < getattr(args, name) < float("inf"):
+            raise ValueError(f"--{name}={getattr(args, name):g}: expected a number above 0")
+    if not 0 <= args.port < 65536:
+        raise ValueError(f"--port={args.port}: expected 0 to 65535; 0 picks a free port")
+    return Limits(args.max_seconds, args.max_mb)
 
 
-def _painter(checkpoint: str) -> Inpainter:
+def _load_inpainter(checkpoint: str) -> Inpainter:
     from avsi_jax.inpainting.api import Inpainter
 
     return Inpainter.load(checkpoint)
 
 
 def _stop(*_) -> None:
-    for number in ENDINGS:  # a second one would break off the deleting
+    for number in STOP_SIGNALS:  # a second signal would interrupt the deletion of the uploads
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
-def need_gradio() -> None:
-    """ModuleNotFoundError is no error of the program: one line says what to install."""
+def check_gradio_installed() -> None:
+    """Raises OSError with the command that installs Gradio, if it is missing."""
     if importlib.util.find_spec("gradio") is None:
         raise OSError("the page needs gradio, which is not installed; pip install 'avsi_jax[app]'")
 
@@ -100,26 +105,26 @@ def need_gradio() -> None:
 
 @contextlib.contextmanager
 def served(inpainter: Inpainter, limits: Limits, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
-    """The page at work; its address. All that it wrote is gone afterwards. OSError where the port is taken."""
-    with isolation.own_folder() as folder:
-        cache = folder / "gradio"  # within which Gradio serves files as they lie, without copies
+    """Serves the page; yields its address. Everything it wrote is deleted afterwards. Raises OSError if the port is in use."""
+    with isolation.temporary_folder() as folder:
+        cache = folder / "gradio"  # Gradio serves files inside this folder directly, without copies
         with isolation.environment(SETTINGS | {"GRADIO_TEMP_DIR": str(cache), "GRADIO_EXAMPLES_CACHE": str(cache / "examples")}):
-            from avsi_jax.app import ui as drawn  # here: Gradio reads some of the settings when it is imported
+            from avsi_jax.app import ui  # imported here: Gradio reads some of the settings on import
 
-            page = drawn.build(inpainter, limits, cache / "visits")
+            page = ui.build(inpainter, limits, cache / "sessions")
             port = port or _free_port(host)
             try:
-                _launch(drawn, page, limits, host, port)
+                _launch(ui, page, limits, host, port)
                 yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/"
             finally:
                 page.close(verbose=False)
 
 
-def _launch(drawn, page, limits: Limits, host: str, port: int) -> None:
+def _launch(ui: ModuleType, page: Any, limits: Limits, host: str, port: int) -> None:
     try:
-        drawn.launch(page, limits, host, port)
+        ui.launch(page, limits, host, port)
     except OSError as error:
-        raise OSError(f"can't listen at {host}:{port} ({' '.join(str(error).split())}); take another --port") from None
+        raise OSError(f"cannot listen on {host}:{port} ({' '.join(str(error).split())}); use another --port") from None
 
 
 def _free_port(host: str) -> int:

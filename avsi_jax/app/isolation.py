@@ -1,6 +1,6 @@
-"""What keeps a server to itself: no calls to other machines, a folder of its own that goes when it ends, settings that end with it.
+"""Isolation of the server: blocks outgoing network access, a temporary folder and environment variables that are undone at the end.
 
-The standard library alone.
+Uses the standard library alone.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PREFIX = "avsi-app-"  # of temporary folders
-BEGINNING_S = 60  # a server's folder has its lock within this
-HERE = {"localhost", "127.0.0.1", "::1", "0.0.0.0", "::", "", None}
+MAX_START_S = 60  # a server locks its folder within this time
+LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1", "0.0.0.0", "::", "", None}
 
 
 @contextlib.contextmanager
-def own_folder() -> Iterator[Path]:
-    """A temporary folder, gone afterwards. Those of servers that were killed before they could remove them go first."""
+def temporary_folder() -> Iterator[Path]:
+    """A temporary folder, deleted afterwards. First deletes the folders of servers that were killed."""
     remove_left_behind()
     with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as folder, _locked(Path(folder)):
         yield Path(folder)
@@ -28,7 +28,7 @@ def own_folder() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def environment(values: dict[str, str]) -> Iterator[None]:
-    """Environment variables, as they were afterwards."""
+    """Sets environment variables, and restores their values afterwards."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -41,7 +41,7 @@ def environment(values: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """As long as this process lives, its folder is not taken for one that was left behind."""
+    """Holds a lock in the folder as long as this process runs, which shows other servers that it is in use."""
     import fcntl
 
     with (folder / "lock").open("w") as lock:
@@ -50,7 +50,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def remove_left_behind() -> None:
-    """Folders of servers that were killed before they could remove them."""
+    """Deletes the folders of servers that were killed before they could delete them."""
     import fcntl
     import shutil
 
@@ -58,30 +58,33 @@ def remove_left_behind() -> None:
         with contextlib.suppress(OSError), lock.open("r") as held:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock.parent, ignore_errors=True)
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):  # the deleting was broken off when the lock was gone already
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):  # a deletion was interrupted after the lock was deleted
         with contextlib.suppress(OSError):
-            if not (folder / "lock").exists() and time.time() - folder.stat().st_mtime > BEGINNING_S:
+            if not (folder / "lock").exists() and time.time() - folder.stat().st_mtime > MAX_START_S:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def forbid_calls_outside(host: str) -> None:
-    """From now on this process can't reach another machine, whatever a library or a request asks for."""
+def block_outgoing_connections(host: str) -> None:
+    """From now on every connection and name lookup of this process to another machine raises PermissionError.
+
+    host: the server's own address, which stays reachable.
+    """
     import ipaddress
 
-    def is_here(name) -> bool:
+    def is_local(name) -> bool:
         name = name.decode() if isinstance(name, bytes) else name
         with contextlib.suppress(ValueError):
-            return name in HERE or name == host or ipaddress.ip_address(name.partition("%")[0]).is_loopback
+            return name in LOCAL_HOSTS or name == host or ipaddress.ip_address(name.partition("%")[0]).is_loopback
         return False
 
-    def watch(event: str, args: tuple) -> None:
+    def audit(event: str, args: tuple) -> None:
         if event in ("socket.connect", "socket.sendto"):
-            asked = args[1][0] if isinstance(args[1], tuple) else None  # a path is a socket of this machine
+            requested = args[1][0] if isinstance(args[1], tuple) else None  # a path is a socket on this machine
         elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
-            asked = args[0]
+            requested = args[0]
         else:
             return
-        if not is_here(asked):
-            raise PermissionError(f"avsi-app asks nothing of other machines; found a call to {asked}")
+        if not is_local(requested):
+            raise PermissionError(f"avsi-app makes no requests to other machines; found one to {requested}")
 
-    sys.addaudithook(watch)
+    sys.addaudithook(audit)

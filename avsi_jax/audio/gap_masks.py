@@ -1,9 +1,10 @@
-"""THE gap protocol: draw gaps (training), place them (evaluation), damage the sound, mark what it touched.
+"""The gap protocol: draws gaps (training), places them (evaluation), masks the audio and marks the affected frames.
 
-A gap is [start, end) in samples at RECORD_RATE. In the `waveform` protocol the samples are gone before anything else sees the
-sound: they are zeroed at the rate they are stored in, then decimated, pre-emphasised and transformed; a spectrogram frame is
-marked if any lost sample reaches it through the decimating filter, the pre-emphasis or its window. In the `paper` protocol whole
-frames of the clean spectrogram are set to silence instead, which is kind to the frames beside it: only to compare with the paper.
+A gap is [start, end) in samples at RECORD_RATE. In the `waveform` protocol its samples are set to zero at the record rate, before
+any other processing; the masked audio is then decimated, pre-emphasised and transformed. A spectrogram frame is marked if any
+missing sample reaches it through the decimation filter, the pre-emphasis or its window. In the `paper` protocol whole frames of
+the clean spectrogram are set to silence instead. Neighbouring frames then still contain samples of the gap, so this protocol is
+easier; it exists only for comparison with the paper.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from avsi_jax.audio import stft
 from avsi_jax.presets import RECORD_RATE, Spec
 
 PROTOCOLS = ("waveform", "paper")
-MAX_SHARE = 0.8  # of a clip that training may take away
+MAX_SHARE = 0.8  # largest share of a clip that gaps take in training
 
 
 # ---- training: draw ------------------------------------------------------------------------------------------------------------
@@ -28,12 +29,13 @@ def draw_gaps(
     key: jax.Array, length: jax.Array, *, max_count: int, total: str, min_ms: float, total_mean_ms: float = 0.0,
     total_std_ms: float = 0.0, total_min_ms: float = 0.0, total_max_ms: float = 0.0,
 ) -> jax.Array:  # fmt: skip
-    """Random gaps for one clip of `length` record samples (scalar int) -> int32 (max_count, 2), unused rows empty (0, 0).
+    """Random gaps for one clip of `length` record samples (scalar int): int32 (max_count, 2), unused rows (0, 0).
 
-    count ~ U{1..max_count}; the time lost in all is N(total_mean_ms, total_std_ms) for total='normal' (the paper: 900, 300) or
-    U(total_min_ms, total_max_ms) for 'uniform', at least min_ms a gap and at most MAX_SHARE of the clip; it is shared out by sequential
-    uniforms whose upper bound shrinks by exp(-(count-1)/6), as the paper's and Morrone's code do; places are uniform given that
-    gaps neither overlap nor leave the clip (theirs lets the last gap overflow, which loses a ninth of the nominal time).
+    The number of gaps is U{1..max_count}. Their total length is N(total_mean_ms, total_std_ms) for total='normal' (the paper: 900,
+    300) or U(total_min_ms, total_max_ms) for 'uniform', at least min_ms for each gap and at most MAX_SHARE of the clip. It is
+    divided by sequential uniform draws whose upper bound shrinks by exp(-(count - 1) / 6), as in the code of the paper and of
+    Morrone et al. Positions are uniform under the condition that gaps neither overlap nor leave the clip. (In the paper's code the
+    last gap can run over the end, which costs a ninth of the nominal length.) ValueError for an unknown `total`.
     """
     if total not in ("normal", "uniform"):
         raise ValueError(f"gaps.total: found {total!r}, expected 'normal' or 'uniform'")
@@ -46,9 +48,9 @@ def draw_gaps(
     else:
         wanted = jax.random.uniform(k_total, (), minval=total_min_ms, maxval=total_max_ms)
     smallest = min_ms * ms
-    missing = jnp.minimum(jnp.maximum(wanted * ms, smallest * count), MAX_SHARE * length)
-    lengths = _share_out(k_share, missing, count, jnp.minimum(smallest, missing / count), max_count)
-    order = jnp.argsort(jnp.where(used, jax.random.uniform(k_order, (max_count,)), 2.0))  # used ones first, shuffled
+    samples = jnp.minimum(jnp.maximum(wanted * ms, smallest * count), MAX_SHARE * length)
+    lengths = _divide(k_share, samples, count, jnp.minimum(smallest, samples / count), max_count)
+    order = jnp.argsort(jnp.where(used, jax.random.uniform(k_order, (max_count,)), 2.0))  # used rows first, shuffled
     lengths = lengths[order]
     slack = jnp.maximum(length - lengths.sum(), 0)
     places = jnp.sort(jnp.where(used, jax.random.uniform(k_place, (max_count,)), 2.0))
@@ -57,13 +59,13 @@ def draw_gaps(
     return jnp.where(used[:, None], gaps, 0)
 
 
-def _share_out(key, missing, count, smallest, max_count):
-    """int32 (max_count,): `lost` samples cut into `count` pieces of at least `smallest` samples each; the rest 0."""
+def _divide(key: jax.Array, total: jax.Array, count: jax.Array, smallest: jax.Array, max_count: int) -> jax.Array:
+    """Divides `total` samples into `count` lengths of at least `smallest` samples: int32 (max_count,), unused ones 0."""
     shrink = jnp.exp(-(count - 1) / 6.0)
     uniform = jax.random.uniform(key, (max_count,))
-    left, pieces = missing, []
+    left, pieces = total, []
     for i in range(max_count):
-        after = jnp.maximum(count - i - 1, 0)  # gaps still to come
+        after = jnp.maximum(count - i - 1, 0)  # number of gaps after this one
         upper = jnp.maximum(smallest, (left - smallest * after) * shrink)
         piece = jnp.where(i < count - 1, smallest + uniform[i] * (upper - smallest), jnp.where(i == count - 1, left, 0.0))
         left = left - piece
@@ -72,9 +74,9 @@ def _share_out(key, missing, count, smallest, max_count):
 
 
 def draw_batch(key: jax.Array, id_hash: jax.Array, lengths: jax.Array, **draw) -> jax.Array:
-    """`draw_gaps` for clips of (B,) record samples: int32 (B, max_count, 2).
+    """`draw_gaps` for B clips of lengths (B,) record samples: int32 (B, max_count, 2).
 
-    A clip's gaps depend on the key and its own id (hash (B,) uint32) alone: the same whatever the batch or the devices.
+    The gaps of a clip depend only on the key and on id_hash (B,) uint32, not on the batch or the devices.
     """
     one = lambda h, n: draw_gaps(jax.random.fold_in(key, h), n, **draw)
     return jax.vmap(one)(id_hash, lengths)
@@ -84,59 +86,60 @@ def draw_batch(key: jax.Array, id_hash: jax.Array, lengths: jax.Array, **draw) -
 
 
 def place_in_speech(clip_id: str, gap_ms: int, speech_s: tuple[float, float], num_samples: int) -> tuple[int, int]:
-    """One gap of `gap_ms` inside the words, [start, end) in record samples of a clip of `num_samples`.
+    """One gap of `gap_ms` within the spoken part, [start, end) in record samples of a clip of `num_samples`.
 
-    The start is hashed from clip id and length into [first word, last word - gap]; a gap longer than the words is centred on them.
+    speech_s: start of the first and end of the last word, s. The start is a hash of clip id and gap length, mapped to [first word,
+    last word - gap]. A gap longer than the spoken part is centred on it.
     """
     length = min(round(gap_ms * RECORD_RATE / 1000), num_samples)
     first, last = (round(t * RECORD_RATE) for t in speech_s)
-    room = last - first - length
-    start = first + hashed_uniform(f"{clip_id}:{int(gap_ms)}") * room if room >= 0 else first + room / 2
+    slack = last - first - length
+    start = first + hashed_uniform(f"{clip_id}:{int(gap_ms)}") * slack if slack >= 0 else first + slack / 2
     start = int(np.clip(round(start), 0, num_samples - length))
     return start, start + length
 
 
 def hashed_uniform(text: str) -> float:
-    """[0, 1) from the first 53 bits of sha256(text): the same on every machine."""
+    """A number in [0, 1) from the first 53 bits of sha256(text): the same on every machine."""
     return (int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 11) / 2**53
 
 
-# ---- damage --------------------------------------------------------------------------------------------------------------------
+# ---- masks ---------------------------------------------------------------------------------------------------------------------
 
 
 def gap_samples(gaps: jax.Array, num_samples: int) -> jax.Array:
-    """Gaps (..., G, 2) -> bool (..., num_samples), true where a sample is lost."""
+    """Gaps (..., G, 2) -> bool (..., num_samples): true for the samples in a gap."""
     return inside(gaps, jnp.arange(num_samples))
 
 
 def inside(gaps: jax.Array, positions: jax.Array) -> jax.Array:
-    """Gaps (..., G, 2) and positions (P,) -> bool (..., P): positions that lie in any of the gaps."""
+    """Gaps (..., G, 2) and positions (P,) -> bool (..., P): whether a position lies in any of the gaps."""
     positions = stft.along_last(positions, gaps.ndim)
     return ((positions >= gaps[..., :1]) & (positions < gaps[..., 1:])).any(-2)
 
 
-def damage(audio: jax.Array, missing: jax.Array) -> jax.Array:
-    """The sound with its lost samples gone (zero); what stood there cannot be told from the result, not even NaN."""
+def mask_audio(audio: jax.Array, missing: jax.Array) -> jax.Array:
+    """Audio (..., N) with the missing samples, bool (..., N), set to zero; their former values leave no trace, even if NaN."""
     return jnp.where(missing, jnp.zeros((), audio.dtype), audio)
 
 
 def gap_at_preset(missing: jax.Array, spec: Spec) -> jax.Array:
-    """bool (..., N record) -> (..., N preset): true where the decimating filter's support holds a lost record sample."""
+    """Missing samples at RECORD_RATE, bool (..., N), -> at the preset's rate: true where the decimation filter sees any of them."""
     if spec.decimation == 1:
         return missing
     support = np.ones(2 * stft.FIR_HALF_TAPS + 1, np.float32)
     return stft.through_filter(missing.astype(jnp.float32), support, spec.decimation) > 0.5
 
 
-def touched_frames(missing: jax.Array, spec: Spec) -> jax.Array:
-    """bool (..., N record) -> bool (..., F): frames of `stft.log_mel` that any lost sample reaches with a weight other than 0."""
+def affected_frames(missing: jax.Array, spec: Spec) -> jax.Array:
+    """Missing samples, bool (..., N) at RECORD_RATE -> bool (..., F): frames of `stft.log_mel` in which any has non-zero weight."""
     at_preset = gap_at_preset(missing, spec)
-    if spec.pre_emphasis:  # a sample also reaches its successor
+    if spec.pre_emphasis:  # a sample also affects the next one
         at_preset = at_preset | jnp.pad(at_preset, [(0, 0)] * (missing.ndim - 1) + [(1, 0)])[..., :-1]
-    return stft.frames_holding(at_preset, spec)
+    return stft.frames_containing(at_preset, spec)
 
 
 def centred_frames(gaps: jax.Array, spec: Spec, num_frames: int) -> jax.Array:
-    """Gaps (..., G, 2) -> bool (..., F): frames whose centre lies in a gap. The frames that errors in the gap are counted over."""
+    """Gaps (..., G, 2) -> bool (..., F): frames whose centre lies in a gap. Gap errors are averaged over these frames."""
     first = 0 if spec.centred else spec.window // 2
     return inside(gaps, (np.arange(num_frames) * spec.hop + first) * spec.decimation)

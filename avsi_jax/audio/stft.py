@@ -1,12 +1,14 @@
-"""Waveform <-> spectrogram <-> log-mel, in jnp, no state, differentiable, one preset (`presets.Spec`) at a time.
+"""Spectrograms: decimation, pre-emphasis, STFT and its inverse, mel bands and levels, for one preset (`presets.Spec`).
 
-Conventions are librosa's (Hann window, zero padding at both ends where centred, Slaney mel on magnitudes), because the paper's
-code used librosa; tests hold every function here to librosa or scipy. Levels are what a network sees, decibels what a reader sees.
+All functions are pure, differentiable jax.numpy. Conventions are librosa's (Hann window, zero padding at both ends if centred,
+Slaney mel on magnitudes), because the paper's code used librosa; the tests compare every function with librosa or scipy. A
+"level" is the scaled log magnitude that networks see; decibels are for reports.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -15,9 +17,9 @@ import numpy as np
 
 from avsi_jax.presets import RECORD_RATE, Spec
 
-FIR_BLOCK = 128  # samples that one matrix product makes
-FIR_HALF_TAPS = 64  # taps of the decimating filter on each side, in record samples: 4 ms
-DB_FLOOR = -80.0  # of the 'db' level, and of every log-mel error that is reported
+FIR_BLOCK = 128  # output samples per matrix product
+FIR_HALF_TAPS = 64  # taps of the decimation filter on each side, in record samples: 4 ms
+DB_FLOOR = -80.0  # of the 'db' level and of every reported log-mel error
 MEL_BASES = Path(__file__).parent / "mel_bases.npz"
 MIN_MAGNITUDE = 1e-5  # floor under the logarithm of the 'db' level (-100 dB, then clipped to DB_FLOOR)
 
@@ -27,24 +29,24 @@ MIN_MAGNITUDE = 1e-5  # floor under the logarithm of the 'db' level (-100 dB, th
 
 @functools.cache
 def decimation_filter(factor: int) -> np.ndarray:
-    """Low-pass FIR (2 x FIR_HALF_TAPS + 1,) for keeping every `factor`-th sample; zero phase, unit gain at 0 Hz (Kaiser, 80 dB)."""
+    """Zero-phase low-pass FIR (2 * FIR_HALF_TAPS + 1,) for decimation by `factor`: Kaiser window, 80 dB, unit gain at 0 Hz."""
     at, cutoff = np.arange(-FIR_HALF_TAPS, FIR_HALF_TAPS + 1), 0.94 / factor
-    taps = np.sinc(cutoff * at) * np.kaiser(len(at), 0.1102 * (80.0 - 8.7))  # scipy.signal.firwin's; its import takes a second
+    taps = np.sinc(cutoff * at) * np.kaiser(len(at), 0.1102 * (80.0 - 8.7))  # as scipy.signal.firwin, whose import takes a second
     return (taps / taps.sum()).astype(np.float32)
 
 
 def decimate(audio: jax.Array, spec: Spec) -> jax.Array:
-    """(..., N) at RECORD_RATE -> (..., ceil(N / factor)) at the preset's rate; sample n is centred on record sample factor x n."""
+    """(..., N) at RECORD_RATE -> (..., ceil(N / factor)) at the preset's rate; sample n is centred on record sample factor * n."""
     if spec.decimation == 1:
         return audio
     return through_filter(audio, decimation_filter(spec.decimation), spec.decimation)
 
 
 def through_filter(x: jax.Array, taps: np.ndarray, factor: int) -> jax.Array:
-    """(..., N) and symmetric taps (2 FIR_HALF_TAPS + 1,) -> every `factor`-th sample of their convolution, (..., ceil(N / factor)).
+    """Convolves (..., N) with symmetric taps (2 * FIR_HALF_TAPS + 1,) and keeps every `factor`-th sample: (..., ceil(N / factor)).
 
-    A block of samples at a time is a product with a matrix that holds the taps as a band: for the convolution of one channel a
-    TPU's compiler estimates fifty times the rest of a training step (docs/tpu.md).
+    Computed block by block as a product with a banded matrix of the taps: for a one-channel convolution the TPU compiler estimates
+    fifty times the cost of the rest of a training step (docs/tpu.md).
     """
     hop, (n,) = factor * FIR_BLOCK, x.shape[-1:]
     samples = -(-n // factor)
@@ -60,7 +62,7 @@ def through_filter(x: jax.Array, taps: np.ndarray, factor: int) -> jax.Array:
 
 
 def pre_emphasise(audio: jax.Array, spec: Spec) -> jax.Array:
-    """y[n] = x[n] - a x[n-1], silence before the first sample. (..., N) -> (..., N)."""
+    """Pre-emphasis y[n] = x[n] - a x[n-1] with x[-1] = 0. (..., N) -> (..., N)."""
     if not spec.pre_emphasis:
         return audio
     before = jnp.concatenate([jnp.zeros_like(audio[..., :1]), audio[..., :-1]], -1)
@@ -68,16 +70,17 @@ def pre_emphasise(audio: jax.Array, spec: Spec) -> jax.Array:
 
 
 def de_emphasise(audio: jax.Array, spec: Spec, start: jax.Array | float = 0.0) -> jax.Array:
-    """The inverse of `pre_emphasise`: y[n] = x[n] + a y[n-1], y[-1] = start. (..., N) -> (..., N)."""
+    """Inverse of `pre_emphasise`: y[n] = x[n] + a y[n-1], y[-1] = start. (..., N) -> (..., N)."""
     if not spec.pre_emphasis:
         return audio
-    steps = jnp.moveaxis(audio, -1, 0)
+    samples = jnp.moveaxis(audio, -1, 0)
 
-    def step(last, x):
+    def next_sample(last, x):
         y = x + spec.pre_emphasis * last
         return y, y
 
-    return jnp.moveaxis(jax.lax.scan(step, jnp.broadcast_to(start, steps.shape[1:]).astype(audio.dtype), steps)[1], 0, -1)
+    first = jnp.broadcast_to(start, samples.shape[1:]).astype(audio.dtype)
+    return jnp.moveaxis(jax.lax.scan(next_sample, first, samples)[1], 0, -1)
 
 
 # ---- short-time Fourier transform ----------------------------------------------------------------------------------------------
@@ -85,26 +88,26 @@ def de_emphasise(audio: jax.Array, spec: Spec, start: jax.Array | float = 0.0) -
 
 @functools.cache
 def hann(spec: Spec) -> np.ndarray:
-    """Periodic Hann of `spec.window` samples, padded with zeros to the middle of (n_fft,) samples, as librosa does."""
+    """Periodic Hann window of `spec.window` samples, zero-padded on both sides to (n_fft,), as librosa does."""
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(spec.window) / spec.window)
     left = (spec.n_fft - spec.window) // 2
     return np.pad(window, (left, spec.n_fft - spec.window - left)).astype(np.float32)
 
 
-def along_last(vector, ndim: int) -> jax.Array:
-    """(n,) -> (1, ..., 1, n) of `ndim` axes: broadcasting is said, never left to rank promotion."""
+def along_last(vector: jax.typing.ArrayLike, ndim: int) -> jax.Array:
+    """Reshapes (n,) to (1, ..., 1, n) with `ndim` axes, so that broadcasting is explicit and rank promotion can stay disabled."""
     return jnp.asarray(vector).reshape((1,) * (ndim - 1) + (-1,))
 
 
 def _padding(num_samples: int, spec: Spec) -> tuple[int, int]:
-    """Zeros before and after a sound so that frame f covers padded samples [f hop, f hop + n_fft)."""
+    """Numbers of zeros before and after the audio so that frame f covers padded samples [f * hop, f * hop + n_fft)."""
     frames = spec.frames_of(num_samples)
     left = spec.n_fft // 2 if spec.centred else (spec.n_fft - spec.window) // 2
     return left, max(0, (frames - 1) * spec.hop + spec.n_fft - left - num_samples)
 
 
 def _frames(audio: jax.Array, spec: Spec) -> jax.Array:
-    """(..., N) -> (..., F, n_fft), not windowed; put together from whole hops, which a TPU copies where it would gather samples."""
+    """(..., N) -> (..., F, n_fft), not windowed; built from whole hops, which a TPU copies instead of gathering samples."""
     n, frames, pieces = audio.shape[-1], spec.frames_of(audio.shape[-1]), -(-spec.n_fft // spec.hop)
     left, total = _padding(n, spec)[0], (frames - 1 + pieces) * spec.hop
     hops = jnp.pad(audio, [*[(0, 0)] * (audio.ndim - 1), (left, max(0, total - left - n))])[..., :total]
@@ -113,33 +116,33 @@ def _frames(audio: jax.Array, spec: Spec) -> jax.Array:
 
 
 def stft(audio: jax.Array, spec: Spec) -> jax.Array:
-    """(..., N) float32 at the preset's rate -> complex64 (..., F, n_fft // 2 + 1)."""
+    """Short-time Fourier transform: (..., N) float32 at the preset's rate -> complex64 (..., F, n_fft // 2 + 1)."""
     return jnp.fft.rfft(_frames(audio, spec) * along_last(hann(spec), audio.ndim + 1), axis=-1)
 
 
-def frames_holding(marked: jax.Array, spec: Spec) -> jax.Array:
-    """bool (..., N) at the preset's rate -> bool (..., F): frames that give any marked sample a weight other than 0."""
+def frames_containing(marked: jax.Array, spec: Spec) -> jax.Array:
+    """Marked samples, bool (..., N) at the preset's rate -> bool (..., F): frames in which any of them has non-zero weight."""
     return (_frames(marked.astype(jnp.float32), spec) * along_last(hann(spec), marked.ndim + 1)).any(-1)
 
 
 def istft(spectrum: jax.Array, spec: Spec, num_samples: int, floor: float = 1e-8) -> jax.Array:
-    """Least-squares inverse (Griffin & Lim 1984, eq. 6): overlap-add of windowed frames over the sum of squared windows.
+    """Least-squares inverse of `stft` (Griffin & Lim 1984, eq. 6): overlap-add of windowed frames over the sum of squared windows.
 
-    Complex (..., F, bins) -> (..., num_samples); exact for an unchanged `stft` wherever a window covers the sample.
-    Where the squared windows sum to less than `floor`, at the ends of a clip, the sound fades instead: a spectrum that is made up
-    would burst there, since only the foot of one window sees those samples.
+    Complex (..., F, bins) -> (..., num_samples); exact for an unmodified `stft` wherever a window covers the sample. At the ends of
+    a clip, where the squared windows sum to less than `floor`, the audio fades out instead: those samples are covered only by the
+    edge of one window, and a modified spectrum would be amplified there without limit.
     """
     frames = jnp.fft.irfft(spectrum, n=spec.n_fft, axis=-1) * along_last(hann(spec), spectrum.ndim)
     left, right = _padding(num_samples, spec)
     total = left + num_samples + right
     norm = _overlap_add(jnp.broadcast_to(hann(spec) ** 2, (spectrum.shape[-2], spec.n_fft)), spec, total)
     audio = _overlap_add(frames, spec, total)
-    audio = audio * along_last(1.0 / jnp.maximum(norm, floor), audio.ndim)  # x * (1 / y) rounds alike in any batch, x / y doesn't
+    audio = audio * along_last(1.0 / jnp.maximum(norm, floor), audio.ndim)  # rounds the same in any batch, unlike x / y
     return audio[..., left : left + num_samples]
 
 
 def _overlap_add(frames: jax.Array, spec: Spec, total: int) -> jax.Array:
-    """(..., F, n_fft) -> (..., total): sums shifted frames; the frame is cut in hops so that each cut is one dense addition."""
+    """Sums shifted frames, (..., F, n_fft) -> (..., total); frames are cut into hops so that each cut is one dense addition."""
     pieces = -(-spec.n_fft // spec.hop)
     num = frames.shape[-2]
     lead = [(0, 0)] * (frames.ndim - 2)
@@ -155,15 +158,15 @@ def _overlap_add(frames: jax.Array, spec: Spec, total: int) -> jax.Array:
 
 @functools.cache
 def mel_basis(spec: Spec) -> np.ndarray:
-    """(K, n_fft // 2 + 1) float32: librosa's Slaney mel filters from 0 to half the rate, or the identity on a linear scale.
+    """Mel filters (K, n_fft // 2 + 1) float32: librosa's Slaney filters from 0 to rate / 2, or the identity on a linear scale.
 
-    Those of the presets lie in mel_bases.npz, as librosa made them: its import alone takes seconds.
+    The filters of the presets are stored in mel_bases.npz, because importing librosa takes seconds.
     """
     if spec.scale == "linear":
         return np.eye(spec.bands, dtype=np.float32)
-    with np.load(MEL_BASES, allow_pickle=False) as kept:
-        if (name := _basis_name(spec)) in kept:
-            return kept[name]
+    with np.load(MEL_BASES, allow_pickle=False) as stored:
+        if (name := _basis_name(spec)) in stored:
+            return stored[name]
     import librosa
 
     return librosa.filters.mel(sr=spec.rate, n_fft=spec.n_fft, n_mels=spec.bands, fmin=0.0, fmax=spec.rate / 2)
@@ -173,22 +176,25 @@ def _basis_name(spec: Spec) -> str:
     return f"{spec.rate}-{spec.n_fft}-{spec.bands}"
 
 
-def keep_mel_bases(specs) -> None:
-    """librosa makes MEL_BASES anew: `python -c "from avsi_jax import spec, stft; stft.keep_mel_bases(presets.PRESETS.values())"`."""
+def write_mel_bases(specs: Iterable[Spec]) -> None:
+    """Writes MEL_BASES with librosa's filters. Run after a change of the presets:
+
+    python -c "from avsi_jax import presets; from avsi_jax.audio import stft; stft.write_mel_bases(presets.PRESETS.values())"
+    """
     import librosa
 
-    made = {_basis_name(s): librosa.filters.mel(sr=s.rate, n_fft=s.n_fft, n_mels=s.bands) for s in specs if s.scale != "linear"}
-    np.savez_compressed(MEL_BASES, **made)
+    bases = {_basis_name(s): librosa.filters.mel(sr=s.rate, n_fft=s.n_fft, n_mels=s.bands) for s in specs if s.scale != "linear"}
+    np.savez_compressed(MEL_BASES, **bases)
 
 
 def band_magnitude(audio: jax.Array, spec: Spec) -> jax.Array:
-    """(..., N) -> linear band magnitudes (..., F, K) of the pre-emphasised sound."""
+    """(..., N) -> linear band magnitudes (..., F, K) of the pre-emphasised audio."""
     magnitude = jnp.abs(stft(pre_emphasise(audio, spec), spec))
     return magnitude if spec.scale == "linear" else jnp.matmul(magnitude, jnp.asarray(mel_basis(spec)).T, precision="highest")
 
 
 def level_from_magnitude(magnitude: jax.Array, spec: Spec) -> jax.Array:
-    """Band magnitudes -> the level a network sees ('db': 0 at -80 dB and below, 1 at 0 dB; 'log': natural logarithm)."""
+    """Band magnitudes -> level ('db': 0 at -80 dB and below, 1 at 0 dB; 'log': natural logarithm)."""
     if spec.level == "log":
         return jnp.log(magnitude + spec.log_floor)
     decibel = 20.0 / np.log(10.0) * jnp.log(jnp.maximum(MIN_MAGNITUDE, magnitude))
@@ -196,21 +202,21 @@ def level_from_magnitude(magnitude: jax.Array, spec: Spec) -> jax.Array:
 
 
 def magnitude_from_level(level: jax.Array, spec: Spec) -> jax.Array:
-    """The inverse of `level_from_magnitude` within its range; never negative."""
+    """Inverse of `level_from_magnitude` within its range; never negative."""
     if spec.level == "log":
         return jnp.maximum(jnp.exp(level) - spec.log_floor, 0.0)
     return 10.0 ** (to_db(jnp.clip(level, 0.0, 1.0), spec) / 20.0)
 
 
 def to_db(level: jax.Array, spec: Spec) -> jax.Array:
-    """Level -> decibels re full scale, floored at -80 dB; accepts numpy and jax arrays."""
+    """Level -> dB of full scale, at least DB_FLOOR; accepts numpy and jax arrays."""
     if spec.level == "log":
         return jnp.maximum(level * (20.0 / np.log(10.0)), DB_FLOOR)
     return jnp.clip(level, 0.0, 1.0) * -DB_FLOOR + DB_FLOOR
 
 
 def db_per_level(spec: Spec) -> float:
-    """Decibels that a difference of 1 in level stands for: 80, or 8.69 on a natural logarithm."""
+    """Decibels per unit of level: 80 for 'db', 8.69 for 'log'."""
     return -DB_FLOOR if spec.level == "db" else float(20.0 / np.log(10.0))
 
 
@@ -225,7 +231,10 @@ def log_mel(audio: jax.Array, spec: Spec) -> jax.Array:
 
 
 def log_mel_of_record(audio: jax.Array, spec: Spec) -> jax.Array:
-    """(..., record_samples) float32 at RECORD_RATE -> level (..., F, K): decimation, then `log_mel`."""
+    """Decimation, then `log_mel`: (..., record_samples) float32 at RECORD_RATE -> level (..., F, K).
+
+    ValueError for another number of samples.
+    """
     expected = spec.record_samples
     if audio.shape[-1] != expected:
         raise ValueError(f"preset {spec.name}: expected {expected} samples at {RECORD_RATE} Hz, found {audio.shape[-1]}")

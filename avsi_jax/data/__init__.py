@@ -1,1 +1,1 @@
-"""From a dataset's TFRecords to model inputs: reading, features, augmentation, statistics, text."""
+"""From TFRecords to model inputs: reading records, features, augmentation, train statistics and Grid text."""

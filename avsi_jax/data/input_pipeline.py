@@ -1,9 +1,7 @@
-"""Records -> batches of raw sound, face points and text, in an order that can be gone on with. The only importer of grain.
+"""Input pipeline: batches of raw audio, landmarks and labels from records, in a resumable order. The only module that uses grain.
 
-Sound stays int16 at 16 kHz, points stay pixels: gaps, spectrograms and motion are made on the device (data/features.py). A damaged
-record raises RecordError (data/tfrecords.py says when); it is never passed over.
-
-Letters: B clips, N samples, T video frames, L landmarks (68). Times in seconds.
+Audio stays int16 at 16 kHz and landmarks stay in pixels: gaps, spectrograms and motion are computed on the device
+(data/features.py). A damaged record raises RecordError (data/tfrecords.py documents when); it is never skipped.
 """
 
 from __future__ import annotations
@@ -21,29 +19,32 @@ from avsi_jax.data.tfrecords import MissingSplitError, RecordError, Records, fin
 __all__ = ["MissingSplitError", "RecordError", "Records", "eval_batches", "find_dataset", "id_hash", "to_example", "train_batches"]
 
 READ_THREADS = 4
-BATCHES_AHEAD = 8
+PREFETCHED_BATCHES = 8
 
 
 # ------------------------------------------------------------------------------------------------------- stored -> example
 
 
 def id_hash(clip_id: str) -> np.uint32:
-    """What a clip's gaps are placed by: the first four bytes of sha256(id), big-endian."""
+    """The number that seeds a clip's random draws: the first four bytes of sha256(id), big-endian."""
     return np.uint32(int.from_bytes(hashlib.sha256(clip_id.encode()).digest()[:4], "big"))
 
 
 def to_example(raw: dict, record_samples: int = 48_000, num_frames: int = presets.GRID_FRAMES) -> dict:
-    """One stored example at fixed shapes.
+    """Converts a stored example to fixed shapes.
 
     Returns, with N = record_samples and T = num_frames:
-      clip_id str, id_hash () uint32;
-      audio (N,) int16 at 16 kHz, zero-padded or cut, audio_length () int32 its true length in N;
-      landmarks (T, 68, 2) float32 px, last frame repeated or cut, num_frames () int32 as true, landmarks_valid (T,) bool;
-      offset_s () float32 sound after picture; frame_size (2,) int32 width, height; fps () float32;
-      labels (41,) int32 the text's characters, phones (23,) int32 its phones, both zero-padded, label_length and phone_length ()
-      int32 their true numbers; 0 where the text of an own recording holds what has no label, or is too long for them;
-      speech (2,) float32 start of the first and end of the last word on the sound's clock, the whole sound where has_words ()
-      bool is False; weight () float32 1.
+      clip_id: str; id_hash: () uint32.
+      audio: (N,) int16 at 16 kHz, zero-padded or cut; audio_length: () int32, number of samples before the padding.
+      landmarks: (T, 68, 2) float32 px, padded with the last frame or cut; num_frames: () int32, frames before the padding;
+        landmarks_valid: (T,) bool.
+      offset_s: () float32, A/V offset, positive if the audio lags the video; frame_size: (2,) int32 width and height; fps: ()
+        float32.
+      labels: (41,) int32 characters of the text; phones: (23,) int32; both zero-padded. label_length, phone_length: () int32; 0
+        if the text contains symbols without a label or is too long.
+      speech: (2,) float32, start of the first and end of the last word on the clock of the audio, or the full clip if there are no
+        words; has_words: () bool.
+      weight: () float32, 1.
     """
     audio, audio_length = _fit(raw["audio"], record_samples)
     points, frames = _fit(raw["landmarks"], num_frames)
@@ -73,24 +74,24 @@ def to_example(raw: dict, record_samples: int = 48_000, num_frames: int = preset
 
 
 def _fit(x: np.ndarray, length: int) -> tuple[np.ndarray, int]:
-    """x cut or padded with zeros along its first axis to `length`, and how much of the result is x."""
+    """x cut or zero-padded along its first axis to `length`, and the number of its elements that come from x."""
     count = min(len(x), length)
     fitted = np.zeros((length, *x.shape[1:]), x.dtype)
     fitted[:count] = x[:count]
     return fitted, count
 
 
-def _labels(encode: Callable[[str], np.ndarray], said: str, length: int) -> tuple[np.ndarray, int]:
-    """The labels of a text; none where it holds what `encode` has no label for, or more of them than `length`."""
+def _labels(encode: Callable[[str], np.ndarray], text: str, length: int) -> tuple[np.ndarray, int]:
+    """The labels of a text, padded to `length`; none if `encode` rejects the text or returns more than `length` labels."""
     try:
-        labels = encode(said)
+        labels = encode(text)
     except ValueError:
         labels = np.zeros(0, np.int32)
     return _fit(labels if len(labels) <= length else labels[:0], length)
 
 
 def _speech(raw: dict, duration_s: float) -> np.ndarray:
-    """(2,) s on the sound's clock. An .align is timed on the picture's, which the sound lags by offset_s."""
+    """(2,) s on the clock of the audio. Word times are on the clock of the video, which the audio lags by offset_s."""
     words = raw["words"]
     if not words:
         return np.array([0, duration_s], np.float32)
@@ -103,50 +104,54 @@ def _speech(raw: dict, duration_s: float) -> np.ndarray:
 def train_batches(
     records: Sequence[dict], batch_size: int, seed: int, *, process_index: int = 0, process_count: int = 1, start_step: int = 0
 ) -> Iterator[dict]:
-    """Batches without end, from step `start_step`: the clips pass by again and again, each pass in an order of its own.
+    """Endless batches from training step `start_step` on.
 
-    A pass holds every clip once; its order depends on (seed, number of the pass) alone, the passes follow each other without a
-    break, and a batch that reaches over the end of one goes on with the next: no clip is dropped or filled in. So batches end with
-    a pass only where batch_size divides the clips; a training that counts len(records) // batch_size steps as an epoch falls
-    behind the passes by the remainder. The global batch of a step depends on (seed, batch_size, step) alone, and process p gets
-    the p-th of `process_count` equal runs of its rows. The iterator has get_state() -> small JSON-able dict and set_state(state).
+    The clips are traversed in passes. A pass contains every clip once, in an order that depends only on (seed, pass number). Passes
+    follow each other without a break: a batch may contain the end of one and the start of the next, and no clip is dropped or
+    repeated to fill it. A batch therefore ends with a pass only if batch_size divides the number of clips, and epochs counted as
+    len(records) // batch_size steps fall behind the passes by the remainder.
+
+    The global batch of a step depends only on (seed, batch_size, step); process p gets the p-th of `process_count` equal slices of
+    its rows. The iterator has get_state(), which returns a small JSON-serialisable dict, and set_state(state). RecordError for an
+    empty split, ValueError if process_count does not divide batch_size.
     """
     import grain.python as grain
 
     if len(records) == 0:
-        raise RecordError("no clip to train on: the split is empty")
-    rows, passes = _rows_of_one(batch_size, process_count), _passes(records, seed)
+        raise RecordError("no clips to train on: the split is empty")
+    rows, passes = _rows_per_process(batch_size, process_count), _passes(records, seed)
 
     def batch_at(step: int) -> dict:
         begin = step * batch_size + process_index * rows
         return _batch([to_example(records[int(passes[i])]) for i in range(begin, begin + rows)])
 
-    batches = iter(_ahead(grain.MapDataset.range(sys.maxsize).map(batch_at)))  # grain's own endless batches fail at batch_size 1
+    batches = iter(_prefetched(grain.MapDataset.range(sys.maxsize).map(batch_at)))  # grain's repeat().batch(1) fails
     batches.set_state(batches.get_state() | {"next_index": start_step})
     return batches
 
 
 def clip_ids_of_step(records: Records, batch_size: int, seed: int, step: int) -> list[str]:
-    """The ids of the global batch that `train_batches` gives at a step, counted from 0."""
+    """The ids of the global batch of `train_batches` at a training step, counted from 0."""
     passes = _passes(records, seed)
     return [records.clip_ids[int(passes[i])] for i in range(step * batch_size, (step + 1) * batch_size)]
 
 
 def _passes(records: Sequence[dict], seed: int):
-    """The order of the clips, pass after pass; may be asked beyond its length: the next pass."""
+    """The order of the clips as a grain MapDataset; indices beyond its length belong to the following passes."""
     import grain.python as grain
 
     return grain.MapDataset.range(len(records)).seed(seed).shuffle()
 
 
 def eval_batches(records: Records, batch_size: int, *, process_index: int = 0, process_count: int = 1) -> Iterator[dict]:
-    """Every clip exactly once, by clip id; the last batch is filled up with its last clip at weight 0.
+    """Every clip exactly once, ordered by clip id; the last batch is padded with copies of the last clip at weight 0.
 
-    Process p gets the p-th of `process_count` equal runs of the rows of each batch, of fillers alone too: all as many batches.
+    Process p gets the p-th of `process_count` equal slices of the rows of every batch, even if they are only padding, so all
+    processes get the same number of batches. ValueError if process_count does not divide batch_size.
     """
     import grain.python as grain
 
-    rows = _rows_of_one(batch_size, process_count)
+    rows = _rows_per_process(batch_size, process_count)
     order = np.argsort(records.clip_ids, kind="stable")
 
     def batch_at(step: int) -> dict:
@@ -156,23 +161,23 @@ def eval_batches(records: Records, batch_size: int, *, process_index: int = 0, p
         examples = {clip: to_example(records[clip]) for clip in dict.fromkeys(clips)}
         return _batch([examples[clip] | {"weight": np.float32(row <= last)} for row, clip in zip(mine, clips, strict=True)])
 
-    return iter(_ahead(grain.MapDataset.range(-(-len(order) // batch_size)).map(batch_at)))
+    return iter(_prefetched(grain.MapDataset.range(-(-len(order) // batch_size)).map(batch_at)))
 
 
-def _rows_of_one(batch_size: int, process_count: int) -> int:
+def _rows_per_process(batch_size: int, process_count: int) -> int:
     if batch_size % process_count:
-        raise ValueError(f"batch_size {batch_size} can't be shared among {process_count} processes: expected a multiple")
+        raise ValueError(f"batch_size {batch_size} can't be divided among {process_count} processes: expected a multiple")
     return batch_size // process_count
 
 
-def _ahead(steps):
-    """The batches of a grain MapDataset in order, the next few made by threads."""
+def _prefetched(batches):
+    """The batches of a grain MapDataset in order; threads prepare the next few."""
     import grain.python as grain
 
-    return steps.to_iter_dataset(grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=BATCHES_AHEAD))
+    return batches.to_iter_dataset(grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCHED_BATCHES))
 
 
 def _batch(examples: list[dict]) -> dict:
-    """Arrays stacked to (B, ...); clip_id stays a list of str."""
+    """Stacks arrays to (B, ...); clip_id becomes a list of str."""
     ids = [e["clip_id"] for e in examples]
     return {"clip_id": ids} | {k: np.stack([e[k] for e in examples]) for k in examples[0] if k != "clip_id"}

@@ -1,9 +1,9 @@
-"""Rows of clips -> means with intervals: bootstrap, paired differences, several training seeds. NumPy alone; knows no metric.
+"""Bootstrap means, intervals and paired differences of per-clip scores, over one or several training seeds. Uses only NumPy.
 
-A row is a dict, as of clips.csv: clip_id, speaker, case (what was done to the input; '' or absent for nothing), gap_ms, system,
-metrics (number, text of one; None, '' or NaN where there is none), and perhaps start_s and end_s of the gap. An estimate is a dict:
-metric, mean, its 95 % interval low to high, the number n of values behind it and of those `missing`. "a above b" means that the
-whole interval of the paired difference a - b is above 0. Same input, same numbers.
+A row is a dict like a line of clips.csv: clip_id, speaker, case (a change of the input; '' or absent for none), gap_ms, system,
+metrics (a number or its text; None, '' or NaN for no value), and optionally start_s and end_s of the gap. An estimate is a dict:
+metric, mean, its 95 % interval low to high, the number n of values and the number `missing`. "a above b" means that the whole
+interval of the paired difference a - b is above 0. Results are deterministic.
 
 Letters: C clips.
 """
@@ -14,24 +14,27 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 RESAMPLES = 2000
-IDENTITY = ("clip_id", "speaker", "case", "gap_ms", "system", "start_s", "end_s")  # what a row is of; all else was measured
+IDENTITY = ("clip_id", "speaker", "case", "gap_ms", "system", "start_s", "end_s")  # identify a row; all other cells are measured
 
 
 # ---- values ------------------------------------------------------------------------------------------------------------------
 
 
-def bootstrap_mean(values, n: int = RESAMPLES, seed: int = 0, groups=None) -> tuple[float, float, float]:
+def bootstrap_mean(
+    values: ArrayLike, n: int = RESAMPLES, seed: int = 0, groups: ArrayLike | None = None
+) -> tuple[float, float, float]:
     """(mean, low, high): the mean and its 95 % percentile bootstrap interval (Efron & Tibshirani 1993) from n resamples.
 
-    values (C,), one a clip; NaN is left out (`summarise` counts it). groups (C,): resamples groups (speakers), then the clips
-    of each one drawn, so that the interval speaks of speakers not heard. NaN for no values; ValueError for infinite ones.
+    values (C,), one per clip; NaN is left out (`summarise` counts it). groups (C,): resamples groups (speakers), then the clips of
+    each, so that the interval covers other speakers. NaN for no values; ValueError for infinite ones.
     """
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or np.isinf(values).any() or (groups is not None and np.shape(groups) != values.shape):
         found = f"{values.shape} values, {np.isinf(values).sum()} of them infinite"
-        raise ValueError(f"bootstrap_mean: found {found}, groups {np.shape(groups)}; expected finite ones (C,), a group each")
+        raise ValueError(f"bootstrap_mean: found {found}, groups {np.shape(groups)}; expected finite values (C,) and a group each")
     known = ~np.isnan(values)
     if not known.any():
         return math.nan, math.nan, math.nan
@@ -44,9 +47,9 @@ def bootstrap_mean(values, n: int = RESAMPLES, seed: int = 0, groups=None) -> tu
 
 
 def _resampled_means(parts: list[np.ndarray], n: int, generator) -> np.ndarray:
-    """(n,) means of clips drawn with replacement from parts that were drawn with replacement."""
+    """(n,) means of clips drawn with replacement from parts drawn with replacement."""
     total, count = np.zeros((2, n))
-    drawn = generator.multinomial(len(parts), np.full(len(parts), 1 / len(parts)), size=n)  # how often each part
+    drawn = generator.multinomial(len(parts), np.full(len(parts), 1 / len(parts)), size=n)  # how often each part is drawn
     for part, times in zip(parts, drawn.T):
         for repeat in range(times.max()):
             rows = np.flatnonzero(times > repeat)
@@ -56,7 +59,9 @@ def _resampled_means(parts: list[np.ndarray], n: int, generator) -> np.ndarray:
     return total / count
 
 
-def paired_difference(a, b, n: int = RESAMPLES, seed: int = 0, groups=None) -> tuple[float, float, float]:
+def paired_difference(
+    a: ArrayLike, b: ArrayLike, n: int = RESAMPLES, seed: int = 0, groups: ArrayLike | None = None
+) -> tuple[float, float, float]:
     """`bootstrap_mean` of a - b, (C,) each, over clips that have both."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape:
@@ -64,7 +69,7 @@ def paired_difference(a, b, n: int = RESAMPLES, seed: int = 0, groups=None) -> t
     return bootstrap_mean(a - b, n, seed, groups)
 
 
-def number(cell) -> float:
+def number(cell: str | float | None) -> float:
     """A cell of clips.csv as a number; NaN for None and ''."""
     return math.nan if cell in (None, "") else float(cell)
 
@@ -75,11 +80,11 @@ def number(cell) -> float:
 def summarise(
     rows: Sequence[dict], metrics: Sequence[str], pairs: Sequence[tuple[str, str]], *, by_speaker: bool = False
 ) -> dict[str, list[dict]]:
-    """{"table": a mean of each case, gap length, system and metric, "paired": a - b of each pair of systems}, with intervals.
+    """{"table": means by case, gap length, system and metric; "paired": a - b for each pair of systems}, with intervals.
 
-    by_speaker resamples speakers first: for speakers not trained on. `missing` counts the rows (in pairs: shared clips) without a
-    value; a metric without any is left out. ValueError for two rows of the same clip, case, gap length and system. Order: case as
-    it appears, gap length, system as it appears, metric.
+    by_speaker resamples speakers first: for unseen speakers. `missing` counts the rows (in pairs: shared clips) without a value; a
+    metric without any value is left out. ValueError for two rows of the same clip, case, gap length and system. Order: case by
+    first appearance, gap length, system by first appearance, metric.
     """
     cells = _cells(rows)
     systems = list(dict.fromkeys(system for _, _, system in cells))
@@ -107,17 +112,17 @@ def _cells(rows: Sequence[dict]) -> dict[tuple[str, int, str], dict[str, dict]]:
 
 
 def _places(cells) -> list[tuple[str, int]]:
-    """(case, gap_ms) of cells: cases as they appear, gap lengths ascending."""
+    """(case, gap_ms) of cells: cases by first appearance, gap lengths ascending."""
     cases = list(dict.fromkeys(case for case, *_ in cells))
     return sorted({(case, gap_ms) for case, gap_ms, *_ in cells}, key=lambda place: (cases.index(place[0]), place[1]))
 
 
-def _estimates(of: dict, minus: dict | None, metrics, by_speaker: bool) -> Iterator[dict]:
-    """An estimate of each metric that has values, of clips (id -> row), or of their difference from other rows."""
-    clips = sorted(of if minus is None else of.keys() & minus.keys())
-    speakers = [of[clip]["speaker"] for clip in clips] if by_speaker else None
+def _estimates(rows: dict, minus: dict | None, metrics, by_speaker: bool) -> Iterator[dict]:
+    """An estimate of each metric that has values, of rows (clip id -> row), or of their difference from the rows `minus`."""
+    clips = sorted(rows if minus is None else rows.keys() & minus.keys())
+    speakers = [rows[clip]["speaker"] for clip in clips] if by_speaker else None
     for metric in metrics:
-        values = np.array([number(of[clip].get(metric)) for clip in clips])
+        values = np.array([number(rows[clip].get(metric)) for clip in clips])
         if minus is not None:
             values -= [number(minus[clip].get(metric)) for clip in clips]
         missing = int(np.isnan(values).sum())
@@ -127,54 +132,54 @@ def _estimates(of: dict, minus: dict | None, metrics, by_speaker: bool) -> Itera
 
 
 def reach(pairs: Sequence[dict], metric: str, *, less_is_better: bool = True) -> list[dict]:
-    """Up to which gap length a is above b: {"a", "b", "gap_ms"} of each pair in summarise's "paired", in their order.
+    """The gap length up to which a is better than b: {"a", "b", "gap_ms"} for each pair in summarise's "paired", in their order.
 
-    gap_ms is the longest length at which, and at all shorter ones measured, the whole interval is on the better side of 0; 0 where
-    that isn't so at the shortest. Of the case '' alone.
+    gap_ms is the longest length at which, as at all shorter ones, the whole interval is on the better side of 0; 0 where that is
+    not the case at the shortest. Uses only the case ''.
     """
-    sign, found = (-1 if less_is_better else 1), {}
+    sign, reached = (-1 if less_is_better else 1), {}
     plain = [e for e in pairs if e["metric"] == metric and not e["case"]]
     for e in sorted(plain, key=lambda e: e["gap_ms"]):
-        own = found.setdefault((e["a"], e["b"]), {"gap_ms": 0, "ended": False})
-        own["ended"] |= min(sign * e["low"], sign * e["high"]) <= 0
-        own["gap_ms"] = own["gap_ms"] if own["ended"] else e["gap_ms"]
-    named = dict.fromkeys((e["a"], e["b"]) for e in plain)
-    return [{"a": a, "b": b, "gap_ms": found[a, b]["gap_ms"]} for a, b in named]
+        pair = reached.setdefault((e["a"], e["b"]), {"gap_ms": 0, "ended": False})
+        pair["ended"] |= min(sign * e["low"], sign * e["high"]) <= 0
+        pair["gap_ms"] = pair["gap_ms"] if pair["ended"] else e["gap_ms"]
+    pairs_in_order = dict.fromkeys((e["a"], e["b"]) for e in plain)
+    return [{"a": a, "b": b, "gap_ms": reached[a, b]["gap_ms"]} for a, b in pairs_in_order]
 
 
 # ---- rows of several evaluations ---------------------------------------------------------------------------------------------
 
 
 def paired(rows_a: Sequence[dict], rows_b: Sequence[dict], metrics: Sequence[str], *, by_speaker: bool = False) -> list[dict]:
-    """a - b of every case, gap length and metric that both have, over the clips of both: estimates with case, gap_ms, unshared.
+    """a - b for every case, gap length and metric that both have, over their common clips: estimates with case, gap_ms, unshared.
 
-    rows_a and rows_b are one system's each, of two evaluations perhaps; what the system is called doesn't matter. `unshared` counts
-    the clips of one side alone. ValueError for two rows of the same clip, case and gap length, where a clip's gap isn't the same
-    on both sides, and where the two have no clip in common.
+    rows_a and rows_b belong to one system each, possibly of two evaluations; the systems' names do not matter. `unshared` counts
+    clips that only one side has. ValueError for two rows of the same clip, case and gap length, for a clip whose gap differs
+    between the sides, and where they have no clip in common.
     """
-    a, b = (_of_one(rows, name) for rows, name in ((rows_a, "a"), (rows_b, "b")))
+    a, b = (_of_one_system(rows, name) for rows, name in ((rows_a, "a"), (rows_b, "b")))
     if not any(a[place].keys() & b.get(place, {}).keys() for place in a):
         raise ValueError(f"rows of {sorted(a)} and {sorted(b)} (case, gap_ms) share no clip; compare evaluations of the same split")
-    found = []
+    estimates = []
     for case, g in (place for place in a if place in b):
-        of, minus = a[case, g], b[case, g]
-        for clip in sorted(of.keys() & minus.keys()):
-            _check_same(of[clip], minus[clip])
-        more = {"unshared": len(of.keys() ^ minus.keys())}
-        found += [{"case": case, "gap_ms": g, **e, **more} for e in _estimates(of, minus, metrics, by_speaker)]
-    return found
+        rows, minus = a[case, g], b[case, g]
+        for clip in sorted(rows.keys() & minus.keys()):
+            _check_same(rows[clip], minus[clip])
+        unshared = {"unshared": len(rows.keys() ^ minus.keys())}
+        estimates += [{"case": case, "gap_ms": g, **e, **unshared} for e in _estimates(rows, minus, metrics, by_speaker)]
+    return estimates
 
 
-def _of_one(rows: Sequence[dict], name: str) -> dict[tuple[str, int], dict[str, dict]]:
-    """(case, gap_ms) -> clip_id -> row of the rows of one system, ordered as in `summarise`."""
+def _of_one_system(rows: Sequence[dict], name: str) -> dict[tuple[str, int], dict[str, dict]]:
+    """(case, gap_ms) -> clip_id -> row, of rows of one system, ordered as in `summarise`."""
     if len(systems := {row["system"] for row in rows}) > 1:
-        raise ValueError(f"rows {name} hold {len(systems)} systems ({', '.join(sorted(systems))}); expected those of one")
+        raise ValueError(f"rows {name} contain {len(systems)} systems ({', '.join(sorted(systems))}); expected one")
     cells = {(case, gap_ms): clips for (case, gap_ms, _), clips in _cells(rows).items()}
     return {place: cells[place] for place in _places(cells)}
 
 
 def _check_same(row: dict, other: dict) -> None:
-    """ValueError where two rows of a clip say that they are of another gap or speaker."""
+    """ValueError where two rows of a clip differ in gap or speaker."""
     for key in ("start_s", "end_s", "speaker"):
         if str(row.get(key, "")) != str(other.get(key, "")):
             which = f"{row['clip_id']}, {row['gap_ms']} ms"
@@ -182,37 +187,37 @@ def _check_same(row: dict, other: dict) -> None:
 
 
 def mean_rows(runs: Sequence[Sequence[dict]], metrics: Sequence[str]) -> list[dict]:
-    """Rows of the same system trained with several seeds -> one row a clip, case and gap length: the means over the seeds.
+    """Means over several training seeds of one system: one row per clip, case and gap length.
 
-    A metric is NaN where any seed lacks it. For `paired` between systems of several seeds each, and for `summarise`. ValueError
-    unless all seeds have the same clips, gaps and speakers, and rows of one system each.
+    A metric is NaN where any seed lacks it. For `summarise`, and for `paired` between systems of several seeds. ValueError unless
+    all seeds have the same clips, gaps and speakers, and rows of one system each.
     """
-    seeds = [_of_one(rows, f"of run {i + 1}") for i, rows in enumerate(runs)]
+    seeds = [_of_one_system(rows, f"of run {i + 1}") for i, rows in enumerate(runs)]
     if not seeds or any({p: c.keys() for p, c in s.items()} != {p: c.keys() for p, c in seeds[0].items()} for s in seeds):
         sizes = ", ".join(str(sum(map(len, s.values()))) for s in seeds) or "none"
         raise ValueError(f"rows of {len(seeds)} runs: {sizes}; expected one run or more, all with the same clips, cases and gaps")
-    found = []
+    averaged = []
     for place, clips in seeds[0].items():
         for clip, first in clips.items():
             same = [s[place][clip] for s in seeds]
             for row in same[1:]:
                 _check_same(first, row)
             means = {m: float(np.mean([number(row.get(m)) for row in same])) for m in metrics}
-            found.append({k: first[k] for k in IDENTITY if k in first} | means)
-    return found
+            averaged.append({k: first[k] for k in IDENTITY if k in first} | means)
+    return averaged
 
 
 def over_seeds(runs: Sequence[Sequence[dict]], metrics: Sequence[str], *, by_speaker: bool = False) -> list[dict]:
-    """Estimates of `mean_rows`, with case, gap_ms, the number of seeds, and the least and the most of the seeds' own means.
+    """Estimates of `mean_rows`, with case, gap_ms, the number of seeds, and the least and the greatest mean of a single seed.
 
-    The interval is over clips, of their means over seeds: it speaks of other clips, not of other seeds, of which a handful can't
-    tell; how far those lie apart is least to most. All are of the clips that every seed has a value of.
+    The interval is over clips, of their means over seeds: it covers other clips, not other seeds, for which a handful of seeds is
+    too few; `least` to `most` shows how far the seeds lie apart. Uses the clips for which every seed has a value.
     """
-    means, found = _of_one(mean_rows(runs, metrics), ""), []
-    seeds = [_of_one(rows, "") for rows in runs]
+    means, estimates = _of_one_system(mean_rows(runs, metrics), ""), []
+    seeds = [_of_one_system(rows, "") for rows in runs]
     for (case, g), clips in means.items():
         for e in _estimates(clips, None, metrics, by_speaker):
             known = [clip for clip in sorted(clips) if not math.isnan(clips[clip][e["metric"]])]
-            own = [float(np.mean([number(s[case, g][clip][e["metric"]]) for clip in known])) for s in seeds]
-            found.append({"case": case, "gap_ms": g, **e, "seeds": len(seeds), "least": min(own), "most": max(own)})
-    return found
+            by_seed = [float(np.mean([number(s[case, g][clip][e["metric"]]) for clip in known])) for s in seeds]
+            estimates.append({"case": case, "gap_ms": g, **e, "seeds": len(seeds), "least": min(by_seed), "most": max(by_seed)})
+    return estimates

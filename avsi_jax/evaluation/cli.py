@@ -1,8 +1,8 @@
-"""Split + protocol + suite + Restorer -> clips.csv, summary.json, sounds, report.html: avsi-evaluate.
+"""avsi-evaluate: evaluates a trained system on a split and writes clips.csv, summary.json, audio examples and report.html.
 
-Every clip of the split meets every case of the suite (evaluation/conditions.py), damaged and judged as the protocol says (evaluation/protocols.py); beside
-the system stand the damaged sound, the linear interpolation of the log-mel, the same system with the lips of another clip, the true
-log-mel through the same vocoder (the ceiling), and, with --baseline, what another run's own evaluation found on the same clips.
+Every clip of the split is evaluated in every case of the suite (evaluation/conditions.py), masked and scored as defined by the
+protocol (evaluation/protocols.py). The tables also show masked audio, linear interpolation of the log-mel, the same system with
+another clip's video, the oracle mel (the true log-mel through the same vocoder) and, with --baseline, another run.
 """
 
 from __future__ import annotations
@@ -15,121 +15,137 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from avsi_jax import configs
 from avsi_jax.runtime import unexpected_errors
+
+if TYPE_CHECKING:
+    import ml_collections
+
+    from avsi_jax.evaluation.conditions import Case
+    from avsi_jax.evaluation.protocols import Protocol
+    from avsi_jax.evaluation.run_systems import Clips, SystemOutput
+    from avsi_jax.inference.recognizer import Recognizer
+    from avsi_jax.inference.restorer import Restorer
 
 METRICS = (
     "gap_l1_mel_db", "gap_l1_db", "pesq_nb", "pesq_wb", "stoi", "estoi", "stoi_gap", "wer_gap", "cer", "per",
 )  # fmt: skip
 COLUMNS = (
     "clip_id", "speaker", "case", "gap_ms", "start_s", "end_s", "gaps_s", "in_words", "system", "kind",
-    *METRICS, "said", "text", "heard", "touched", "reason",
+    *METRICS, "transcript", "text", "recognized", "touched", "reason",
 )  # fmt: skip
-UNSEEN_SPLITS = ("validation", "test")  # of speakers that no training saw: intervals resample speakers, then clips
-PAIRED = ("baseline", "interpolation", "other_video")  # kinds that the system is compared with, clip by clip
-OTHER_VIDEO_IN = ("lengths", "unseen", "multigap")  # suites that have a row for the lips of another clip
+UNSEEN_SPLITS = ("validation", "test")  # splits of unseen speakers: intervals resample speakers, then clips
+PAIRED = ("baseline", "interpolation", "other_video")  # kinds with which the system is compared clip by clip
+OTHER_VIDEO_IN = ("lengths", "unseen", "multigap")  # suites with a row for another clip's video
 
 
 def evaluate(
-    config, workdir: Path, *, checkpoint: str = "", baseline: Path | None = None, raw: Path | None = None, overwrite: bool = False,
-    command: str = "",
+    config: ml_collections.ConfigDict, workdir: Path, *, checkpoint: str = "", baseline: Path | None = None,
+    raw: Path | None = None, overwrite: bool = False, command: str = "",
 ) -> Path:  # fmt: skip
-    """Evaluates the run in `workdir`, beside what `baseline`'s own evaluation found; returns the folder of the results, in it.
+    """Evaluates the run in `workdir` and returns the folder of the results inside it.
 
-    checkpoint: the name or folder of weights to evaluate in the run's place. The baseline is evaluated first where it hasn't been.
-    raw: the clips' videos, for suites that paint on them. ValueError and OSError say what can't be done.
+    checkpoint: name or folder of weights to evaluate instead of the run. baseline: another run directory to compare with; it is
+    evaluated first if necessary. raw: folder of the clips' videos, for suites that paint on them. Raises ValueError or OSError with
+    a message for the user.
     """
     from avsi_jax.data import input_pipeline
     from avsi_jax.evaluation import bootstrap, conditions, metrics, protocols, reference_cache, report, run_systems
     from avsi_jax.inference.restorer import Restorer
 
-    # 1. What was asked for.
+    # 1. Check the request and load everything.
     check(config)
     protocol = protocols.PROTOCOLS[config.protocol]
-    folder = folder_of(config, workdir)
+    folder = results_folder(config, workdir)
     if (folder / "summary.json").exists() and not overwrite:
-        raise FileExistsError(f"{folder} holds an evaluation; take --overwrite to replace it")
-    restorer = Restorer.load(checkpoint or workdir, config.checkpoint, protocol=protocol.damage)
+        raise FileExistsError(f"{folder} contains an evaluation; pass --overwrite to replace it")
+    restorer = Restorer.load(checkpoint or workdir, config.checkpoint, protocol=protocol.masking)
     if protocol.presets and restorer.config.preset not in protocol.presets:
         raise ValueError(
             f"config.protocol={protocol.name}: found a system of preset {restorer.config.preset}, expected {protocol.presets[0]}"
         )
     if config.suite in conditions.NEED_VIDEO and not restorer.system.uses_video:
-        raise ValueError(f"config.suite={config.suite}: {restorer.name} sees no lips; expected a system that does")
+        raise ValueError(f"config.suite={config.suite}: {restorer.name} uses no video; expected a system that does")
     if config.suite in conditions.NEED_RAW and not raw:
-        raise ValueError(f"config.suite={config.suite} paints on the pictures; expected --raw=DIR with the videos of the dataset")
+        raise ValueError(
+            f"config.suite={config.suite} paints on the video frames; expected --raw=DIR with the videos of the dataset"
+        )
     other = baseline_rows(config, Path(baseline), restorer, raw, overwrite) if baseline else None
     if not (data_dir := config.data_dir or restorer.config.data_dir):
-        raise ValueError("weights come without a dataset; expected --config.data_dir=DIR, where avsi-prepare wrote one")
+        raise ValueError(
+            "weights do not name a dataset; expected --config.data_dir=DIR, the folder of a dataset built by avsi-prepare"
+        )
     dataset = input_pipeline.find_dataset(data_dir, config.builder_config or restorer.config.builder_config)
     records = input_pipeline.Records(dataset, config.split, mouth=False)
-    clips = run_systems.Clips(records, run_systems.chosen_clips(records, config.max_clips))
+    clips = run_systems.Clips(records, run_systems.select_clips(records, config.max_clips))
     cases = protocol.cases or tuple(conditions.SUITES[config.suite](config.gap_ms or protocol.gap_ms))
     if config.suite in conditions.NEED_RAW:
         began = time.monotonic()
-        tell = lambda done, of: tick(done, of, began, "painted clips tracked")
-        clips.hide(Path(raw), cases, protocol, config.workers or os.cpu_count() or 1, tell)
-    judge = find_judge(config)
-    systems = lineup(restorer, other_video=config.other_video and config.suite in OTHER_VIDEO_IN)
+        progress = lambda done, total: print_progress(done, total, began, "painted clips tracked")
+        clips.track_occluded(Path(raw), cases, protocol, config.workers or os.cpu_count() or 1, progress)
+    judge = load_judge(config)
+    systems = systems_of(restorer, other_video=config.other_video and config.suite in OTHER_VIDEO_IN)
 
-    # 2. What no system has a part in: kept from an earlier evaluation, or made on the way and kept.
-    kept_at = reference_cache.path_of(
+    # 2. Rows that depend on no system: read from the cache, or computed below and cached.
+    cache_path = reference_cache.path_of(
         config.references, data=records.fingerprint(), clips=sorted(clips.raw), protocol=protocol.name, cases=cases,
         preset=restorer.config.preset, suite=config.suite, versions=versions(), judge=judge and judge.fingerprint,
         columns=COLUMNS,
     )  # fmt: skip
-    kept = reference_cache.read(kept_at)
+    cached = reference_cache.read(cache_path)
 
-    # 3. Restore, batch by batch, while processes score what is done.
+    # 3. Restore batch by batch, while worker processes score finished clips.
     rows, began = [], time.monotonic()
-    wanted = {case: [s for s in systems if is_wanted(s, case, kept is None)] for case in cases}
+    wanted = {case: [s for s in systems if is_computed(s, case, cached is None)] for case in cases}
     total = len(clips.raw) * sum(map(len, wanted.values()))
 
     def items():
         for batch in clips.batches(config.batch_size):
             for case in cases:
-                made = run_systems.restore_case(batch, case, protocol, restorer, wanted[case], judge)
-                rows.extend(m.row for m in made)
-                yield from (m.item for m in made)
+                outputs = run_systems.restore_case(batch, case, protocol, restorer, wanted[case], judge)
+                rows.extend(o.row for o in outputs)
+                yield from (o.item for o in outputs)
 
-    scores = metrics.score_many(items(), config.workers or None, lambda done, _: tick(done, total, began))
+    scores = metrics.score_many(items(), config.workers or None, lambda done, _: print_progress(done, total, began))
     for row, score in zip(rows, scores, strict=True):
         row.update(score)
-    if kept is None:
-        reference_cache.write(kept_at, [r for r in rows if r["kind"] in reference_cache.KINDS], COLUMNS)
+    if cached is None:
+        reference_cache.write(cache_path, [r for r in rows if r["kind"] in reference_cache.KINDS], COLUMNS)
     else:
-        rows += kept
+        rows += cached
     if other:
-        systems, rows = beside(systems, rows, *other)
+        systems, rows = add_baseline(systems, rows, *other)
     rows = in_order(rows, cases, systems)
     seconds = {"all": time.monotonic() - began}
 
     # 4. Write.
     folder.mkdir(parents=True, exist_ok=True)
-    shown = chosen_examples(rows, restorer.name, config.examples)
+    shown = select_examples(rows, restorer.name, config.examples)
     sources = {restorer: [s for s in systems if s["kind"] != "baseline"]}
     if baseline and shown:
         name = {"name": other[0]["name"], "kind": "system"}
-        sources[Restorer.from_workdir(baseline, config.checkpoint, protocol=protocol.damage)] = [name]
+        sources[Restorer.from_workdir(baseline, config.checkpoint, protocol=protocol.masking)] = [name]
     examples = write_examples(folder, shown, clips, cases, protocol, sources, config.batch_size)
     (folder / "clips.csv").write_text(reference_cache.as_csv(rows, COLUMNS), newline="")
     pairs = [(restorer.name, s["name"]) for s in systems if s["kind"] in PAIRED]
     unseen = config.split in UNSEEN_SPLITS and dataset.parent.name.startswith("speaker_independent")
-    found = bootstrap.summarise(rows, METRICS, pairs, by_speaker=unseen)
+    estimates = bootstrap.summarise(rows, METRICS, pairs, by_speaker=unseen)
     summary = {
         "title": f"{restorer.name} on {config.split}, protocol {protocol.name}, suite {config.suite}",
         "system": restorer.name,
         "protocol": protocol.name,
-        "protocol_said": protocol.transcript,
+        "protocol_description": protocol.description,
         "split": config.split,
         "suite": config.suite,
         "command": command,
         "date": datetime.date.today().isoformat(),
         "seconds": {k: round(v, 1) for k, v in (seconds | {"report": time.monotonic() - began - seconds["all"]}).items()},
-        "sounds_scored": total,
-        "references": "kept" if kept else "made",
+        "num_scored": total,
+        "references": "cached" if cached else "computed",
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "by_speaker": unseen,
         "versions": versions(),
@@ -144,19 +160,19 @@ def evaluate(
         "cases": [c._asdict() | {"name": c.name} for c in cases],
         "families": {f: conditions.FAMILIES[f].label for f in dict.fromkeys(c.family for c in cases if c.family)},
         "examples": examples,
-        "reach": bootstrap.reach(found["paired"], "gap_l1_db"),
-        **found,
+        "reach": bootstrap.reach(estimates["paired"], "gap_l1_db"),
+        **estimates,
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     report.write_report(folder)
     return folder
 
 
-# ---- what was asked for --------------------------------------------------------------------------------------------------------
+# ---- request -------------------------------------------------------------------------------------------------------------------
 
 
-def check(config) -> None:
-    """ValueError for a field that can't be."""
+def check(config: ml_collections.ConfigDict) -> None:
+    """ValueError for a field with a value that is not allowed."""
     from avsi_jax.evaluation import conditions, protocols
 
     if config.protocol not in protocols.PROTOCOLS:
@@ -169,32 +185,34 @@ def check(config) -> None:
     if protocols.PROTOCOLS[config.protocol].cases and (lengths or config.suite != "lengths"):
         raise ValueError(f"config.protocol={config.protocol} draws its own gaps: expected suite lengths and no config.gap_ms")
     if config.protocol == "peer" and config.suite == "multigap":
-        raise ValueError("config.protocol=peer has one gap a clip; expected config.protocol=waveform for config.suite=multigap")
+        raise ValueError("config.protocol=peer has one gap per clip; expected config.protocol=waveform for config.suite=multigap")
     if config.suite == "unseen" and config.split != conditions.UNSEEN_SPLIT:
         raise ValueError(f"config.suite=unseen: found config.split={config.split}, expected {conditions.UNSEEN_SPLIT}")
 
 
-def folder_of(config, workdir) -> Path:
+def results_folder(config: ml_collections.ConfigDict, workdir: str | Path) -> Path:
+    """WORKDIR/eval/PROTOCOL-SPLIT-SUITE."""
     return Path(workdir) / "eval" / f"{config.protocol}-{config.split}-{config.suite}"
 
 
-def lineup(restorer, *, other_video: bool) -> list[dict]:
-    """Names and kinds of every row of a clip, in the order of the tables."""
-    names = [{"name": "masked", "kind": "masked"}, {"name": "interpolation", "kind": "interpolation"}]
+def systems_of(restorer: Restorer, *, other_video: bool) -> list[dict]:
+    """Names and kinds of all rows of a clip, in the order of the tables."""
+    names = [{"name": "masked audio", "kind": "masked"}, {"name": "interpolation", "kind": "interpolation"}]
     names.append({"name": restorer.name, "kind": "system"})
     if restorer.system.uses_video and other_video:
         names.append({"name": f"{restorer.name}, another clip's video", "kind": "other_video"})
-    return [*names, {"name": "true mel (ceiling)", "kind": "oracle_mel"}]
+    return [*names, {"name": "oracle mel (upper bound)", "kind": "oracle_mel"}]
 
 
-def is_wanted(system: dict, case, references: bool) -> bool:
-    """Whether a system's rows are to be made in a case: what no system has a part in only where the case changes it."""
+def is_computed(system: dict, case: Case, references: bool) -> bool:
+    """Whether a system's rows are computed in a case: reference rows only if wanted, and only where the case changes them."""
     from avsi_jax.evaluation.reference_cache import KINDS
 
     return system["kind"] not in KINDS or (references and case.changes_references)
 
 
-def find_judge(config):
+def load_judge(config: ml_collections.ConfigDict) -> Recognizer | None:
+    """The recognizer of config.judge; None where there is none."""
     if not config.judge:
         return None
     from avsi_jax.inference.recognizer import Recognizer
@@ -205,10 +223,12 @@ def find_judge(config):
 # ---- another run ---------------------------------------------------------------------------------------------------------------
 
 
-def baseline_rows(config, baseline: Path, restorer, raw: Path | None, overwrite: bool) -> tuple[dict, list[dict]]:
-    """({"name", "kind", "run"}, its rows) of the baseline's own evaluation of the same clips, made where there is none.
+def baseline_rows(
+    config: ml_collections.ConfigDict, baseline: Path, restorer: Restorer, raw: Path | None, overwrite: bool
+) -> tuple[dict, list[dict]]:
+    """({"name", "kind", "run", "folder"}, rows) of the baseline's own evaluation, which is run if there is none.
 
-    One of another checkpoint than it has today is made again where `overwrite` allows it, else refused.
+    An evaluation of an older checkpoint is run again with `overwrite`, otherwise refused with a ValueError.
     """
     from avsi_jax.evaluation import protocols, reference_cache
     from avsi_jax.inference.restorer import Restorer
@@ -216,47 +236,47 @@ def baseline_rows(config, baseline: Path, restorer, raw: Path | None, overwrite:
     from avsi_jax.training import run_directory
 
     if not (Path(baseline) / run_directory.CONFIG).is_file():
-        Restorer.from_workdir(baseline)  # says what is missing
+        Restorer.from_workdir(baseline)  # raises an error that names what is missing
     preset, rate = run_directory.read_config(baseline)["preset"], protocols.PROTOCOLS[config.protocol].score_rate
     if rate(get(preset)) != rate(restorer.spec):
         raise ValueError(f"--baseline has preset {preset}, the system {restorer.config.preset}; compare at one preset")
-    folder = folder_of(config, baseline)
+    folder = results_folder(config, baseline)
     stale = is_stale(folder, config, baseline)
     if stale and not overwrite and stale != "none":
-        raise ValueError(f"--baseline: {folder} {stale}; take --overwrite to make it again")
+        raise ValueError(f"--baseline: {folder} {stale}; pass --overwrite to evaluate it again")
     if stale:
         print(f"{baseline} is evaluated first", file=sys.stderr)
         evaluate(config, baseline, raw=raw, overwrite=True, command=f"for a baseline of {restorer.name}")
     summary = json.loads((folder / "summary.json").read_text())
-    own = summary["system"]
+    system = summary["system"]
     rows = [r for r in reference_cache.read(folder / "clips.csv") if r["kind"] == "system"]
-    name = own if own != restorer.name else f"{own} (baseline)"
-    facts = {"name": name, "kind": "baseline", "run": summary["runs"][own], "folder": str(folder)}
+    name = system if system != restorer.name else f"{system} (baseline)"
+    facts = {"name": name, "kind": "baseline", "run": summary["runs"][system], "folder": str(folder)}
     return facts, [r | {"system": name, "kind": "baseline"} for r in rows]
 
 
-def is_stale(folder: Path, config, workdir: Path) -> str:
-    """Why an evaluation of a workdir can't be taken for today's: 'none' where there is none, '' where it can."""
+def is_stale(folder: Path, config: ml_collections.ConfigDict, workdir: Path) -> str:
+    """Why an evaluation of a run directory cannot be used: 'none' where there is none, '' where it can be used."""
     from avsi_jax.inference.trained_run import step_of
 
     if not (folder / "summary.json").is_file():
         return "none"
     summary = json.loads((folder / "summary.json").read_text())
     if config.judge and not summary.get("judge"):
-        return "was heard by no judge, expected one as in config.judge"
-    was, now = summary["runs"][summary["system"]]["step"], step_of(workdir, config.checkpoint)
-    return "" if was == now else f"is of step {was}, checkpoint {config.checkpoint!r} is of {now} now"
+        return "has no scores of a judge, expected those of config.judge"
+    old, new = summary["runs"][summary["system"]]["step"], step_of(workdir, config.checkpoint)
+    return "" if old == new else f"is of step {old}, but checkpoint {config.checkpoint!r} is now of step {new}"
 
 
-def beside(systems: list[dict], rows: list[dict], facts: dict, others: list[dict]) -> tuple[list[dict], list[dict]]:
-    """The lineup and the rows with those of the baseline among them; ValueError where they aren't of the same clips and gaps."""
+def add_baseline(systems: list[dict], rows: list[dict], facts: dict, others: list[dict]) -> tuple[list[dict], list[dict]]:
+    """(systems, rows) with those of the baseline added; ValueError where its clips or gaps differ."""
     place = lambda r: (r["clip_id"], r["case"], str(r["gap_ms"]))
     own = {place(r): f"{float(r['start_s']):.6f}" for r in rows if r["kind"] == "system"}
     theirs = {place(r): f"{float(r['start_s']):.6f}" for r in others}
     if own != theirs:
-        unlike = sorted(k for k in own.keys() | theirs.keys() if own.get(k) != theirs.get(k))[0]
+        different = sorted(k for k in own.keys() | theirs.keys() if own.get(k) != theirs.get(k))[0]
         raise ValueError(
-            f"--baseline: {facts['folder']} has other clips or gaps ({' '.join(filter(None, unlike))} ms is one); evaluate "
+            f"--baseline: {facts['folder']} has other clips or gaps (such as {' '.join(filter(None, different))} ms); evaluate "
             "it again with the same fields and --overwrite"
         )
     at = [s["kind"] for s in systems].index("system")
@@ -264,7 +284,7 @@ def beside(systems: list[dict], rows: list[dict], facts: dict, others: list[dict
 
 
 def in_order(rows: list[dict], cases, systems: list[dict]) -> list[dict]:
-    """Clip by clip, case by case, in the order of the lineup."""
+    """Rows sorted by clip, case and system."""
     case_at = {(c.name, str(c.gap_ms)): i for i, c in enumerate(cases)}
     system_at = {s["name"]: i for i, s in enumerate(systems)}
     return sorted(rows, key=lambda r: (r["clip_id"], case_at[r["case"], str(r["gap_ms"])], system_at[r["system"]]))
@@ -273,30 +293,36 @@ def in_order(rows: list[dict], cases, systems: list[dict]) -> list[dict]:
 # ---- examples ------------------------------------------------------------------------------------------------------------------
 
 
-def chosen_examples(rows: list[dict], system: str, count: int) -> list[tuple[str, str, int, str]]:
-    """(clip, case, gap_ms, why) to hear and see: as many clips spread over all as asked for, then the two with most and the two
-    with least gap error of the system.
+def select_examples(rows: list[dict], system: str, count: int) -> list[tuple[str, str, int, str]]:
+    """(clip, case, gap_ms, why) of the examples in the report.
+
+    These are `count` clips spread over all, then the two with the smallest and the two with the largest gap error of the system.
     """
     from avsi_jax.evaluation.bootstrap import number
     from avsi_jax.evaluation.run_systems import spread
 
-    mine = [r for r in rows if r["system"] == system]
-    places = [(r["clip_id"], r["case"], int(r["gap_ms"])) for r in mine]
+    own_rows = [r for r in rows if r["system"] == system]
+    places = [(r["clip_id"], r["case"], int(r["gap_ms"])) for r in own_rows]
     cases = list(dict.fromkeys(p[1:] for p in places))
     clips = spread(sorted({p[0] for p in places}), count)
     chosen = [(clip, *cases[i * len(cases) // len(clips)], "") for i, clip in enumerate(clips)]
-    scored = sorted((number(r["gap_l1_db"]), *p) for r, p in zip(mine, places, strict=True) if number(r["gap_l1_db"]) >= 0)
+    scored = sorted((number(r["gap_l1_db"]), *p) for r, p in zip(own_rows, places, strict=True) if number(r["gap_l1_db"]) >= 0)
     if count:
         chosen += [(*p, "among the best") for _, *p in scored[:2]] + [(*p, "among the worst") for _, *p in scored[-2:]]
     return list({c[:3]: c for c in chosen}.values())
 
 
-def write_examples(folder: Path, chosen, clips, cases, protocol, sources: dict, batch_size: int) -> list[dict]:
-    """Sounds of the chosen clips by every restorer of `sources` (its systems), and what the report needs to show them."""
+def write_examples(
+    folder: Path, chosen: list[tuple], clips: Clips, cases: Sequence[Case], protocol: Protocol, sources: dict, batch_size: int
+) -> list[dict]:
+    """Writes the audio of the chosen clips, restored by each restorer of `sources` ({restorer: its systems}).
+
+    Returns what the report needs to show them.
+    """
     from avsi_jax.evaluation import run_systems
 
-    shutil.rmtree(folder / "sounds", ignore_errors=True)  # of an evaluation that this one replaces
-    (folder / "sounds").mkdir()
+    shutil.rmtree(folder / "audio", ignore_errors=True)  # of an earlier evaluation
+    (folder / "audio").mkdir()
     examples = []
     for case in cases:
         here = {clip: why for clip, name, gap_ms, why in chosen if (name, gap_ms) == (case.name, case.gap_ms)}
@@ -304,38 +330,38 @@ def write_examples(folder: Path, chosen, clips, cases, protocol, sources: dict, 
             batch = clips.batch(sorted(here)[start : start + batch_size], batch_size)
             by_clip: dict = {}
             for restorer, systems in sources.items():
-                for made in run_systems.restore_case(batch, case, protocol, restorer, systems):
-                    by_clip.setdefault(made.row["clip_id"], []).append(made)
-            examples += [example(folder, case, made) | {"why": here[clip]} for clip, made in by_clip.items()]
+                for output in run_systems.restore_case(batch, case, protocol, restorer, systems):
+                    by_clip.setdefault(output.row["clip_id"], []).append(output)
+            examples += [write_example(folder, case, outputs) | {"why": here[clip]} for clip, outputs in by_clip.items()]
     return examples
 
 
-def example(folder: Path, case, made: list) -> dict:
-    """Writes one clip's sounds; what the report needs to show them."""
+def write_example(folder: Path, case: Case, outputs: list[SystemOutput]) -> dict:
+    """Writes the audio of one clip by all systems; returns what the report needs to show it."""
     from avsi_jax.data import grid_text
     from avsi_jax.media import clip_io
 
-    row = made[0].row
-    stem = f"sounds/{row['clip_id']}-{case.gap_ms}{'-' + case.name.replace('=', '_') if case.name else ''}"
-    names = [row["system"].replace(" ", "_").replace("'", "").replace(",", "") for row in (m.row for m in made)]
-    waveforms = {"original": f"{stem}-original.flac"} | {
-        m.row["system"]: f"{stem}-{n}.flac" for m, n in zip(made, names, strict=True)
+    row = outputs[0].row
+    stem = f"audio/{row['clip_id']}-{case.gap_ms}{'-' + case.name.replace('=', '_') if case.name else ''}"
+    names = [row["system"].replace(" ", "_").replace("'", "").replace(",", "") for row in (o.row for o in outputs)]
+    files = {"original": f"{stem}-original.flac"} | {
+        o.row["system"]: f"{stem}-{n}.flac" for o, n in zip(outputs, names, strict=True)
     }
-    clip_io.write_audio(folder / waveforms["original"], made[0].truth, made[0].rate)
-    for m in made:
-        clip_io.write_audio(folder / waveforms[m.row["system"]], m.audio, m.rate)
-    said = {m.row["system"]: m.row["said"] for m in made if m.row["said"]}
-    spoken = set(row["text"].split()) <= grid_text.PRONUNCIATIONS.keys() and any(map(str.isupper, said.values()))
+    clip_io.write_audio(folder / files["original"], outputs[0].reference, outputs[0].rate)
+    for o in outputs:
+        clip_io.write_audio(folder / files[o.row["system"]], o.audio, o.rate)
+    transcripts = {o.row["system"]: o.row["transcript"] for o in outputs if o.row["transcript"]}
+    in_phones = set(row["text"].split()) <= grid_text.PRONUNCIATIONS.keys() and any(map(str.isupper, transcripts.values()))
     return {
         **{k: row[k] for k in ("clip_id", "case", "gap_ms", "start_s", "end_s", "gaps_s", "text")},
-        "said": said,
-        **({"phones": " ".join(grid_text.phones_of(row["text"]))} if spoken else {}),
-        "sounds": waveforms,
+        "transcripts": transcripts,
+        **({"phones": " ".join(grid_text.phones_of(row["text"]))} if in_phones else {}),
+        "audio": files,
     }
 
 
-def run_facts(restorer) -> dict:
-    """What tells one run from another in a table."""
+def run_facts(restorer: Restorer) -> dict:
+    """Step and settings by which runs differ, for summary.json."""
     config = restorer.config
     scalars = ("preset", "seed", "epochs", "batch_size", "schedule", "learning_rate", "clip_norm")
     return {
@@ -347,19 +373,20 @@ def run_facts(restorer) -> dict:
 
 
 def versions() -> dict[str, str]:
+    """Versions of the libraries that affect scores."""
     import importlib.metadata
 
     return {p: importlib.metadata.version(p) for p in ("jax", "numpy", "pesq", "pystoi", "librosa", "soxr", "jiwer")}
 
 
-def tick(done: int, total: int, began: float, what: str = "sounds scored") -> None:
-    """One line that rewrites itself on a terminal; every 100th sound elsewhere."""
+def print_progress(done: int, total: int, began: float, what: str = "clips scored") -> None:
+    """Progress with rate and time left on stderr: a line that updates itself on a terminal, every 100th item elsewhere."""
     live = sys.stderr.isatty()
     if live or done == total or done % 100 == 0:
         speed = done / (time.monotonic() - began)
         end = "\r" if live and done < total else "\n"
         print(
-            f"{done}/{total} {what}, {speed:.1f} a second, {(total - done) / speed:.0f} s left ",
+            f"{done}/{total} {what}, {speed:.1f} per second, {(total - done) / speed:.0f} s left ",
             end=end,
             file=sys.stderr,
             flush=True,
@@ -368,15 +395,20 @@ def tick(done: int, total: int, began: float, what: str = "sounds scored") -> No
 
 @unexpected_errors.reported("avsi-evaluate")
 def main(argv: list[str] | None = None) -> int:
+    """The command avsi-evaluate; returns its exit code."""
     parser = argparse.ArgumentParser(
-        "avsi-evaluate", description="Evaluate a trained system on one split; writes a report into its workdir."
+        "avsi-evaluate", description="Evaluate a trained system on one split and write a report into its run directory."
     )
-    parser.add_argument("--config", default="eval", help="a name or a .py file; default %(default)s")
-    parser.add_argument("--workdir", help="the run to evaluate; with --checkpoint the folder that the results go to")
-    parser.add_argument("--checkpoint", default="", help="weights to evaluate instead of a run: pretrained, another name, a folder")
-    parser.add_argument("--baseline", help="another run at the same preset, shown beside it with paired differences")
-    parser.add_argument("--raw", help="folder of the dataset's videos, for config.suite=occlusion, which paints on them")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation of the same split and protocol")
+    parser.add_argument("--config", default="eval", help="name or .py file of the config; default %(default)s")
+    parser.add_argument("--workdir", help="run directory to evaluate; with --checkpoint the folder for the results")
+    parser.add_argument(
+        "--checkpoint", default="", help="weights to evaluate instead of a run: a name such as pretrained, or a folder"
+    )
+    parser.add_argument("--baseline", help="another run directory with the same preset, for paired differences")
+    parser.add_argument("--raw", help="folder of the dataset's videos, for config.suite=occlusion")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier evaluation of the same split, protocol and suite"
+    )
     parser.epilog = (
         "Fields: --config.FIELD=VALUE, e.g. --config.split=test --config.suite=robustness --config.protocol=peer "
         "--config.gap_ms=300,900 --config.max_clips=20"
@@ -385,7 +417,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = configs.load(known.config, configs.split_overrides(rest), like="eval")
         if not known.workdir:
-            raise ValueError("no --workdir given; expected the folder of a training")
+            raise ValueError("no --workdir given; expected a run directory")
         command = "avsi-evaluate " + " ".join(sys.argv[1:] if argv is None else argv)
         folder = evaluate(
             config, Path(known.workdir), checkpoint=known.checkpoint, baseline=known.baseline, raw=known.raw,

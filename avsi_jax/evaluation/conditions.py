@@ -1,10 +1,10 @@
-"""What an evaluation varies: the length of the gap, the number of gaps, what the pictures or the sound around it suffer.
+"""Evaluation conditions: gap length, number of gaps, and degradations of the video or of the audio around the gap.
 
-A suite is a list of cases; a case is one gap (or several) a clip and one change of the raw batch, drawn by the clip's id alone, so
-that every system meets the same, whatever its batch. A change reaches what the network is given, never the recording that it is
-scored against.
+A suite is a list of cases. A case is one gap (or several) per clip and at most one change of the raw batch, drawn by the clip's id
+alone, so that every system gets the same input in any batch. A change affects the network's input, never the recording that the
+result is scored against.
 
-Letters: B clips, N samples, T pictures.
+Letters: B clips, G gaps, N samples, T video frames.
 """
 
 from __future__ import annotations
@@ -18,86 +18,92 @@ import numpy as np
 from avsi_jax.presets import RECORD_RATE
 
 PAPER_MS = (300, 600, 900, 1200, 1500)  # the paper's range
-LONGEST_MS = 3000  # of a Grid clip: all of it
-GRID_WIDTH = 360  # pixels that noise of the landmarks is told in
+LONGEST_MS = 3000  # a whole Grid clip
+GRID_WIDTH = 360  # frame width in pixels to which landmark noise refers
+FLAGGED = "_flagged"  # suffix of occlusion families in which the mouth-visibility flag is used
 
 
 class Case(NamedTuple):
-    """One condition: `gap_ms` lost of every clip in `count` gaps, and the change `family` by `value`."""
+    """One condition: `count` gaps of `gap_ms` in all in every clip, and the change `family` with the strength `value`."""
 
     gap_ms: int
-    family: str = ""  # "" where nothing but the gap is done
+    family: str = ""  # "" for a gap alone
     value: float = 0.0
     count: int = 1
 
     @property
     def name(self) -> str:
-        """The cell `case` of clips.csv: '' for one gap and nothing else, else such as 'shift_ms=-80'."""
+        """The cell `case` of clips.csv: '' for one gap and no change, otherwise for example 'shift_ms=-80'."""
         return f"{self.family}={self.value:g}" if self.family else ""
 
     @property
     def changes_references(self) -> bool:
-        """Whether damaged sound, interpolation and ceiling are other ones than without the case."""
-        return self.family not in VIDEO | HIDDEN
+        """Whether masked audio, interpolation and oracle mel differ from those without the change."""
+        return self.family not in VIDEO | OCCLUDED
 
 
 class Family(NamedTuple):
-    label: str  # of the axis of a curve
+    """A kind of change and its strengths."""
+
+    label: str  # of a curve's axis and a table's title
     values: tuple[float, ...]
 
 
-# What happens to the pictures alone, to the sound around the gap, and to the gap.
-VIDEO = {
-    "frames_lost": Family("pictures without a face, around the middle of the gap", (1, 5, 10, 20, 40, 75)),
-    "frozen_ms": Family("lips stand still from the gap's start on, ms", (100, 200, 400, 800)),
-    "noise_px": Family("noise on every landmark, pixels of a 360 wide picture", (0.5, 1, 2, 4)),
-    "shift_ms": Family("sound after the picture by, ms", (-200, -120, -80, -40, 40, 80, 120, 200)),
-    "video_of": Family("lips of another clip of the speaker (1), of another speaker (2)", (1, 2)),
-    "no_video": Family("no lips at all", (1,)),
+VIDEO = {  # changes of the video
+    "frames_lost": Family("frames without a face, around the middle of the gap", (1, 5, 10, 20, 40, 75)),
+    "frozen_ms": Family("landmarks frozen from the start of the gap, ms", (100, 200, 400, 800)),
+    "noise_px": Family("noise on every landmark, pixels in a frame 360 wide", (0.5, 1, 2, 4)),
+    "shift_ms": Family("A/V offset (positive: audio lags video), ms", (-200, -120, -80, -40, 40, 80, 120, 200)),
+    "video_of": Family("video of another clip of the speaker (1), of another speaker (2)", (1, 2)),
+    "no_video": Family("no video", (1,)),
 }
-HIDDEN = {  # painted on the pictures before the face is followed (evaluation/occlusion.py); with `_told`, the mouth's flag is heeded
-    f"{family}{told}": Family(label + said, values)
-    for told, said in {"": "", "_told": "; told which pictures hide it"}.items()
+OCCLUDED = {  # painted on the frames before the face is tracked (evaluation/occlusion.py)
+    f"{family}{suffix}": Family(label + note, values)
+    for suffix, note in {"": "", FLAGGED: "; frames with a hidden mouth flagged"}.items()
     for family, (label, values) in {
         "covered_25": ("a hand over 25 % of the mouth, ms", (300, 600, 900)),
         "covered_50": ("a hand over 50 % of the mouth, ms", (300, 600, 900)),
         "covered_100": ("a hand over the whole mouth, ms", (300, 600, 900)),
-        "turned_deg": ("head turned by, degrees", (15, 30, 45)),
+        "turned_deg": ("head turned, degrees", (15, 30, 45)),
     }.items()
 }
-AUDIO = {"noise_db": Family("noise under the sound, dB of signal to noise", (20, 10, 0))}
-GAPS = {
-    "gaps": Family("gaps that the lost time is cut into", (1, 2, 4, 8)),
-    "whole_clip": Family("lips only: no sound at all", (1,)),
-    "paper_gaps": Family("the paper's draw of gaps, at most", (8,)),
+AUDIO = {"noise_db": Family("white noise, signal-to-noise ratio in dB", (20, 10, 0))}  # changes of the audio around the gap
+GAPS = {  # other numbers of gaps
+    "gaps": Family("number of gaps, same total length", (1, 2, 4, 8)),
+    "whole_clip": Family("video only: no audio at all", (1,)),
+    "paper_gaps": Family("the paper's random gaps, at most", (8,)),
 }
-FAMILIES = VIDEO | HIDDEN | AUDIO | GAPS
+FAMILIES = VIDEO | OCCLUDED | AUDIO | GAPS
 
 
 def lengths(gap_ms: Sequence[int]) -> list[Case]:
+    """One gap of each length; () for the default lengths."""
     return [Case(ms) for ms in gap_ms or (*PAPER_MS, 2000, 2500, LONGEST_MS)]
 
 
 def multigap(gap_ms: Sequence[int]) -> list[Case]:
+    """Each total length divided into 1, 2, 4 and 8 gaps."""
     return [Case(ms, "gaps", n, n) for ms in gap_ms or (900, 1500) for n in map(int, GAPS["gaps"].values)]
 
 
 def robustness(gap_ms: Sequence[int]) -> list[Case]:
+    """Each length with every change of video and audio, and without."""
     varied = {k: f for k, f in (VIDEO | AUDIO).items() if k != "no_video"}
     return [Case(ms, *change) for ms in gap_ms or (900,) for change in [(), *((k, v) for k, f in varied.items() for v in f.values)]]
 
 
 def streams(gap_ms: Sequence[int]) -> list[Case]:
+    """Each length with and without video, and a whole clip without audio."""
     cases = [Case(ms, *change) for ms in gap_ms or PAPER_MS for change in [(), ("no_video", 1)]]
     return [*cases, Case(LONGEST_MS, "whole_clip", 1)]
 
 
 def occlusion(gap_ms: Sequence[int]) -> list[Case]:
-    """A hand stays for 300 ms, 600 ms, and the whole gap where that is longer."""
+    """A hand over the mouth for 300 ms, 600 ms and the length of the gap, and a turned head; each also flagged."""
     cases = []
     for ms in gap_ms or (900,):
         times = sorted({t for t in (300, 600, ms) if t <= ms})
-        cases += [Case(ms), *(Case(ms, k, v) for k, f in HIDDEN.items() for v in (f.values if "turned" in k else times))]
+        cases += [Case(ms), *(Case(ms, k, v) for k, f in OCCLUDED.items() for v in (f.values if "turned" in k else times))]
     return cases
 
 
@@ -109,22 +115,22 @@ SUITES: dict[str, Callable[[Sequence[int]], list[Case]]] = {
     "streams": streams,
     "unseen": lengths,
 }
-UNSEEN_SPLIT = "test"  # the only split that `unseen` takes
+UNSEEN_SPLIT = "test"  # the only split of suite `unseen`
 NEED_VIDEO = ("streams", "occlusion")
 NEED_RAW = ("occlusion",)
 
 
-# ---- the pictures --------------------------------------------------------------------------------------------------------------
+# ---- video ---------------------------------------------------------------------------------------------------------------------
 
 
 def changed(batch: dict, gap: np.ndarray, case: Case, donors: dict[str, dict]) -> dict:
-    """The raw batch as a network is given it in a case; arrays it shares with `batch` are not changed.
+    """The raw batch that a network gets in a case; the arrays of `batch` itself stay as they are.
 
-    gap (B, G, 2) in record samples; donors: what stands in for the pictures, {'clip': arrays, 'speaker': arrays} of the same B, and
-    for a case of HIDDEN {(gap_ms, family without _told, value): {landmarks, landmarks_valid, mouth}}.
+    gap (B, G, 2) in record samples. donors: replacement video, {'clip': arrays, 'speaker': arrays} for the same B clips, and for a
+    case of OCCLUDED {(gap_ms, family without FLAGGED, value): {landmarks, landmarks_valid, mouth}}.
     """
-    if case.family in HIDDEN:
-        return _hide(dict(batch), case, donors)
+    if case.family in OCCLUDED:
+        return _occlude(dict(batch), case, donors)
     return _CHANGES[case.family](dict(batch), gap, case.value, donors) if case.family in _CHANGES else batch
 
 
@@ -134,57 +140,57 @@ def _generator(clip_id: str, family: str, value: float) -> np.random.Generator:
 
 
 def _first_sample(gap: np.ndarray) -> np.ndarray:
-    """(B,) where the first gap of (B, G, 2) starts; rows that are no gap are (0, 0)."""
+    """(B,) first sample of the first gap of (B, G, 2); rows (0, 0) are padding."""
     return np.where(gap[..., 1] > gap[..., 0], gap[..., 0], np.iinfo(gap.dtype).max).min(-1)
 
 
 def _frame_at(batch: dict, samples: np.ndarray) -> np.ndarray:
-    """(B,) record samples -> the picture, with fraction, that is seen then."""
+    """(B,) record samples -> the video frame at that time, with fraction."""
     return (samples / RECORD_RATE - batch["offset_s"]) * batch["fps"]
 
 
-def _lose_frames(batch, gap, value, donors):
-    """`value` pictures without a face around the middle of the gaps; the points between are drawn straight, as in a record."""
+def _drop_frames(batch, gap, value, donors):
+    """`value` frames without a face around the middle of the gaps; their landmarks are interpolated, as in a record."""
     valid = batch["landmarks_valid"].copy()
     for b, (first, last) in enumerate(around_gap(batch, gap, value)):
         valid[b, first:last] = False
-    return batch | {"landmarks": _drawn_straight(batch["landmarks"], valid, batch["num_frames"]), "landmarks_valid": valid}
+    return batch | {"landmarks": _interpolated(batch["landmarks"], valid, batch["num_frames"]), "landmarks_valid": valid}
 
 
-def around_gap(batch: dict, gap: np.ndarray, video: float) -> list[tuple[int, int]]:
-    """[(first, last), ...] so many pictures of each clip around the middle of its gaps, as far as it has them."""
+def around_gap(batch: dict, gap: np.ndarray, count: float) -> list[tuple[int, int]]:
+    """[(first, last), ...]: a range of `count` video frames around the middle of each clip's gaps, within the clip."""
     middle = _frame_at(batch, (_first_sample(gap) + gap[..., 1].max(-1)) / 2)
-    firsts = [int(np.clip(round(m - video / 2), 0, max(0, n - video))) for m, n in zip(middle, batch["num_frames"], strict=True)]
-    return [(first, min(first + round(video), int(n))) for first, n in zip(firsts, batch["num_frames"], strict=True)]
+    firsts = [int(np.clip(round(m - count / 2), 0, max(0, n - count))) for m, n in zip(middle, batch["num_frames"], strict=True)]
+    return [(first, min(first + round(count), int(n))) for first, n in zip(firsts, batch["num_frames"], strict=True)]
 
 
-def _drawn_straight(points: np.ndarray, valid: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
-    """points (B, T, 68, 2) with those of pictures not valid (B, T) on the line between their neighbours, as in a record."""
+def _interpolated(points: np.ndarray, valid: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
+    """points (B, T, 68, 2), interpolated linearly over the frames that are not valid (B, T), as in a record."""
     points = points.copy()
     for b, frames in enumerate(num_frames):
         known, all_ = np.flatnonzero(valid[b, :frames]), np.arange(frames)
         if not len(known):
-            points[b] = points[b, 0]  # a face that nobody sees doesn't move
+            points[b] = points[b, 0]  # no face in any frame: no motion
             continue
         flat = points[b, :frames].reshape(frames, -1)
-        straight = np.stack([np.interp(all_, known, flat[known, k]) for k in range(flat.shape[1])], -1)
-        points[b, :frames] = straight.reshape(points[b, :frames].shape)
+        line = np.stack([np.interp(all_, known, flat[known, k]) for k in range(flat.shape[1])], -1)
+        points[b, :frames] = line.reshape(points[b, :frames].shape)
         points[b, frames:] = points[b, frames - 1]
     return points
 
 
-def _hide(batch, case: Case, donors):
-    """What the tracker says of painted pictures; where it is told, pictures that hide the mouth show no face."""
-    found = donors[case.gap_ms, case.family.removesuffix("_told"), case.value]
-    points, valid = found["landmarks"], found["landmarks_valid"]
-    if case.family.endswith("_told"):
-        valid = valid & found["mouth"]
-        points = _drawn_straight(points, valid, batch["num_frames"])
+def _occlude(batch, case: Case, donors):
+    """The landmarks tracked in the painted frames; with FLAGGED, frames with a hidden mouth count as frames without a face."""
+    tracked = donors[case.gap_ms, case.family.removesuffix(FLAGGED), case.value]
+    points, valid = tracked["landmarks"], tracked["landmarks_valid"]
+    if case.family.endswith(FLAGGED):
+        valid = valid & tracked["mouth"]
+        points = _interpolated(points, valid, batch["num_frames"])
     return batch | {"landmarks": points, "landmarks_valid": valid}
 
 
 def _freeze(batch, gap, value, donors):
-    """The face stands still for `value` ms from the first gap's start on, and is taken for a true one."""
+    """The landmarks stay constant for `value` ms from the start of the first gap, and count as valid."""
     start = _frame_at(batch, _first_sample(gap))
     points = batch["landmarks"].copy()
     for b, frames in enumerate(batch["num_frames"]):
@@ -195,7 +201,7 @@ def _freeze(batch, gap, value, donors):
 
 
 def _noise_on_points(batch, gap, value, donors):
-    """Normal noise of `value` pixels on every coordinate of every picture, in pixels of a picture as wide as Grid's."""
+    """Normal noise of `value` pixels on every coordinate of every frame, in pixels of a frame as wide as Grid's."""
     noise = np.stack([_generator(c, "noise_px", value).normal(size=batch["landmarks"].shape[1:]) for c in batch["clip_id"]])
     scale = value * batch["frame_size"][:, :1] / GRID_WIDTH
     return batch | {"landmarks": (batch["landmarks"] + noise * scale[..., None, None]).astype(np.float32)}
@@ -214,7 +220,7 @@ def _no_video(batch, gap, value, donors):
     return batch | {"landmarks": points, "landmarks_valid": np.zeros_like(batch["landmarks_valid"])}
 
 
-# ---- the sound -----------------------------------------------------------------------------------------------------------------
+# ---- audio ---------------------------------------------------------------------------------------------------------------------
 
 
 def _noise_under_audio(batch, gap, value, donors):
@@ -229,6 +235,6 @@ def _noise_under_audio(batch, gap, value, donors):
 
 
 _CHANGES = {
-    "frames_lost": _lose_frames, "frozen_ms": _freeze, "noise_px": _noise_on_points, "shift_ms": _shift, "video_of": _video_of,
+    "frames_lost": _drop_frames, "frozen_ms": _freeze, "noise_px": _noise_on_points, "shift_ms": _shift, "video_of": _video_of,
     "no_video": _no_video, "noise_db": _noise_under_audio,
 }  # fmt: skip

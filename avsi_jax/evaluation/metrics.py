@@ -1,12 +1,14 @@
-"""Two waveforms and gaps -> numbers, for one pair or for many in processes.
+"""Scores of restored audio against the recording, for one clip or for many in worker processes.
 
-Whole clip, against the recording: PESQ as MOS-LQO of the `pesq` package (0.0.4, the ITU-T P.862 C code), narrow band at 8 kHz
-and wide band at 16 kHz, two scales that never share a column; STOI and ESTOI of `pystoi` (0.4.1; Taal et al. 2011, Jensen and
-Taal 2016). In the gaps: log-mel L1 in dB by one front end for every system, the paper's mel at 8 kHz, oracle librosa (0.11.0); and
-STOI of each gap with 200 ms on either side. Text: `jiwer` (4.0.0), through models/ctc_decoding.py. The versions are those the tests run with.
-What cannot be computed is None and says why; no clip is left out. Means and intervals are made in evaluation/bootstrap.py.
+Whole clip: PESQ as MOS-LQO of the `pesq` package (0.0.4, the ITU-T P.862 C code), narrow band at 8 kHz and wide band at 16 kHz,
+two scales that never share a column; STOI and ESTOI of `pystoi` (0.4.1; Taal et al. 2011, Jensen and Taal 2016). In the gaps:
+log-mel L1 in dB by one front end for every system, the paper's mel at 8 kHz (tested against librosa 0.11.0); and STOI of each gap
+with 200 ms on either side. Text: `jiwer` (4.0.0), through models/ctc_decoding.py. These are the versions of the tests. A score
+that cannot be computed is None, with a reason; no clip is left out. Means and intervals are computed in evaluation/bootstrap.py.
 
 Workers of `score_many` import this file, so jax is imported only inside the functions that need it.
+
+Letters: B clips, N samples, F spectrogram frames.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -26,19 +28,23 @@ from avsi_jax.media import clip_io
 from avsi_jax.models import ctc_decoding
 from avsi_jax.runtime import process_pool as pool
 
+if TYPE_CHECKING:
+    import jax
+    from numpy.typing import ArrayLike
+
 GAP_PRESET = "paper"  # the front end of gap_l1_db, whatever the system's own preset
 RATES = (8_000, 16_000)  # Hz, what PESQ is defined for
-QUALITY = ("pesq_nb", "pesq_wb", "stoi", "estoi", "stoi_gap")  # made in the workers
+QUALITY = ("pesq_nb", "pesq_wb", "stoi", "estoi", "stoi_gap")  # computed in the workers
 SCORES = ("gap_l1_db", *QUALITY)
-AROUND_S = 0.2  # of sound on either side of a gap that stoi_gap hears
+AROUND_S = 0.2  # of audio on either side of a gap that stoi_gap includes
 STOI_RATE = 10_000  # Hz, what STOI is defined at
 BATCH_SIZE = 32  # clips whose gap error is computed at once
-AHEAD = 8  # clips held a worker, so that it has some while a batch of others is restored
-PAIR_TIMEOUT_S, PAIR_MEMORY_MB = 60, 1024  # beyond any pair of sounds that can be scored: a 3-s pair takes 0.1 s and 20 MB
+AHEAD = 8  # clips queued per worker, so that it stays busy while a batch is restored
+PAIR_TIMEOUT_S, PAIR_MEMORY_MB = 60, 1024  # far above what any valid clip needs: one of 3 s takes 0.1 s and 20 MB
 
 
 class Item(NamedTuple):
-    """What `score` takes; a plain tuple or dict will do."""
+    """The arguments of `score`; a plain tuple or dict is accepted too."""
 
     reference: np.ndarray  # (N,) float32, the recording
     degraded: np.ndarray  # (N,) float32
@@ -50,27 +56,28 @@ class Item(NamedTuple):
 
 
 def score(reference: np.ndarray, degraded: np.ndarray, rate: int, gaps_s: Sequence[tuple[float, float]]) -> dict:
-    """All SCORES of one clip, and `reason`: '' or why some of them are None, or made of a part of the gaps.
+    """All SCORES of one clip, and `reason`: '' or why some of them are None or cover only part of the gaps.
 
     reference, degraded (N,) float32 at `rate` Hz (8000 or 16000); gaps_s one or more [start, end) in seconds. pesq_nb, pesq_wb
-    (16 kHz only), stoi and estoi are of the whole clip, stoi_gap and gap_l1_db of the gaps. Silent, short or non-finite
-    sound is a row with a reason; ValueError where shapes, types, rate or gaps are wrong. PESQ's C code can end the process or hang:
-    `score_many` is safe from that.
+    (16 kHz only), stoi and estoi are of the whole clip, stoi_gap and gap_l1_db of the gaps. Silent, short or non-finite audio gives
+    a reason; ValueError for wrong shapes, types, rate or gaps. PESQ's C code can crash or hang: `score_many` isolates it.
     """
     _check(item := Item(reference, degraded, rate, gaps_s))
     return _row(_quality(*item), _gap_errors([item], 1)[0])
 
 
 def _check(item: Item, name: str = "score") -> None:
-    """ValueError where an item could never be scored, whatever it sounds like."""
+    """ValueError for an item of a wrong shape, type, rate or gap."""
     for which, x in (("reference", item.reference), ("degraded", item.degraded)):
         if not isinstance(x, np.ndarray) or x.ndim != 1 or x.dtype != np.float32:
             found = f"{type(x).__name__} {getattr(x, 'dtype', '')} {getattr(x, 'shape', '')}".strip()
-            raise ValueError(f"{name}: {which} is {found}, expected a float32 numpy array (N,); media.mono gives one")
+            raise ValueError(f"{name}: {which} is {found}, expected a float32 numpy array (N,), as from clip_io.mono")
     if len(item.reference) != len(item.degraded):
-        raise ValueError(f"{name}: {len(item.reference)} reference and {len(item.degraded)} degraded samples, expected as many")
+        raise ValueError(
+            f"{name}: {len(item.reference)} reference and {len(item.degraded)} degraded samples, expected the same number"
+        )
     if item.rate not in RATES:
-        raise ValueError(f"{name}: rate {item.rate} Hz, expected 8000 or 16000; media.resample converts")
+        raise ValueError(f"{name}: rate {item.rate} Hz, expected 8000 or 16000; convert it with clip_io.resample")
     try:
         pairs = [(float(start), float(end)) for start, end in item.gaps_s]
     except (TypeError, ValueError):
@@ -86,69 +93,69 @@ def _row(quality: dict, gap_error: float) -> dict:
     """Whole-clip and in-gap results as one row."""
     if math.isfinite(gap_error):
         return {"gap_l1_db": gap_error, **quality}
-    reason = "; ".join(filter(None, [quality["reason"], "gap_l1_db: no finite frame has its centre in a gap"]))
+    reason = "; ".join(filter(None, [quality["reason"], "gap_l1_db: no finite frame is centred in a gap"]))
     return {"gap_l1_db": None, **quality, "reason": reason}
 
 
 def _quality(reference: np.ndarray, degraded: np.ndarray, rate: int, gaps_s) -> dict:
-    """QUALITY of one clip, with `reason`; never raises for what the clip sounds like. numpy only: runs in the workers."""
+    """QUALITY of one clip, with `reason`; never raises because of the audio. NumPy only: runs in the workers."""
     row = dict.fromkeys(QUALITY)
-    if fault := _fault(reference, degraded):
-        return {**row, "reason": fault}
+    if reason := _unusable(reference, degraded):
+        return {**row, "reason": reason}
     reasons = []
     for metric, compute in _computations(reference, degraded, rate, gaps_s, reasons).items():
         try:
             value = compute()
             if not math.isfinite(value):
-                raise ValueError(f"came out as {value}")
+                raise ValueError(f"result is {value}")
             row[metric] = value
         except Exception as e:  # pesq raises PesqError and plain ValueError, pystoi plain Exception
             reasons.append(f"{metric}: {_line(e)}")
     return {**row, "reason": "; ".join(reasons)}
 
 
-def _fault(reference, degraded) -> str:
-    """Why nothing at all can be computed, or ''."""
+def _unusable(reference, degraded) -> str:
+    """Why no score can be computed, or ''."""
     for which, x in (("reference", reference), ("degraded", degraded)):
         if not len(x) or not np.isfinite(x).all():
-            return f"the {which} sound " + ("holds NaN or infinite samples" if len(x) else "is empty")
-    return "" if reference.any() else "the reference sound is silent"
+            return f"the {which} audio " + ("contains NaN or infinite samples" if len(x) else "is empty")
+    return "" if reference.any() else "the reference audio is silent"
 
 
 def _computations(reference, degraded, rate, gaps_s, notes: list[str]) -> dict[str, Callable[[], float]]:
-    """Metric -> how to compute it, without those that the rate does not allow; it may add to `notes`."""
+    """Metric -> function that computes it, for metrics defined at this rate; the functions may add to `notes`."""
     low = [clip_io.resample(x, rate, 8_000) for x in (reference, degraded)]
     todo = {"pesq_nb": lambda: _pesq(*low, 8_000, "nb")}
     if rate == 16_000:
         todo["pesq_wb"] = lambda: _pesq(reference, degraded, rate, "wb")
-    at_its_rate = _for_stoi(reference, degraded, rate)
-    todo["stoi"] = lambda: _stoi(*at_its_rate, extended=False)
-    todo["estoi"] = lambda: _stoi(*at_its_rate, extended=True)
+    at_stoi_rate = _for_stoi(reference, degraded, rate)
+    todo["stoi"] = lambda: _stoi(*at_stoi_rate, extended=False)
+    todo["estoi"] = lambda: _stoi(*at_stoi_rate, extended=True)
     todo["stoi_gap"] = lambda: _stoi_gap(reference, degraded, rate, gaps_s, notes)
     return todo
 
 
 def _pesq(reference, degraded, rate, mode) -> float:
-    """MOS-LQO (1.0 to 4.6) of pesq 0.0.4. Always of float32: the package scores the same sound as int16 differently."""
+    """MOS-LQO (1.0 to 4.6) of pesq 0.0.4. Always from float32: the package scores the same audio as int16 differently."""
     import pesq
 
     if not degraded.any():
-        raise ValueError("the degraded sound is silent")
+        raise ValueError("the degraded audio is silent")
     return float(pesq.pesq(rate, reference, degraded, mode))
 
 
 def _for_stoi(reference, degraded, rate) -> list[np.ndarray]:
-    """Both sounds as pystoi.stoi itself resamples them: once for STOI and ESTOI, which then find them as they want them."""
+    """Both waveforms resampled as pystoi.stoi itself does it: once for STOI and ESTOI, which then need not."""
     from pystoi import utils
 
     return [utils.resample_oct(x, STOI_RATE, rate) for x in (reference, degraded)]
 
 
 def _stoi(reference, degraded, *, extended) -> float:
-    """-1 to 1, of pystoi 0.4.1, of sounds at STOI_RATE. ValueError where it would warn and answer 1e-5 for want of speech.
+    """-1 to 1, of pystoi 0.4.1, for audio at STOI_RATE. ValueError where pystoi would warn and return 1e-5: too little speech.
 
-    pystoi adds 1e-16 of numpy's global noise, which decides ESTOI in digital silence: seeded, so that it repeats. (Unseeded it
-    moved by 0.003 on one damaged clip; with another number of BLAS threads it may still move by 1e-6.)
+    pystoi adds 1e-16 of numpy's global noise, which determines ESTOI in digital silence: seeded here, so that results repeat.
+    (Unseeded it varied by 0.003 on one masked clip; with another number of BLAS threads it may still vary by 1e-6.)
     """
     import pystoi
 
@@ -157,7 +164,7 @@ def _stoi(reference, degraded, *, extended) -> float:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Not enough STFT frames")
-            if len(reference) < 0.4 * STOI_RATE:  # 30 frames take more; of a few samples pystoi says nothing clear
+            if len(reference) < 0.4 * STOI_RATE:  # 30 frames need more; pystoi's error for a few samples is unclear
                 raise RuntimeWarning
             return float(pystoi.stoi(reference, degraded, STOI_RATE, extended=extended))
     except RuntimeWarning:
@@ -167,10 +174,10 @@ def _stoi(reference, degraded, *, extended) -> float:
 
 
 def _stoi_gap(reference, degraded, rate, gaps_s, notes: list[str]) -> float:
-    """STOI of each gap with AROUND_S on either side, cut out and then compared (pystoi 0.4.1); the mean by duration.
+    """STOI of each gap with AROUND_S on either side, cut out and then compared (pystoi 0.4.1); mean weighted by duration.
 
-    An excerpt with too little speech is left out, for every system, as that depends on the recording alone; `notes` says so.
-    ValueError where nothing is left.
+    An excerpt with too little speech is left out and noted in `notes`; that depends only on the recording, so it is the same for
+    every system. ValueError where no excerpt remains.
     """
     parts, values, weights = _excerpts(gaps_s, rate, len(reference)), [], []
     for start, end in parts:
@@ -184,12 +191,12 @@ def _stoi_gap(reference, degraded, rate, gaps_s, notes: list[str]) -> float:
     if not known.any():
         raise ValueError("too little speech in and around the gaps" if parts else "no gap begins in the clip")
     if not known.all():
-        notes.append(f"stoi_gap: {known.sum()} of {len(parts)} excerpts alone, the others hold too little speech")
+        notes.append(f"stoi_gap: only {known.sum()} of {len(parts)} excerpts, the others contain too little speech")
     return float(np.average(np.array(values)[known], weights=np.array(weights)[known]))
 
 
 def _excerpts(gaps_s, rate: int, length: int) -> list[tuple[int, int]]:
-    """[start, end) in samples of what stoi_gap hears: gaps that begin in the clip, widened; those that overlap as one."""
+    """[start, end) in samples of stoi_gap's excerpts: gaps that begin in the clip, widened by AROUND_S, overlapping ones merged."""
     merged: list[tuple[int, int]] = []
     for start, end in sorted(tuple(gap) for gap in gaps_s):
         if round(start * rate) >= length:
@@ -206,33 +213,33 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split()).removeprefix("b'").rstrip("'").split(". Please")[0] or type(error).__name__
 
 
-def character_error(reference_text: str, said: str) -> float:
-    """Character edits, spaces count, over the reference's characters: 0 to 1 or more; NaN without a reference."""
-    return float(ctc_decoding.character_error_rate([(said, reference_text)]).rates[0])
+def character_error(reference_text: str, transcript: str) -> float:
+    """Character edits (spaces count) over the reference's characters: 0 to 1 or more; NaN without a reference."""
+    return float(ctc_decoding.character_error_rate([(transcript, reference_text)]).rates[0])
 
 
-def word_error(reference_text: str, said: str) -> float:
+def word_error(reference_text: str, transcript: str) -> float:
     """Word edits over the reference's words: 0 to 1 or more; NaN without a reference."""
-    return float(ctc_decoding.word_error_rate([(said, reference_text)]).rates[0])
+    return float(ctc_decoding.word_error_rate([(transcript, reference_text)]).rates[0])
 
 
-def phone_error(reference_text: str, said: str) -> float:
-    """Phone edits of what was said ("B IH N ...") over the phones of the reference's words; NaN where those aren't Grid's."""
+def phone_error(reference_text: str, transcript: str) -> float:
+    """Phone edits of a transcript ("B IH N ...") over the phones of the reference's words; NaN for words outside Grid."""
     try:
         reference = " ".join(grid_text.phones_of(reference_text))
     except ValueError:
         return math.nan
-    return float(ctc_decoding.phone_error_rate([(said, reference)]).rates[0])
+    return float(ctc_decoding.phone_error_rate([(transcript, reference)]).rates[0])
 
 
 # ---- in the gap --------------------------------------------------------------------------------------------------------------
 
 
-def gap_l1_db(reference, degraded, centred):
-    """Mean |difference| of two sounds' log-mels in dB, over all bands of the frames `centred`: jnp (B,), NaN for no frame.
+def gap_l1_db(reference: ArrayLike, degraded: ArrayLike, centred: ArrayLike) -> jax.Array:
+    """Mean |difference| of two log-mels in dB, over all bands of the frames `centred`: (B,), NaN without such a frame.
 
-    reference, degraded (B, N) float32 at 8 kHz; centred (B, F) bool, as of `gap_masks.centred_frames`, F = 1 + N // 160. The front
-    end is preset 'paper': 64 Slaney mel bands of the sound pre-emphasised by 0.97, 40 ms windows every 20 ms, -80 to 0 dB.
+    reference, degraded (B, N) float32 at 8 kHz; centred (B, F) bool, as from `gap_masks.centred_frames`, F = 1 + N // 160. The
+    front end is preset 'paper': 64 Slaney mel bands of audio pre-emphasised by 0.97, 40 ms windows every 20 ms, -80 to 0 dB.
     """
     shapes = [x.shape for x in (reference, degraded, centred)]
     b, n = shapes[0][0], shapes[0][-1]
@@ -260,9 +267,9 @@ def _gap_l1_db():
 
 
 def _gap_errors(items: Sequence[Item], size: int) -> list[float]:
-    """`gap_l1_db` of each of up to `size` items; NaN where no frame is centred in a gap or the sound is not finite.
+    """`gap_l1_db` of up to `size` items; NaN where no frame is centred in a gap or the audio is not finite.
 
-    Clips are padded to whole seconds and stacked to `size` rows, so that a run compiles once or twice.
+    Clips are padded to full seconds and stacked to `size` rows, so that a run compiles once or twice.
     """
     lengths = [-(-len(item.reference) // item.rate) for item in items]
     errors = np.full(len(items), math.nan)
@@ -271,12 +278,12 @@ def _gap_errors(items: Sequence[Item], size: int) -> list[float]:
         inputs = [_gap_input(items[i], seconds) for i in members]
         inputs += inputs[:1] * (size - len(inputs))
         errors[members] = np.asarray(gap_l1_db(*map(np.stack, zip(*inputs))))[: len(members)]
-    errors[[not all(np.isfinite(x).all() for x in item[:2]) for item in items]] = math.nan  # wherever in the clip that is
+    errors[[not all(np.isfinite(x).all() for x in item[:2]) for item in items]] = math.nan  # even outside the gap
     return errors.tolist()
 
 
 def _gap_input(item: Item, seconds: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One row for `gap_l1_db`: sounds at 8 kHz padded to whole seconds, and the frames inside a gap and the clip."""
+    """One row for `gap_l1_db`: audio at 8 kHz padded to full seconds, and the frames inside a gap and the clip."""
     from avsi_jax.audio import gap_masks
 
     preset = presets.get(GAP_PRESET)
@@ -299,26 +306,25 @@ def score_many(
     *,
     timeout_s: float = PAIR_TIMEOUT_S,
 ) -> list[dict]:
-    """`score` of every item, in their order, over `workers` processes (None: one a core; 0: in this process, without limits).
+    """`score` of every item, in order, by `workers` processes (None: one per core; 0: in this process, without limits).
 
-    Items may come from a generator: it is read as workers get free, and nothing is kept of a scored clip. A clip that ends its
-    process (the C code of PESQ), or takes it more than timeout_s or PAIR_MEMORY_MB, gets a row with that reason, all others are
-    scored. progress(done, total) is called after each clip, total None for a generator. ValueError names the first item that is
-    ill-formed.
+    Items may come from a generator: it is read as workers become free, and scored clips are not kept in memory. A clip that crashes
+    its process (PESQ's C code), or needs more than timeout_s or PAIR_MEMORY_MB, gets a row with that reason; all others are scored.
+    progress(done, total) is called after each clip, total None for a generator. ValueError names the first malformed item.
     """
-    quality, errors = {}, []  # index -> of _quality; a gap error an item
+    quality, errors = {}, []  # index -> result of _quality; a gap error per item
     total = len(items) if hasattr(items, "__len__") else None
-    for i, result, missing in _outcomes(_noting_gap_errors(items, errors), workers, total, timeout_s):
+    for i, result, missing in _outcomes(_quality_calls(items, errors), workers, total, timeout_s):
         quality[i] = result or {**dict.fromkeys(QUALITY), "reason": f"PESQ or STOI {missing}"}
         if progress:
             progress(len(quality), total)
     return [_row(quality[i], error) for i, error in enumerate(errors)]
 
 
-def _outcomes(calls: Iterator[tuple], workers: int | None, total: int | None, timeout_s: float) -> Iterator[pool.Outcome]:
-    """`_quality` of all calls, in any order."""
+def _outcomes(calls: Iterator[tuple], workers: int | None, total: int | None, timeout_s: float) -> Iterator[pool.JobOutcome]:
+    """Results of `_quality` for all calls, in any order."""
     if workers == 0:
-        yield from (pool.Outcome(i, _quality(*call)) for i, call in enumerate(calls))
+        yield from (pool.JobOutcome(i, _quality(*call)) for i, call in enumerate(calls))
         return
     wanted = min(workers or os.cpu_count() or 1, math.inf if total is None else total)
     limits = {"timeout_s": timeout_s, "memory_mb": PAIR_MEMORY_MB}
@@ -326,13 +332,13 @@ def _outcomes(calls: Iterator[tuple], workers: int | None, total: int | None, ti
 
 
 def _start_worker() -> None:
-    """What a worker loads before its first clip, so that no clip pays for it."""
+    """Imports the libraries before a worker's first clip, so that no clip's time limit includes that."""
     import pesq  # noqa: F401
     import pystoi  # noqa: F401
 
 
-def _noting_gap_errors(items, errors: list[float]) -> Iterator[tuple]:
-    """Arguments of `_quality` of every item, checked; gap errors are put into `errors` on the way."""
+def _quality_calls(items, errors: list[float]) -> Iterator[tuple]:
+    """Arguments of `_quality` for every item, checked; gap errors are appended to `errors` meanwhile."""
     batch: list[Item] = []
     for i, item in enumerate(items):
         _check(item := Item(**item) if isinstance(item, dict) else Item(*item), f"item {i}")

@@ -1,6 +1,7 @@
-"""The tables of a report -> table.csv, table.json, table.tex: the same numbers for whoever goes on with them.
+"""Writes the tables of a report as table.csv, table.json and table.tex.
 
-CSV and JSON hold one row an estimate; LaTeX holds the tables of the page, with booktabs, for \\input. Each names its protocol.
+CSV and JSON contain one row per estimate; LaTeX contains the tables of the report, with booktabs, for \\input. Each names its
+protocol.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ FIELDS = (
     "missing",
 )  # fmt: skip
 HEAD = (
-    "title", "protocol", "protocol_said", "split", "suite", "metric_rate", "num_clips", "by_speaker", "judge", "date", "command",
-    "runs",
+    "title", "protocol", "protocol_description", "split", "suite", "metric_rate", "num_clips", "by_speaker", "judge", "date",
+    "command", "runs",
 )  # fmt: skip
-LONGEST_FLOAT = 14  # rows of a table that stays on one page
+MAX_FLOAT_ROWS = 14  # longer tables become longtables
 INTERVALS = "95 % percentile bootstrap"
 SPECIAL = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$", "–": "--", "→": r"$\to$",
@@ -27,21 +28,24 @@ SPECIAL = {
 }  # fmt: skip
 
 
-def write(page: Path, summary: dict, mistakes: list[dict], tables: list[dict], name: str = "table") -> None:
-    """name.csv, name.json, name.tex beside the page. mistakes: of `word_errors.estimates`; tables: of the rooms tables, mistakes."""
-    rows = estimates(summary, mistakes)
+def write(page: Path, summary: dict, error_rates: list[dict], tables: list[dict], name: str = "table") -> None:
+    """Writes name.csv, name.json and name.tex beside the page.
+
+    error_rates: from `word_errors.estimates`; tables: from evaluation/tables.py and word_errors.py.
+    """
+    rows = estimates(summary, error_rates)
     page.with_name(f"{name}.csv").write_text(as_csv(rows), encoding="utf-8", newline="")
     page.with_name(f"{name}.json").write_text(as_json(summary, rows), encoding="utf-8")
     page.with_name(f"{name}.tex").write_text(as_latex(summary, tables), encoding="utf-8")
 
 
-def estimates(summary: dict, mistakes: list[dict]) -> list[dict]:
-    """Every mean ("mean"), paired difference ("difference": system minus another) and rate of error of a word or phone ("rate")."""
-    made = [{"kind": "mean", **e} for e in summary["table"]]
-    made += [{"kind": "difference", **e, "system": e["a"], "minus": e["b"]} for e in summary["paired"]]
-    made += [{**e, "kind": "rate", "metric": f"{e['kind']}_error"} for e in mistakes]
+def estimates(summary: dict, error_rates: list[dict]) -> list[dict]:
+    """One row per mean ("mean"), paired difference ("difference": system minus another) and word or phone error rate ("rate")."""
+    rows = [{"kind": "mean", **e} for e in summary["table"]]
+    rows += [{"kind": "difference", **e, "system": e["a"], "minus": e["b"]} for e in summary["paired"]]
+    rows += [{**e, "kind": "rate", "metric": f"{e['kind']}_error"} for e in error_rates]
     label = {k: summary[k] for k in ("protocol", "split", "suite")}
-    return [{k: _finite((label | e).get(k)) for k in FIELDS} for e in made]
+    return [{k: _finite((label | e).get(k)) for k in FIELDS} for e in rows]
 
 
 def _finite(value):
@@ -49,6 +53,7 @@ def _finite(value):
 
 
 def as_csv(rows: list[dict]) -> str:
+    """Rows of `estimates` as CSV text."""
     out = io.StringIO(newline="")
     writer = csv.DictWriter(out, FIELDS, lineterminator="\r\n")
     writer.writeheader()
@@ -57,11 +62,13 @@ def as_csv(rows: list[dict]) -> str:
 
 
 def as_json(summary: dict, rows: list[dict]) -> str:
+    """Rows of `estimates` as JSON text, below a head that describes the evaluation."""
     head = {k: summary[k] for k in HEAD if k in summary}
-    return json.dumps(head | {"intervals": intervals_said(summary), "rows": rows}, indent=1, allow_nan=False) + "\n"
+    return json.dumps(head | {"intervals": intervals_text(summary), "rows": rows}, indent=1, allow_nan=False) + "\n"
 
 
-def intervals_said(summary: dict) -> str:
+def intervals_text(summary: dict) -> str:
+    """How the intervals were computed."""
     return f"{INTERVALS} {'over speakers, then over the clips of each' if summary.get('by_speaker') else 'over clips'}"
 
 
@@ -69,15 +76,15 @@ def intervals_said(summary: dict) -> str:
 
 
 def as_latex(summary: dict, tables: list[dict]) -> str:
-    """Floats, or longtables where they are long; what they need and where they come from in comments."""
+    """Tables as LaTeX floats, or longtables where they are long; comments state their source and the packages they need."""
     about = [
         summary["title"],
-        f"protocol {summary['protocol']}: {summary['protocol_said']}",
+        f"protocol {summary['protocol']}: {summary['protocol_description']}",
         f"split {summary['split']}, suite {summary['suite']}, {summary['num_clips']} clips, scored at {summary['metric_rate']} Hz",
         f"command ({summary['date']}): {summary['command']}",
         *(f"run {name}: {_facts(facts)}" for name, facts in summary.get("runs", {}).items()),
-        f"Mean, in brackets the interval: {intervals_said(summary)}. n: clips; fewer behind a mean are said in its cell.",
-        r"Needs \usepackage{booktabs,longtable}; take it in with \input. Wide tables want a landscape page.",
+        f"Mean, in brackets the interval: {intervals_text(summary)}. n: clips; a cell with fewer shows its own n.",
+        r"Needs \usepackage{booktabs,longtable}; include it with \input. Wide tables need a landscape page.",
     ]
     head = "".join(f"% {' '.join(line.split())}\n" for line in about)
     label = f"{summary['protocol']}-{summary['split']}-{summary['suite']}"
@@ -91,11 +98,11 @@ def _facts(run: dict) -> str:
 
 def _latex_table(table: dict, protocol: str, label: str) -> str:
     layout = f"l{'r' * len(table['columns'])}r"
-    note = " $+$: better, $-$: worse, where the interval leaves out 0." if _has_verdicts(table) else ""
-    caption = rf"\caption{{{escaped(table['title'])}. {escaped(protocol)} {escaped(table['said'])}.{note}}}\label{{tab:{label}}}"
+    note = " $+$: better, $-$: worse, where the interval excludes 0." if _has_verdicts(table) else ""
+    caption = rf"\caption{{{escaped(table['title'])}. {escaped(protocol)} {escaped(table['caption'])}.{note}}}\label{{tab:{label}}}"
     head = " & ".join([escaped(table["first"]), *map(_latex_head, table["columns"]), "$n$"]) + r" \\"
     lines = list(_latex_rows(table))
-    if len(lines) > LONGEST_FLOAT:
+    if len(lines) > MAX_FLOAT_ROWS:
         open_ = [r"\begingroup\scriptsize\setlength{\tabcolsep}{3pt}", rf"\begin{{longtable}}{{{layout}}}", rf"{caption}\\"]
         top = [r"\toprule", head, r"\midrule"]
         body = [*top, r"\endfirsthead", *top, r"\endhead", *lines, r"\bottomrule"]
@@ -106,7 +113,7 @@ def _latex_table(table: dict, protocol: str, label: str) -> str:
 
 
 def _has_verdicts(table: dict) -> bool:
-    return any(cell["says"] for row in table["rows"] for cell in row["cells"].values())
+    return any(cell["verdict"] for row in table["rows"] for cell in row["cells"].values())
 
 
 def _latex_head(column: dict) -> str:
@@ -127,16 +134,16 @@ def _latex_rows(table: dict):
 def _latex_cell(cell: dict | None) -> str:
     if not cell:
         return "--"
-    sign = {"better": "$^{+}$", "worse": "$^{-}$"}.get(cell["says"], "")
+    sign = {"better": "$^{+}$", "worse": "$^{-}$"}.get(cell["verdict"], "")
     few = f"$n$ {cell['few']}" if cell["few"] else ""
     return _stacked(escaped(cell["text"]) + sign, escaped(cell["interval"]), few)
 
 
 def _stacked(first: str, *small: str) -> str:
-    """Lines one above the other in a cell. Braces, or the [ of an interval would be read as an option of the line break."""
+    """Lines stacked in a cell; in braces, or LaTeX would read the [ of an interval as an option of the line break."""
     return r"\shortstack[r]{" + r"\\".join([first, *(rf"{{\tiny {s}}}" for s in small if s)]) + "}"
 
 
-def escaped(words: str) -> str:
-    """Words as LaTeX prints them."""
-    return "".join(SPECIAL.get(c, c) for c in words)
+def escaped(text: str) -> str:
+    """Text with LaTeX's special characters escaped."""
+    return "".join(SPECIAL.get(c, c) for c in text)

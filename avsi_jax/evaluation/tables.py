@@ -1,8 +1,8 @@
-"""clips.csv and summary.json of an evaluation -> the tables of its report, as numbers and as text; knows no model.
+"""Tables of a report, made from clips.csv and summary.json of an evaluation.
 
-A table is {"title", "said", "first", "columns", "rows"}: columns {"key", "label", "unit", "better", "kind"}, rows {"group",
-"label", "kind", "cells", "n"}, and under the key of its column a cell {"text", "interval", "says", "few"}. Page and LaTeX are
-written from the same tables. What was measured, and how, is evaluate's and metrics' business.
+A table is {"title", "caption", "first", "columns", "rows"}: columns {"key", "label", "unit", "better", "kind"}, rows {"group",
+"label", "kind", "cells", "n"}, and in "cells", by column key, {"text", "interval", "verdict", "n", "few"}. The report and the LaTeX
+files are written from the same tables.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from typing import NamedTuple
 import numpy as np
 
 KINDS = ("masked", "interpolation", "baseline", "system", "other_video", "oracle_mel")  # in the order of every table
-REFERENCES = ("masked", "interpolation", "oracle_mel")  # what no system has a part in
-COLUMNS = set("clip_id speaker case gap_ms gaps_s in_words system kind reason".split())  # that every clips.csv has
-KEYS = set(
-    """title system protocol protocol_said split suite command date metric_rate num_clips systems gap_ms cases families
+REFERENCES = ("masked", "interpolation", "oracle_mel")  # kinds that depend on no system
+COLUMNS = set("clip_id speaker case gap_ms gaps_s in_words system kind reason".split())  # required in clips.csv
+KEYS = set(  # required in summary.json
+    """title system protocol protocol_description split suite command date metric_rate num_clips systems gap_ms cases families
     table paired reach""".split()
 )
-NOTHING = "–"
+NO_VALUE = "–"
 
 
 class Metric(NamedTuple):
+    """How a metric is shown and what it means."""
+
     label: str
     unit: str
     digits: int
@@ -36,34 +38,33 @@ class Metric(NamedTuple):
     meaning: str
 
 
-GAP_ERROR = """mean distance between the log-mels of the sound and of the recording in the gap alone: 64 mel bands at 8 kHz,
-floor -80 dB, over the frames (40 ms, every 20 ms) whose centre lies in the gap. One front end for every system."""
-BEFORE = "the same for the log-mel that the network predicts, in the bands of its own preset, before any sound is made of it."
-PESQ_WB = "ITU-T P.862.2, whole clip at 16 kHz; 1.0 to 4.6. Another scale than PESQ nb: the two are not to be compared."
-JUDGED = """words that a recogniser, trained on clean sound, hears in the restored sound, against the words spoken, over the words
-that the gap touches; 0 is right."""
-READ_CER = "character error rate of what the network's text head reads, against the words spoken; 0 is right, may pass 1."
+GAP_ERROR = """mean distance between the log-mels of the audio and of the recording inside the gap: 64 mel bands at 8 kHz,
+floor -80 dB, over the frames (40 ms, every 20 ms) centred in the gap. One front end for every system."""
+MEL_ERROR = "the same for the log-mel that the network predicts, in the bands of its own preset, before the vocoder."
+PESQ_WB = "ITU-T P.862.2, whole clip at 16 kHz; 1.0 to 4.6. Not on the same scale as PESQ nb."
+GAP_WER = """word error rate of a recognizer, trained on clean audio, over the words that the gap touches; 0 means no errors."""
+TEXT_CER = "character error rate of the network's text head against the words spoken; 0 means no errors, may exceed 1."
 METRICS = {
     "gap_l1_db": Metric("Gap error", "dB", 2, True, GAP_ERROR),
-    "gap_l1_mel_db": Metric("Mel gap error", "dB", 2, True, BEFORE),
+    "gap_l1_mel_db": Metric("Mel gap error", "dB", 2, True, MEL_ERROR),
     "pesq_nb": Metric("PESQ nb", "MOS-LQO", 2, False, "ITU-T P.862 mapped by P.862.1, whole clip at 8 kHz; 1.0 to 4.5."),
     "pesq_wb": Metric("PESQ wb", "MOS-LQO", 2, False, PESQ_WB),
     "stoi": Metric("STOI", "", 3, False, "short-time objective intelligibility, whole clip (Taal et al. 2011); up to 1."),
     "estoi": Metric("ESTOI", "", 3, False, "extended STOI, whole clip (Jensen and Taal 2016); up to 1."),
     "stoi_gap": Metric("STOI, gap", "", 3, False, "STOI of the gap and 200 ms on both sides of it."),
-    "wer_gap": Metric("Gap WER", "", 3, True, JUDGED),
-    "cer": Metric("Read CER", "", 3, True, READ_CER),
-    "per": Metric("Read PER", "", 3, True, READ_CER.replace("character", "phone")),
+    "wer_gap": Metric("Gap WER", "", 3, True, GAP_WER),
+    "cer": Metric("Text CER", "", 3, True, TEXT_CER),
+    "per": Metric("Text PER", "", 3, True, TEXT_CER.replace("character", "phone")),
 }
 HEADLINE = ("gap_l1_db", "estoi", "pesq_nb", "wer_gap")
 SPEAKER_METRICS = ("gap_l1_db", "estoi")
 
-# What the value of a case is called; None is the case without the change.
+# Labels of the values of a case; None is the case without the change.
 VALUES = {
     "noise_db": {None: "none"},
     "video_of": {None: "own", 1: "same speaker (1)", 2: "another speaker (2)"},
-    "no_video": {None: "sound and lips", 1: "sound only"},
-    "whole_clip": {1: "lips only"},
+    "no_video": {None: "audio and video", 1: "audio only"},
+    "whole_clip": {1: "video only"},
     "paper_gaps": {8: "1 to 8"},
 }
 
@@ -72,13 +73,15 @@ VALUES = {
 
 
 class Evaluation(NamedTuple):
+    """The results of one evaluation."""
+
     folder: Path
     summary: dict
-    rows: list[dict[str, str]]  # of clips.csv
+    rows: list[dict[str, str]]  # the lines of clips.csv
 
 
 def read(folder: str | Path) -> Evaluation:
-    """What avsi-evaluate left in a folder. FileNotFoundError, or ValueError naming what a file lacks."""
+    """Reads the results of avsi-evaluate; FileNotFoundError, or ValueError naming what a file lacks."""
     folder = Path(folder)
     if missing := [name for name in ("clips.csv", "summary.json") if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder}: found no {' and no '.join(missing)}; expected the results of avsi-evaluate")
@@ -88,13 +91,14 @@ def read(folder: str | Path) -> Evaluation:
 def _read_summary(path: Path) -> dict:
     summary = json.loads(path.read_text(encoding="utf-8"))
     if missing := sorted(KEYS - set(summary)):
-        raise ValueError(f"{path}: lacks {', '.join(missing)}; run avsi-evaluate again")
+        raise ValueError(f"{path} lacks {', '.join(missing)}; run avsi-evaluate again")
     if unknown := {s["kind"] for s in summary["systems"]} - set(KINDS):
         raise ValueError(f"{path}: found kind {', '.join(sorted(unknown))}, expected {', '.join(KINDS)}")
     return summary | {"systems": in_order(summary["systems"])}
 
 
 def in_order(systems: list[dict]) -> list[dict]:
+    """Systems in the order of KINDS."""
     return sorted(systems, key=lambda s: KINDS.index(s["kind"]))
 
 
@@ -102,28 +106,28 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if missing := sorted(COLUMNS - set(reader.fieldnames or ())):
-            raise ValueError(f"{path}: lacks the columns {', '.join(missing)}; run avsi-evaluate again")
+            raise ValueError(f"{path} lacks the columns {', '.join(missing)}; run avsi-evaluate again")
         return list(reader)
 
 
-# ---- words ---------------------------------------------------------------------------------------------------------------------
+# ---- labels --------------------------------------------------------------------------------------------------------------------
 
 
-def number(value, digits: int, sign: bool = False) -> str:
-    """A number as it is read: a true minus, a dash for none."""
+def number(value: float | None, digits: int, sign: bool = False) -> str:
+    """A number as text, with a true minus sign; a dash for no value."""
     if value is None or not math.isfinite(value):
-        return NOTHING
+        return NO_VALUE
     return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 
 def value_label(family: str, value: float | None) -> str:
-    """The value of a case; None for the case without the change."""
-    said = VALUES.get(family, {}).get(value)
-    return said or f"{value or 0:g}".replace("-", "−")
+    """The value of a case as text; None is the case without the change."""
+    label = VALUES.get(family, {}).get(value)
+    return label or f"{value or 0:g}".replace("-", "−")
 
 
 def case_label(case: dict, families: dict[str, str]) -> str:
-    """One of summary["cases"] in words, its gap first."""
+    """One of summary["cases"] as text, its gap first."""
     gap, family, value = f"{case['gap_ms']}\u00a0ms", case["family"], case["value"]
     if not family:
         return gap
@@ -136,138 +140,139 @@ def case_label(case: dict, families: dict[str, str]) -> str:
     return f"{gap}, {families[family]}: {value_label(family, value)}"
 
 
-def listed(words: Iterable) -> str:
+def listed(words: Iterable[object]) -> str:
     """'a, b and c'."""
     *first, last = map(str, words)
     return f"{', '.join(first)} and {last}" if first else last
 
 
 def verdict(entry: dict) -> str:
-    """'better' or 'worse' of a against b where the interval leaves 0 out, else ''."""
+    """Whether a is 'better' or 'worse' than b where the interval excludes 0, otherwise ''."""
     if entry["low"] <= 0 <= entry["high"] or entry["metric"] not in METRICS:
         return ""
     return "better" if (entry["mean"] < 0) == METRICS[entry["metric"]].lower_is_better else "worse"
 
 
-# ---- what a table is made of -----------------------------------------------------------------------------------------------------
+# ---- elements of a table ---------------------------------------------------------------------------------------------------------
 
 
 def cell(entry: dict, digits: int, sign: bool = False, unit: str = "") -> dict:
     """An estimate {"mean", "low", "high", "n"} as text."""
     low, high = (number(entry[k], digits, sign) for k in ("low", "high"))
-    return {"text": number(entry["mean"], digits, sign) + unit, "interval": f"[{low}, {high}]", "says": "", "n": entry["n"]}
+    return {"text": number(entry["mean"], digits, sign) + unit, "interval": f"[{low}, {high}]", "verdict": "", "n": entry["n"]}
 
 
-def table(title: str, first: str, columns: list[dict], rows: Iterable[tuple], said: str = "Mean and 95 % interval") -> dict:
-    """Rows of (group, label, kind, key -> cell); n is the largest of a row, a cell with fewer says so. said: what a cell holds."""
-    made = []
+def table(title: str, first: str, columns: list[dict], rows: Iterable[tuple], caption: str = "Mean and 95 % interval") -> dict:
+    """A table of rows (group, label, kind, {column key: cell}). A row's n is that of its largest cell; others show their own."""
+    formatted = []
     for group, label, kind, cells in rows:
         n = max((c["n"] for c in cells.values()), default=0)
         few = {k: c | {"few": c["n"] if c["n"] < n else 0} for k, c in cells.items()}
-        made.append({"group": group, "label": label, "kind": kind, "cells": few, "n": n})
-    return {"title": title, "first": first, "columns": columns, "rows": made, "said": said}
+        formatted.append({"group": group, "label": label, "kind": kind, "cells": few, "n": n})
+    return {"title": title, "first": first, "columns": columns, "rows": formatted, "caption": caption}
 
 
 def columns_of_systems(systems: list[dict]) -> list[dict]:
+    """A column per system."""
     return [{"key": s["name"], "label": s["name"], "unit": "", "better": "", "kind": s["kind"]} for s in systems]
 
 
 def _columns_of_metrics(summary: dict) -> list[dict]:
-    """Those that have any value, in the order of METRICS."""
-    found = {e["metric"] for e in summary["table"]}
+    """A column per metric that has values, in the order of METRICS."""
+    measured = {e["metric"] for e in summary["table"]}
     return [
         {"key": k, "label": m.label, "unit": m.unit, "better": "lower" if m.lower_is_better else "higher", "kind": ""}
         for k, m in METRICS.items()
-        if k in found
+        if k in measured
     ]
 
 
 def by_place(entries: list[dict], *names: str) -> dict:
     """(case, gap_ms, *names of an entry) -> metric -> entry."""
-    found: dict = collections.defaultdict(dict)
+    places: dict = collections.defaultdict(dict)
     for entry in entries:
-        found[entry["case"], entry["gap_ms"], *(entry[k] for k in names)][entry["metric"]] = entry
-    return found
+        places[entry["case"], entry["gap_ms"], *(entry[k] for k in names)][entry["metric"]] = entry
+    return places
 
 
 def _cells(entries: dict, sign: bool = False) -> dict:
     cells = {k: cell(e, METRICS[k].digits, sign) for k, e in entries.items() if k in METRICS}
-    return {k: c | {"says": verdict(entries[k])} for k, c in cells.items()} if sign else cells
+    return {k: c | {"verdict": verdict(entries[k])} for k, c in cells.items()} if sign else cells
 
 
 def plain(summary: dict) -> list[dict]:
-    """The cases that are nothing but a gap."""
+    """The cases with a gap and no other change."""
     return [c for c in summary["cases"] if not c["family"]]
 
 
 def varied(summary: dict) -> dict[tuple[int, str], list[dict]]:
-    """(gap_ms, family) -> its cases, with the plain one of that gap where there is one: value None, first, or as a shift of 0."""
-    found: dict = {}
+    """(gap_ms, family) -> its cases, with that without the change if there is one: value None, first, or as a shift of 0."""
+    by_family: dict = {}
     for case in summary["cases"]:
         if case["family"]:
-            found.setdefault((case["gap_ms"], case["family"]), []).append(case)
+            by_family.setdefault((case["gap_ms"], case["family"]), []).append(case)
     without = {c["gap_ms"]: c | {"value": None} for c in plain(summary)}
-    found = {k: ([without[k[0]]] if k[0] in without else []) + cases for k, cases in found.items()}
-    return {k: sorted(v, key=lambda c: c["value"] or 0) if k[1] == "shift_ms" else v for k, v in found.items()}
+    by_family = {k: ([without[k[0]]] if k[0] in without else []) + cases for k, cases in by_family.items()}
+    return {k: sorted(v, key=lambda c: c["value"] or 0) if k[1] == "shift_ms" else v for k, v in by_family.items()}
 
 
 # ---- the tables ------------------------------------------------------------------------------------------------------------------
 
 
 def headline(summary: dict) -> dict:
-    """Systems side by side, a row a gap: metrics of HEADLINE; the cases that are only a gap, all where there is none of them."""
+    """A column per system and a row per gap, for the metrics of HEADLINE: cases without a change, or all if there is none."""
     systems = [s for s in summary["systems"] if s["kind"] in ("interpolation", "baseline", "system")]
-    found, rows = by_place(summary["table"], "system"), []
+    estimates, rows = by_place(summary["table"], "system"), []
     for metric in HEADLINE:
         m = METRICS[metric]
         group = f"{', '.join(filter(None, (m.label, m.unit)))} ({'lower' if m.lower_is_better else 'higher'} is better)"
         for case in plain(summary) or summary["cases"]:
-            entries = {s["name"]: found[case["name"], case["gap_ms"], s["name"]].get(metric) for s in systems}
+            entries = {s["name"]: estimates[case["name"], case["gap_ms"], s["name"]].get(metric) for s in systems}
             if cells := {name: cell(e, m.digits) for name, e in entries.items() if e}:
                 rows.append((group, case_label(case, summary["families"]), "", cells))
     return table("Systems side by side", "Gap", columns_of_systems(systems), rows)
 
 
 def results(summary: dict) -> list[dict]:
-    """One table a gap length, one row a system."""
-    found, columns = by_place(summary["table"], "system"), _columns_of_metrics(summary)
+    """One table per gap length, one row per system."""
+    estimates, columns = by_place(summary["table"], "system"), _columns_of_metrics(summary)
     return [
         table(
             f"Gap of {c['gap_ms']} ms", "System", columns,
-            [("", s["name"], s["kind"], _cells(found["", c["gap_ms"], s["name"]])) for s in summary["systems"]],
+            [("", s["name"], s["kind"], _cells(estimates["", c["gap_ms"], s["name"]])) for s in summary["systems"]],
         )
         for c in plain(summary)
     ]  # fmt: skip
 
 
 def changes(summary: dict) -> list[dict]:
-    """One table a gap length and family of changes, its rows grouped by value."""
-    found, columns, tables = by_place(summary["table"], "system"), _columns_of_metrics(summary), []
+    """One table per gap length and family of changes, rows grouped by value."""
+    estimates, columns, tables = by_place(summary["table"], "system"), _columns_of_metrics(summary), []
     for (gap_ms, family), cases in varied(summary).items():
         rows = [
-            (f"{value_label(family, c['value'])}", s["name"], s["kind"], _cells(found[c["name"], gap_ms, s["name"]]))
+            (f"{value_label(family, c['value'])}", s["name"], s["kind"], _cells(estimates[c["name"], gap_ms, s["name"]]))
             for c in cases
             for s in summary["systems"]
-            if found[c["name"], gap_ms, s["name"]]
+            if estimates[c["name"], gap_ms, s["name"]]
         ]
         tables.append(table(f"Gap of {gap_ms} ms: {summary['families'][family]}", "System", columns, rows))
     return tables
 
 
 def differences(summary: dict) -> list[dict]:
-    """One table a pair of systems, one row a case."""
-    found, columns, tables = by_place(summary["paired"], "a", "b"), _columns_of_metrics(summary), []
+    """One table per pair of systems, one row per case."""
+    estimates, columns, tables = by_place(summary["paired"], "a", "b"), _columns_of_metrics(summary), []
     for a, b in dict.fromkeys((e["a"], e["b"]) for e in summary["paired"]):
         rows = []
         for case in summary["cases"]:
-            if entries := found[case["name"], case["gap_ms"], a, b]:
+            if entries := estimates[case["name"], case["gap_ms"], a, b]:
                 rows.append(("", case_label(case, summary["families"]), "", _cells(entries, sign=True)))
         tables.append(table(f"{a} minus {b}", "Gap", columns, rows))
     return tables
 
 
 def speakers(summary: dict, rows: list[dict]) -> dict:
-    """Each speaker, over all gaps without another change, grouped by metric; intervals over clips."""
+    """Means by speaker over all gaps without another change, grouped by metric; intervals over clips."""
     names = {c["name"] for c in plain(summary) or summary["cases"]}
     values: dict = collections.defaultdict(lambda: collections.defaultdict(list))
     for row in rows:
@@ -275,7 +280,7 @@ def speakers(summary: dict, rows: list[dict]) -> dict:
             if row["case"] in names and row.get(metric):
                 values[metric, row["speaker"], row["system"]][row["clip_id"]].append(float(row[metric]))
     order = sorted({row["speaker"] for row in rows}, key=lambda s: (len(s), s))  # s2 before s10
-    made = []
+    table_rows = []
     for metric in SPEAKER_METRICS:
         for speaker in order:
             cells = {}
@@ -283,41 +288,42 @@ def speakers(summary: dict, rows: list[dict]) -> dict:
                 if clips := values.get((metric, speaker, system["name"])):
                     entry = clustered([sum(v) for v in clips.values()], [len(v) for v in clips.values()])
                     cells[system["name"]] = cell(entry | {"n": len(clips)}, METRICS[metric].digits)
-            made.append((f"{METRICS[metric].label}, {METRICS[metric].unit}".rstrip(", "), speaker, "", cells))
-    return table("By speaker", "Speaker", columns_of_systems(summary["systems"]), made)
+            table_rows.append((f"{METRICS[metric].label}, {METRICS[metric].unit}".rstrip(", "), speaker, "", cells))
+    return table("By speaker", "Speaker", columns_of_systems(summary["systems"]), table_rows)
 
 
-# ---- in words ------------------------------------------------------------------------------------------------------------------
+# ---- summary in words ------------------------------------------------------------------------------------------------------------
 
 
 def sentences(summary: dict) -> list[str]:
-    """What the gap errors say: each system's own, against whom it is better, and up to which gap."""
+    """The gap errors in sentences: each system's own, which systems it is better than, and up to which gap length."""
     cases = plain(summary) or summary["cases"]
-    found, paired = by_place(summary["table"], "system"), by_place(summary["paired"], "a", "b")
-    said = []
+    estimates, paired = by_place(summary["table"], "system"), by_place(summary["paired"], "a", "b")
+    texts = []
     for name in [s["name"] for s in summary["systems"] if s["kind"] == "system"]:
-        own = [(c, e) for c in cases if (e := found[c["name"], c["gap_ms"], name].get("gap_l1_db"))]
+        own = [(c, e) for c in cases if (e := estimates[c["name"], c["gap_ms"], name].get("gap_l1_db"))]
         if own:
             ends = [own[0]] + own[-1:] * (len(own) > 1)
-            said.append(f"{name} is off in the gap by {listed(_off(e, case_label(c, summary['families'])) for c, e in ends)}.")
+            errors = listed(_error_text(e, case_label(c, summary["families"])) for c, e in ends)
+            texts.append(f"The gap error of {name} is {errors}.")
         for other in dict.fromkeys(e["b"] for e in summary["paired"] if e["a"] == name):
             verdicts: dict = {"better": [], "worse": [], "": []}
             for c in cases:
                 if e := paired[c["name"], c["gap_ms"], name, other].get("gap_l1_db"):
                     verdicts[verdict(e)].append(case_label(c, summary["families"]))
             if any(verdicts.values()):
-                said.append(f"{name} against {other}, by gap error: {_told(verdicts)}.{_reach(summary, name, other)}")
-    return said
+                texts.append(f"{name} against {other}, by gap error: {_comparison(verdicts)}.{_reach(summary, name, other)}")
+    return texts
 
 
-def _off(entry: dict, label: str) -> str:
-    made = cell(entry, METRICS["gap_l1_db"].digits)
-    return f"{made['text']} dB {made['interval']} at {label} (n = {made['n']})"
+def _error_text(entry: dict, label: str) -> str:
+    formatted = cell(entry, METRICS["gap_l1_db"].digits)
+    return f"{formatted['text']} dB {formatted['interval']} at {label} (n = {formatted['n']})"
 
 
-def _told(verdicts: dict[str, list[str]]) -> str:
-    """'better at 300 ms and 600 ms, not told apart at 900 ms'."""
-    names = {"better": "better", "worse": "worse", "": "not told apart"}
+def _comparison(verdicts: dict[str, list[str]]) -> str:
+    """'better at 300 ms and 600 ms, not significant at 900 ms'."""
+    names = {"better": "better", "worse": "worse", "": "not significant"}
     kinds = {k: v for k, v in verdicts.items() if v}
     if len(kinds) == 1 and len(labels := next(iter(kinds.values()))) > 1:
         return f"{names[next(iter(kinds))]} at every gap, {labels[0]} to {labels[-1]}"
@@ -329,18 +335,19 @@ def _reach(summary: dict, a: str, b: str) -> str:
     for entry in summary["reach"]:
         if (entry["a"], entry["b"]) == (a, b) and len(lengths) > 1:
             if not entry["gap_ms"]:
-                return " The gain isn't above 0 even at the shortest."
-            return f" The gain stays above 0 up to {entry['gap_ms']} ms{', the longest' * (entry['gap_ms'] == max(lengths))}."
+                return " The gain is not significant even at the shortest gap."
+            return f" The gain is significant up to {entry['gap_ms']} ms{', the longest gap' * (entry['gap_ms'] == max(lengths))}."
     return ""
 
 
-# ---- an interval of a rate -------------------------------------------------------------------------------------------------------
+# ---- interval of a rate ----------------------------------------------------------------------------------------------------------
 
 
 def clustered(sums: Sequence[float], counts: Sequence[float], n: int = 2000) -> dict:
-    """sum(sums) / sum(counts) with its 95 % percentile bootstrap over clusters, one pair (sum, count) each; n: clusters that count.
+    """sum(sums) / sum(counts) with its 95 % percentile bootstrap over clusters, one pair (sum, count) each.
 
-    The clips of a speaker or the words of a clip aren't independent: what is drawn is whole clusters.
+    n is the number of clusters with a count above 0. The clips of a speaker or the words of a clip are not independent, so clusters
+    are resampled as units.
     """
     sums, counts = (np.asarray(x, np.float64) for x in (sums, counts))
     if not counts.sum():
@@ -353,5 +360,5 @@ def clustered(sums: Sequence[float], counts: Sequence[float], n: int = 2000) -> 
 
 @functools.lru_cache(maxsize=4)
 def _draws(size: int, n: int) -> np.ndarray:
-    """(n, size): how often each of `size` is in each of n resamples."""
+    """(n, size): how often each of `size` clusters occurs in each of n resamples."""
     return np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), size=n).astype(np.float64)

@@ -1,94 +1,114 @@
-"""By how much sound and picture of a clip are out of step, from how the mouth moves and how the sound's levels do. Only numpy.
+"""Estimates the A/V offset of a clip from the movement of the mouth and the band levels of the audio. Needs only numpy.
 
-Mouth and sound are taken every STEP_S on the picture's clock: nine lengths of the mouth over the distance of the eyes, and the log
-energies of six bands; each also a little before and after, which holds speeds as well. Three weighted sums of the ones go with
-three of the others (canonical correlation, Hotelling 1936). Their correlation at every lag up to REACH_S gives how much likelier
-the lag is than that the two have nothing to do with each other; certainty is the likelihood's share within NEAR_S of the best.
+Mouth and audio are sampled every HOP_S on the clock of the video: nine distances of the mouth, divided by the distance of the
+eyes, and the log energies of six bands. Each time step also includes some steps before and after it, so speeds are covered. Three
+weighted sums of the mouth features are matched with three of the audio features (canonical correlation, Hotelling 1936). Their
+correlations at every lag up to MAX_OFFSET_S give the likelihood of the lag relative to unrelated mouth and audio. The certainty is
+the share of the likelihood within TOLERANCE_S of the best lag.
 
-The numbers below were fitted on clips of Grid, and measured on others, by benchmarks/quality/av_sync.py (docs/sync.md). Not done here: sound
-that drifts away from its pictures, delays beyond REACH_S, choosing which stretches of a long clip to look at.
+The parameters below were fitted on one part of the Grid clips and evaluated on the rest by benchmarks/quality/av_sync.py
+(docs/av_sync.md). Not supported: offsets that drift, offsets beyond MAX_OFFSET_S, selecting a part of a long clip.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-STEP_S = 0.02
-REACH_S = 0.4  # the longest delay looked for, either way
-NEAR_S = 0.04  # a measured delay is right within this
-WORTH_S = 0.06  # shorter ones are left alone: clips in step measure up to 60 ms, and what is lost by them is little
-LEAST_S = 1.0  # seen and heard together; with less nothing is said
-SURE = 0.64  # certainty from which on a correction may be made: docs/sync.md
+HOP_S = 0.02
+MAX_OFFSET_S = 0.4  # largest offset searched, in both directions
+TOLERANCE_S = 0.04  # an estimate within this of the true offset counts as correct
+MIN_OFFSET_S = 0.06  # smaller offsets are not corrected: clips in sync measure up to this, and they do little harm
+MIN_OVERLAP_S = 1.0  # shortest stretch with both video and audio for an estimate
+MIN_CERTAINTY = 0.64  # from which a correction is made: docs/av_sync.md
 
 WINDOW_S = 0.04
 BANDS_HZ = (80, 300, 700, 1300, 2200, 3200, 4000)
-FLOOR = 1e-4  # of a band's loudest: what lies 40 dB below is silence
-MOUTH_STEPS, AUDIO_STEPS = (-4, -2, 0, 2, 4), (-2, 0, 2)  # what goes into one frame, in steps from it
+FLOOR = 1e-4  # of a band's highest energy: 40 dB below it counts as silence
+MOUTH_CONTEXT, AUDIO_CONTEXT = (-4, -2, 0, 2, 4), (-2, 0, 2)  # offsets, in hops, of the values that form one time step
 EYES, NOSE = (slice(36, 42), slice(42, 48)), slice(27, 36)  # of iBUG-68
-BLOCK = 1000  # frames of sound at a time
+BLOCK = 1000  # audio frames processed at once
 
 
-class Sync(NamedTuple):
-    """offset_s: seconds by which the sound comes later than `lag_s` said (add it to lag_s); certainty: 0..1 that it is right."""
+class OffsetEstimate(NamedTuple):
+    """An estimated A/V offset.
+
+    offset_s: positive if the audio is later than the assumed lag_s; certainty: probability (0 to 1) that it is within TOLERANCE_S.
+    """
 
     offset_s: float
     certainty: float
 
     @property
     def correction_s(self) -> float:
-        """What to add to lag_s: offset_s where it is sure and more than WORTH_S, otherwise 0."""
-        return self.offset_s if self.certainty >= SURE and abs(self.offset_s) > WORTH_S else 0.0
+        """What to add to lag_s: offset_s if it is certain and larger than MIN_OFFSET_S, otherwise 0."""
+        return self.offset_s if self.certainty >= MIN_CERTAINTY and abs(self.offset_s) > MIN_OFFSET_S else 0.0
 
 
-class Model(NamedTuple):
-    """mouth (D, K), sound (E, K): the weights of the sums; likeness (K,): their correlations in step; the rest: `evidence`."""
+class CorrelationModel(NamedTuple):
+    """Fitted parameters: D mouth and E audio features, Q weighted sums of each."""
 
-    mouth: np.ndarray
-    audio: np.ndarray
-    likeness: np.ndarray
-    sharpness: float
-    other: float
+    mouth: np.ndarray  # (D, Q) weights
+    audio: np.ndarray  # (E, Q) weights
+    correlations: np.ndarray  # (Q,) of matching mouth and audio in sync
+    sharpness: float  # factor of the log likelihood: neighbouring time steps are not independent
+    unrelated: float  # log weight of the hypothesis that mouth and audio are unrelated
 
 
-def measure(points, valid, times, samples, rate: int, missing, lag_s: float, model: Model | None = None) -> Sync:
-    """By how much the sound is later than `lag_s` says, and how sure that is.
+def estimate_offset(
+    points: np.ndarray,
+    valid: np.ndarray,
+    times: np.ndarray,
+    samples: np.ndarray,
+    rate: int,
+    missing: Sequence[tuple[float, float]],
+    lag_s: float,
+    model: CorrelationModel | None = None,
+) -> OffsetEstimate:
+    """Estimates by how much the audio is later than `lag_s`.
 
-    points (T, 68, 2) px, valid (T,) bool, times (T,) s of each picture; samples (N, C), the first of them heard at 0 s, so that
-    what is seen at t is said to be heard at t + lag_s; lost: (start_s, end_s) of the sound's gaps, which are not listened to.
-    Sync(0.0, 0.0) where less than LEAST_S are seen and heard together.
+    points (T, 68, 2) px, valid (T,) bool and times (T,) s of the video frames; samples (N, C), starting at 0 s, so that the video
+    at time t is assumed to belong to the audio at t + lag_s; missing: (start_s, end_s) of the gaps, which are not used.
+
+    Returns OffsetEstimate(0.0, 0.0) if less than MIN_OVERLAP_S has both video and audio; ValueError for wrong shapes.
     """
-    model = model or LEARNED
+    model = model or FITTED_MODEL
     points, valid, times = np.asarray(points, np.float64), np.asarray(valid, bool), np.asarray(times, np.float64)
     _check(points, valid, times, samples)
     if valid.sum() < 2:
-        return Sync(0.0, 0.0)
-    mouth, seen, audio, heard = features(points, valid, times, samples, rate, missing, lag_s)
-    return decide(*correlations(mouth @ model.mouth, seen, audio @ model.audio, heard), model)
+        return OffsetEstimate(0.0, 0.0)
+    mouth, has_video, audio, has_audio = features(points, valid, times, samples, rate, missing, lag_s)
+    return offset_from_correlations(*lag_correlations(mouth @ model.mouth, has_video, audio @ model.audio, has_audio), model)
 
 
-def features(points, valid, times, samples, rate, missing, lag_s):
-    """mouth (G, D), seen (G,) at the pictures' G steps; sound (G + 2 R, E), heard (G + 2 R,), R = reach() more to each side."""
-    grid = np.arange(times[0], times[-1] + STEP_S / 2, STEP_S)
-    around = np.arange(-reach(), len(grid) + reach()) * STEP_S + times[0] + lag_s
+def features(
+    points: np.ndarray, valid: np.ndarray, times: np.ndarray, samples: np.ndarray, rate: int, missing: Sequence, lag_s: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Features of both streams: mouth (G, D), has_video (G,), audio (G + 2 R, E), has_audio (G + 2 R,).
+
+    G is the number of time steps of the video; the audio extends R = max_lag() steps further on both sides.
+    """
+    grid = np.arange(times[0], times[-1] + HOP_S / 2, HOP_S)
+    around = np.arange(-max_lag(), len(grid) + max_lag()) * HOP_S + times[0] + lag_s
     return *mouth_features(points, valid, times, grid), *audio_features(samples, rate, missing, around)
 
 
-def reach() -> int:
-    """REACH_S in steps."""
-    return round(REACH_S / STEP_S)
+def max_lag() -> int:
+    """MAX_OFFSET_S in hops."""
+    return round(MAX_OFFSET_S / HOP_S)
 
 
-def mouth_features(points, valid, times, grid):
-    """((G, D) deviations from the clip's mean, G times of `grid` on the picture's clock; (G,) whether all of it was seen)."""
-    lengths = mouth_lengths(points, valid)
-    lengths = np.stack([np.interp(grid, times, column) for column in lengths.T], 1)
-    return _around(lengths, np.interp(grid, times, valid.astype(float)) == 1, MOUTH_STEPS)
+def mouth_features(points: np.ndarray, valid: np.ndarray, times: np.ndarray, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Standardised mouth distances (G, D) at the times `grid` (G,) s, and (G,) bool: whether all frames used show the face."""
+    distances = mouth_distances(points, valid)
+    distances = np.stack([np.interp(grid, times, column) for column in distances.T], 1)
+    return _with_context(distances, np.interp(grid, times, valid.astype(float)) == 1, MOUTH_CONTEXT)
 
 
-def mouth_lengths(points, valid):
-    """(T, 68, 2) px -> (T, 9) over the distance of the eyes, up and down in the frame of the level face."""
+def mouth_distances(points: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """(T, 68, 2) px -> (T, 9) distances of the mouth over the distance of the eyes, measured with the eyes level."""
     left, right = (points[:, eye].mean(1) for eye in EYES)
     line = right - left
     span = np.linalg.norm(line, axis=1, keepdims=True)
@@ -100,87 +120,89 @@ def mouth_lengths(points, valid):
     return np.stack([inner, sides, outer, x[54] - x[48], x[64] - x[60], y[8], y[51], (y[48] + y[54]) / 2, y[57] - y[66]], 1)
 
 
-def audio_features(samples, rate, missing, centres):
-    """((G, E) deviations from the clip's mean, of log energies at G times `centres`, s; (G,) whether all of it was heard)."""
+def audio_features(samples: np.ndarray, rate: int, missing: Sequence, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Standardised log band energies (G, E) at the times `centres` (G,) s, and (G,) bool: whether all audio used is available."""
     size = round(WINDOW_S * rate)
     starts = np.round(centres * rate - size / 2).astype(int)
-    heard = (starts >= 0) & (starts + size <= len(samples))
+    available = (starts >= 0) & (starts + size <= len(samples))
     for start_s, end_s in missing:
-        heard &= (starts + size <= start_s * rate) | (starts >= end_s * rate)
+        available &= (starts + size <= start_s * rate) | (starts >= end_s * rate)
     energy = np.zeros((len(centres), len(BANDS_HZ) - 1))
-    if heard.any():
-        energy[heard] = _energies(np.asarray(samples), rate, starts[heard], size)
-    return _around(np.log(energy + np.maximum(FLOOR * energy.max(0), 1e-12)), heard, AUDIO_STEPS)
+    if available.any():
+        energy[available] = _band_energies(np.asarray(samples), rate, starts[available], size)
+    return _with_context(np.log(energy + np.maximum(FLOOR * energy.max(0), 1e-12)), available, AUDIO_CONTEXT)
 
 
-def _energies(samples, rate, starts, size):
-    """(G, bands) energies of the windows of `size` samples that begin at `starts`."""
+def _band_energies(samples: np.ndarray, rate: int, starts: np.ndarray, size: int) -> np.ndarray:
+    """Energies (G, bands) of the windows of `size` samples that begin at `starts`."""
     nearest = np.fft.rfftfreq(size, 1 / rate)
     edges = np.searchsorted(nearest, BANDS_HZ)
-    window, found = np.hanning(size), []
+    window, energies = np.hanning(size), []
     for i in range(0, len(starts), BLOCK):
         pieces = samples[starts[i : i + BLOCK, None] + np.arange(size)].mean(-1) * window
         total = np.cumsum(np.abs(np.fft.rfft(pieces)) ** 2, axis=1)
         total = np.pad(total, ((0, 0), (1, 0)))
-        found.append(total[:, edges[1:]] - total[:, edges[:-1]])
-    return np.concatenate(found)
+        energies.append(total[:, edges[1:]] - total[:, edges[:-1]])
+    return np.concatenate(energies)
 
 
-def _around(x, there, steps):
-    """(G, n), (G,) -> (G, n * len(steps)): the values at each of `steps` from a frame, standardised; (G,) where all are there."""
-    if there.any():
-        x = (x - x[there].mean(0)) / np.maximum(x[there].std(0), 1e-9)
-    places = np.clip(np.arange(len(x))[:, None] + np.array(steps), 0, len(x) - 1)
-    there = there[places].all(1)
-    return np.where(there[:, None], x[places].reshape(len(x), -1), 0.0), there
+def _with_context(x: np.ndarray, available: np.ndarray, context: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Standardises (G, n) and stacks the values at all offsets of `context`: (G, n * len(context)), (G,) whether available."""
+    if available.any():
+        x = (x - x[available].mean(0)) / np.maximum(x[available].std(0), 1e-9)
+    places = np.clip(np.arange(len(x))[:, None] + np.array(context), 0, len(x) - 1)
+    available = available[places].all(1)
+    return np.where(available[:, None], x[places].reshape(len(x), -1), 0.0), available
 
 
-def correlations(mouth, seen, audio, heard):
-    """mouth (G, K), sound (G + 2 R, K) -> (2 R + 1, K) correlations over frames seen and heard, and how many (2 R + 1,)."""
-    mouth, audio = _standard(mouth, seen), _standard(audio, heard)
-    found, frames = [], []
-    for first in range(2 * reach() + 1):
-        other, both = audio[first : first + len(mouth)], seen & heard[first : first + len(mouth)]
-        power = np.sqrt((mouth[both] ** 2).sum(0) * (other[both] ** 2).sum(0))
-        found.append((mouth[both] * other[both]).sum(0) / np.maximum(power, 1e-9))
-        frames.append(both.sum())
-    return np.array(found), np.array(frames)
+def lag_correlations(
+    mouth: np.ndarray, has_video: np.ndarray, audio: np.ndarray, has_audio: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Correlations (2 R + 1, Q) of mouth (G, Q) with audio (G + 2 R, Q) at every lag, and the time steps used (2 R + 1,)."""
+    mouth, audio = _standardised(mouth, has_video), _standardised(audio, has_audio)
+    correlations, num_steps = [], []
+    for first in range(2 * max_lag() + 1):
+        shifted, both = audio[first : first + len(mouth)], has_video & has_audio[first : first + len(mouth)]
+        power = np.sqrt((mouth[both] ** 2).sum(0) * (shifted[both] ** 2).sum(0))
+        correlations.append((mouth[both] * shifted[both]).sum(0) / np.maximum(power, 1e-9))
+        num_steps.append(both.sum())
+    return np.array(correlations), np.array(num_steps)
 
 
-def _standard(x, there):
-    if not there.any():
+def _standardised(x: np.ndarray, available: np.ndarray) -> np.ndarray:
+    if not available.any():
         return x
-    return np.where(there[:, None], (x - x[there].mean(0)) / np.maximum(x[there].std(0), 1e-9), 0.0)
+    return np.where(available[:, None], (x - x[available].mean(0)) / np.maximum(x[available].std(0), 1e-9), 0.0)
 
 
-def decide(found, frames, model: Model) -> Sync:
-    """Correlations (2 R + 1, K) over `frames` each -> Sync: the likeliest lag, between steps by a parabola, and its certainty."""
-    if frames.max() * STEP_S < LEAST_S:
-        return Sync(0.0, 0.0)
-    log_odds = evidence(found, frames, model)
+def offset_from_correlations(correlations: np.ndarray, num_steps: np.ndarray, model: CorrelationModel) -> OffsetEstimate:
+    """The most likely lag, refined by a parabola, and its certainty; correlations (2 R + 1, Q), num_steps (2 R + 1,)."""
+    if num_steps.max() * HOP_S < MIN_OVERLAP_S:
+        return OffsetEstimate(0.0, 0.0)
+    log_odds = log_likelihood_ratios(correlations, num_steps, model)
     best = int(np.argmax(log_odds))
-    shares = np.exp(log_odds - max(log_odds[best], model.other))
-    near = np.abs(np.arange(len(shares)) - best) * STEP_S <= NEAR_S + 1e-9
-    certainty = shares[near].sum() / (shares.sum() + np.exp(model.other - max(log_odds[best], model.other)))
-    return Sync(float((best - reach() + _peak(log_odds, best)) * STEP_S), float(certainty))
+    shares = np.exp(log_odds - max(log_odds[best], model.unrelated))
+    near = np.abs(np.arange(len(shares)) - best) * HOP_S <= TOLERANCE_S + 1e-9
+    certainty = shares[near].sum() / (shares.sum() + np.exp(model.unrelated - max(log_odds[best], model.unrelated)))
+    return OffsetEstimate(float((best - max_lag() + _peak(log_odds, best)) * HOP_S), float(certainty))
 
 
-def evidence(found, frames, model: Model):
-    """(2 R + 1,) log likelihood of each lag over that of unrelated mouth and sound, if both are Gaussian; neighbours are alike."""
-    r = model.likeness
-    gain = -0.5 * np.log1p(-(r**2)) + (r * found - r**2) / (1 - r**2)
-    return model.sharpness * np.where(frames * STEP_S < LEAST_S, -np.inf, frames * gain.sum(-1))
+def log_likelihood_ratios(correlations: np.ndarray, num_steps: np.ndarray, model: CorrelationModel) -> np.ndarray:
+    """(2 R + 1,) log likelihood of each lag relative to unrelated mouth and audio, assuming Gaussian features."""
+    r = model.correlations
+    gain = -0.5 * np.log1p(-(r**2)) + (r * correlations - r**2) / (1 - r**2)
+    return model.sharpness * np.where(num_steps * HOP_S < MIN_OVERLAP_S, -np.inf, num_steps * gain.sum(-1))
 
 
-def _peak(y, best: int) -> float:
-    """Where the parabola through the highest value and its neighbours is highest, in steps from it."""
+def _peak(y: np.ndarray, best: int) -> float:
+    """Position of the maximum of the parabola through y[best] and its neighbours, relative to best."""
     if not 0 < best < len(y) - 1 or not np.isfinite(y[best - 1 : best + 2]).all():
         return 0.0
     before, at, after = y[best - 1 : best + 2]
     return float(0.5 * (before - after) / min(before - 2 * at + after, -1e-12))
 
 
-def _check(points, valid, times, samples) -> None:
+def _check(points: np.ndarray, valid: np.ndarray, times: np.ndarray, samples: np.ndarray) -> None:
     if points.ndim != 3 or points.shape[1:] != (68, 2) or valid.shape != times.shape or len(times) != len(points):
         raise ValueError(
             f"found points {points.shape}, valid {valid.shape} and times {times.shape}, expected (T, 68, 2), (T,) and (T,)"
@@ -189,9 +211,10 @@ def _check(points, valid, times, samples) -> None:
         raise ValueError(f"found samples of shape {np.shape(samples)}, expected (N, C)")
 
 
-# Fitted by `python -m benchmarks.quality.av_sync --data_dir=DATA --fit`: a block a sum, a line a step, a column a length or band.
+# Fitted by `python -m benchmarks.quality.av_sync --data_dir=DATA --fit`. One block per weighted sum, one line per offset of the
+# context, one column per distance or band.
 # fmt: off
-LEARNED = Model(
+FITTED_MODEL = CorrelationModel(
     mouth=np.array([
         [-0.192, -0.553, 1, 0.07, -0.036, -0.247, -0.138, 0.166, -0.471,
          -0.097, -0.34, 0.256, 0.078, 0.037, 0.172, -0.067, 0.133, -0.207,
@@ -220,6 +243,6 @@ LEARNED = Model(
          0.288, 0.605, 0.437, -0.064, 0.109, -0.057,
          -0.333, 0.051, -0.552, 0.047, -0.008, -0.119],
     ]).T,
-    likeness=np.array([0.775, 0.624, 0.443]), sharpness=0.0322, other=4.16,
+    correlations=np.array([0.775, 0.624, 0.443]), sharpness=0.0322, unrelated=4.16,
 )
 # fmt: on

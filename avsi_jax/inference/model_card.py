@@ -1,7 +1,7 @@
-"""What is known of a trained run (data, speakers, training, measured quality), and the model card that tells it.
+"""Facts about a trained run (data, speakers, training, measured quality), and the model card made of them.
 
-`facts_of` gathers it from the run's own files, numbers only ever from its evaluations; `text` writes README.md of it. JSON in
-between, so that a program may read what the card says. Paths of the machine it was trained on are left out.
+`facts_of` collects the facts from the run directory, its quality only from its evaluations. They are JSON, so that programs can
+read them too. `text` turns them into README.md. Paths of the training machine are left out.
 """
 
 from __future__ import annotations
@@ -10,46 +10,53 @@ import csv
 import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from avsi_jax.models import systems
 
-HEARD, UNSEEN = "test_seen", "test"  # splits: other clips of speakers of the training, speakers it never met
-SPLITS = {HEARD: "heard speakers", UNSEEN: "unseen speakers"}
+if TYPE_CHECKING:
+    import ml_collections
+
+    from avsi_jax.inference.trained_run import Run
+
+SEEN, UNSEEN = "test_seen", "test"  # splits: other clips of training speakers, and speakers that were not in training
+SPLITS = {SEEN: "seen speakers", UNSEEN: "unseen speakers"}
 METRICS = {
     "gap_l1_db": "error in the gap, dB", "stoi_gap": "STOI in the gap", "stoi": "STOI", "pesq_nb": "PESQ nb", "pesq_wb": "PESQ wb",
 }  # fmt: skip
 KINDS = ("system", "masked", "interpolation", "other_video", "oracle_mel")
-STREAMS = {"": "sound and lips", "no_video=1": "sound", "whole_clip=1": "lips"}  # cases of suite `streams` -> what was there
-DIGITS = 5
+AUDIO_VIDEO, AUDIO, VIDEO = "audio and video", "audio", "video"  # the streams that a restoration used
+STREAMS = {"": AUDIO_VIDEO, "no_video=1": AUDIO, "whole_clip=1": VIDEO}  # cases of suite `streams` -> streams used
+DIGITS = 5  # significant digits of stored numbers
 LICENSE = "Apache-2.0"
 ATTRIBUTION = (
     "Trained on the Grid audio-visual sentence corpus by M. Cooke, J. Barker, S. Cunningham and X. Shao, University of Sheffield "
     "(J. Acoust. Soc. Am. 120(5), 2006, doi:10.1121/1.2229005; doi:10.5281/zenodo.3625687), licensed under CC BY 4.0 "
-    "(https://creativecommons.org/licenses/by/4.0/). The corpus was cut into splits, its sound brought to 16 kHz mono and its "
-    "pictures to face points; none of it is in these files."
+    "(https://creativecommons.org/licenses/by/4.0/). The corpus was divided into splits, its audio converted to 16 kHz mono "
+    "and its video to face landmarks; these files contain no part of it."
 )
 
 
 # ---- facts ---------------------------------------------------------------------------------------------------------------------
 
 
-def facts_of(workdir: str | Path, run) -> dict:
-    """{'license', 'attribution', 'data', 'training', 'evaluations', 'measured'} of a run (trained_run.Run) by the files of its workdir."""
+def facts_of(workdir: str | Path, run: Run) -> dict:
+    """{'license', 'attribution', 'data', 'training', 'evaluations', 'measured'} of a run, from the files of its run directory."""
     workdir = Path(workdir)
-    told = _read_json(workdir / "run.json")
+    recorded = _read_json(workdir / "run.json")
     evaluations = [e for path in sorted(workdir.glob("eval/*/summary.json")) if (e := evaluation(path, run.step))]
     return {
         "license": LICENSE,
         "attribution": ATTRIBUTION,
-        "data": told.get("dataset", {}) | {"speakers": _speakers(run.config, told.get("dataset", {}))},
-        "training": _training(workdir, run, told),
+        "data": recorded.get("dataset", {}) | {"speakers": _speakers(run.config, recorded.get("dataset", {}))},
+        "training": _training(workdir, run, recorded),
         "evaluations": evaluations,
         "measured": measured(evaluations, streams_of(run.config)),
     }
 
 
-def _training(workdir: Path, run, told: dict) -> dict:
-    """How, and where it stood at the step that was taken."""
+def _training(workdir: Path, run: Run, recorded: dict) -> dict:
+    """Settings of the training, and its validation metrics at the run's step."""
     config = run.config
     scalars = ("seed", "epochs", "batch_size", "learning_rate", "schedule", "monitor", "train_split", "validation_split")
     rows = [r for r in _rows(workdir / "metrics.csv") if float(r["step"]) <= run.step]
@@ -61,62 +68,64 @@ def _training(workdir: Path, run, told: dict) -> dict:
         **{k: config[k] for k in scalars},
         "validation": {k: v for k, v in at_step.items() if v == v},
         "minutes": round(seconds / 60),
-        **{k: told[k] for k in ("parameters", "devices", "processes", "revision", "python", "versions") if k in told},
+        **{k: recorded[k] for k in ("parameters", "devices", "processes", "revision", "python", "versions") if k in recorded},
     }
 
 
-def _speakers(config, dataset: dict) -> dict:
-    """{split: {speaker: clips}} by the report of the dataset's build; {} where the dataset is gone or another one now."""
+def _speakers(config: ml_collections.ConfigDict, dataset: dict) -> dict:
+    """{split: {speaker: clips}} from the dataset's build report; {} where that version of the dataset is no longer there."""
     home = Path(config.data_dir) / "grid" / config.builder_config / str(dataset.get("version", ""))
     report = _read_json(home / "build_report.json") if config.data_dir else {}
     return report.get("speakers", {})
 
 
 def evaluation(path: Path, step: int) -> dict | None:
-    """What a card tells of one evaluation (its summary.json, with clips.csv beside it); None for one of another step, or that has
-    no numbers of ours (the paper's and the peers' protocol are never mixed with them).
+    """The facts of one evaluation, from its summary.json and the clips.csv beside it.
+
+    None for an evaluation of another step or protocol: numbers of the protocols `paper` and `peer` are not mixed with ours.
     """
-    told = _read_json(path)
-    if told.get("protocol") != "waveform" or told.get("runs", {}).get(told.get("system"), {}).get("step") != step:
+    summary = _read_json(path)
+    if summary.get("protocol") != "waveform" or summary.get("runs", {}).get(summary.get("system"), {}).get("step") != step:
         return None
-    systems = {s["name"]: s["kind"] for s in told["systems"] if s["kind"] in KINDS}
+    systems = {s["name"]: s["kind"] for s in summary["systems"] if s["kind"] in KINDS}
     table = [
         {"case": e["case"], "gap_ms": e["gap_ms"], "kind": systems[e["system"]], "metric": e["metric"], "n": e["n"],
          "missing": e["missing"], **{k: _rounded(e[k]) for k in ("mean", "low", "high")}}
-        for e in told["table"] if e["system"] in systems and e["metric"] in METRICS
+        for e in summary["table"] if e["system"] in systems and e["metric"] in METRICS
     ]  # fmt: skip
     speakers: dict[str, set] = {}
     for row in _rows(path.parent / "clips.csv"):
         speakers.setdefault(row["speaker"], set()).add(row["clip_id"])
     return {
-        **{k: told[k] for k in ("split", "suite", "protocol", "num_clips", "by_speaker", "date")},
-        "command": without_paths(told["command"]),
+        **{k: summary[k] for k in ("split", "suite", "protocol", "num_clips", "by_speaker", "date")},
+        "command": without_paths(summary["command"]),
         "speakers": {s: len(clips) for s, clips in sorted(speakers.items())},
         "table": table,
     }
 
 
-def streams_of(config) -> dict[str, str]:
-    """Cases of an evaluation -> what the system goes by in them: one that sees no lips, by the sound alone."""
-    return STREAMS if systems.get(config.system).uses_video else {"": "sound"}
+def streams_of(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Case of an evaluation -> the streams that the system uses in it; an audio-only system always uses audio alone."""
+    return STREAMS if systems.get(config.system).uses_video else {"": AUDIO}
 
 
 def measured(evaluations: list[dict], streams: dict[str, str]) -> dict:
-    """{'sound and lips' | 'sound' | 'lips': {gap in ms: {metric: mean}}} of unseen speakers: the long range of suite `lengths`
-    where there is one, what each stream is worth by suite `streams`.
+    """{streams: {gap length in ms: {metric: mean}}} of unseen speakers.
+
+    Gap lengths come from the suites `lengths` and `unseen`, single streams from `streams`.
     """
-    found: dict = {}
+    means: dict = {}
     of_unseen = [e for e in evaluations if e["split"] == UNSEEN and e["suite"] in ("streams", "lengths", "unseen")]
     for e in sorted(of_unseen, key=lambda e: e["suite"] != "streams"):
         for row in e["table"]:
             if row["kind"] == "system" and row["case"] in streams:
-                by_length = found.setdefault(streams[row["case"]], {})
+                by_length = means.setdefault(streams[row["case"]], {})
                 by_length.setdefault(str(row["gap_ms"]), {})[row["metric"]] = row["mean"]
-    return {k: dict(sorted(v.items(), key=lambda item: int(item[0]))) for k, v in found.items()}
+    return {k: dict(sorted(v.items(), key=lambda item: int(item[0]))) for k, v in means.items()}
 
 
 def without_paths(command: str) -> str:
-    """A command with the folders of the machine it ran on left out, names of files and runs kept."""
+    """A command without the folders of the machine it ran on; names of files and runs stay."""
     return re.sub(r"(?<![\w.~-])(?:~|\.{1,2})?/(?:[^\s/]+/)*(?=[^\s/])", "", command)
 
 
@@ -130,7 +139,7 @@ def _read_json(path: Path) -> dict:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); expected what avsi-train and avsi-evaluate write") from error
+        raise ValueError(f"{path} is not JSON ({error}); expected a file of avsi-train or avsi-evaluate") from error
 
 
 def _rows(path: Path) -> list[dict]:
@@ -143,26 +152,26 @@ def _rows(path: Path) -> list[dict]:
 # ---- card ----------------------------------------------------------------------------------------------------------------------
 
 
-def text(name: str, config, facts: dict) -> str:
-    """README.md: a YAML head as model hubs read it, then what, how, of what, how good, where it ends."""
-    known = [_data(facts), _numbers(facts, streams_of(config)), _limits(facts), _training_said(facts)]
-    parts = [_head(name, config, facts), _what(name, config, facts), USE, *known]
+def text(name: str, config: ml_collections.ConfigDict, facts: dict) -> str:
+    """README.md: a YAML head for model hubs, then model, use, data, quality, limits and training."""
+    sections = [_data(facts), _quality(facts, streams_of(config)), _limits(facts), _training_section(facts)]
+    parts = [_head(name, config, facts), _model(name, config, facts), USE, *sections]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
-def _head(name: str, config, facts: dict) -> str:
-    seeing = "audio-visual, lip-reading, " if systems.get(config.system).uses_video else ""
+def _head(name: str, config: ml_collections.ConfigDict, facts: dict) -> str:
+    video_tags = "audio-visual, lip-reading, " if systems.get(config.system).uses_video else ""
     lines = [
         "---", f"license: {facts.get('license', LICENSE).lower()}", "library_name: avsi_jax", "language: en",
-        "pipeline_tag: audio-to-audio", f"tags: [speech-inpainting, {seeing}jax, flax]", "datasets: [grid]",
+        "pipeline_tag: audio-to-audio", f"tags: [speech-inpainting, {video_tags}jax, flax]", "datasets: [grid]",
         "metrics: [stoi, pesq]", *_model_index(name, config, facts), "---",
     ]  # fmt: skip
     return "\n".join(lines)
 
 
-def _model_index(name: str, config, facts: dict) -> list[str]:
-    """Of unseen speakers, every length; as the hubs ask for it."""
-    lines, task = [], "audio-visual speech in-painting" if systems.get(config.system).uses_video else "speech in-painting"
+def _model_index(name: str, config: ml_collections.ConfigDict, facts: dict) -> list[str]:
+    """Lines of the hubs' `model-index`: unseen speakers, every gap length."""
+    lines, task = [], "audio-visual speech inpainting" if systems.get(config.system).uses_video else "speech inpainting"
     for e in facts.get("evaluations", []):
         if (e["split"], e["suite"]) not in ((UNSEEN, "lengths"), (UNSEEN, "unseen")):
             continue
@@ -170,41 +179,42 @@ def _model_index(name: str, config, facts: dict) -> list[str]:
             rows = [r for r in e["table"] if (r["gap_ms"], r["kind"], r["case"]) == (ms, "system", "")]
             lines += [
                 f"  - task: {{type: audio-to-audio, name: {task}}}",
-                f'    dataset: {{type: grid, name: "Grid, unseen speakers, {ms} ms lost, n={e["num_clips"]}", split: {UNSEEN}}}',
+                f'    dataset: {{type: grid, name: "Grid, unseen speakers, gap of {ms} ms, n={e["num_clips"]}", split: {UNSEEN}}}',
                 "    metrics:",
                 *(f'    - {{type: {r["metric"]}, name: "{METRICS[r["metric"]]}", value: {r["mean"]}}}' for r in rows),
             ]
     return ["model-index:", f"- name: {name}", "  results:", *lines] if lines else []
 
 
-def _what(name: str, config, facts: dict) -> str:
+def _model(name: str, config: ml_collections.ConfigDict, facts: dict) -> str:
     size = facts.get("training", {}).get("parameters")
-    counted = f", {size / 1e6:.1f} million parameters" if size else ""
+    parameters = f", {size / 1e6:.1f} million parameters" if size else ""
     system = systems.get(config.system)
-    what, by = "speech with a hole", "the sound around\nalone (it sees no lips)"
+    title, source = "speech inpainting", "from the surrounding audio (it uses no video)"
     if system.uses_video:
-        what, by = f"{what} and a video of the talking face", "the sound around and by the\nlips"
-    read = ", and which words were read" if system.reads else ""
-    return f"""# {name}: {what}, made whole
+        title, source = "audio-visual speech inpainting", "from the surrounding audio and the speaker's lips"
+    words = " It also predicts the words spoken." if system.has_ctc_head else ""
+    return f"""# {name}: {title}
 
-Weights of `{config.system}` of avsi_jax (preset `{config.preset}`{counted}; float16,
-computed with as float32). Given a clip whose sound has gaps, it says what the spectrogram was there, by {by}{read}; a vocoder
-that holds the known samples makes sound of it. Samples outside the gaps stay as they are."""
+Weights of `{config.system}` of avsi_jax (preset `{config.preset}`{parameters}). They are stored as float16 and used as float32.
+
+The network predicts the spectrogram in the gaps of a clip {source}.{words}
+A vocoder turns the spectrogram into audio that joins the known samples. Samples outside the gaps do not change."""
 
 
 USE = """
 ## How to use
 
     pip install avsi_jax
-    avsi-inpaint clip.mpg --gap 0.93-1.73 -o out.wav                  # the weights that avsi_jax came with
-    avsi-inpaint clip.mpg --gap 0.93-1.73 -o out.wav --checkpoint=DIR  # the folder that this file lies in
+    avsi-inpaint clip.mpg --gap 0.93-1.73 -o out.wav                   # the default weights
+    avsi-inpaint clip.mpg --gap 0.93-1.73 -o out.wav --checkpoint=DIR  # the folder that contains this file
 
     from avsi_jax import Inpainter
 
     repair = Inpainter.load("DIR").inpaint("clip.mpg", gaps=[(0.93, 1.73)])  # .samples (N, C) at .rate, .gaps, .warnings
 
-`model.safetensors` holds the parameters, `config.json` the network's config, what it standardises by and all that this card tells.
-Nothing in this folder is code, and none of it is run.
+`model.safetensors` holds the parameters. `config.json` holds the network's config, its normalisation, and every fact on this card.
+The folder contains no code, and loading it runs none.
 """
 
 
@@ -212,54 +222,56 @@ def _data(facts: dict) -> str:
     data, training = facts.get("data", {}), facts.get("training", {})
     lines = ["## Data, speakers, licence", ""]
     for split, speakers in data.get("speakers", {}).items():
-        use = {training.get("train_split"): "trained on", training.get("validation_split"): "chosen by"}.get(split, "")
-        use = use or {HEARD: "measured on: heard speakers", UNSEEN: "measured on: unseen speakers"}.get(split, "not used")
-        listed = ", ".join(f"{s} {n}" for s, n in speakers.items())
+        use = {training.get("train_split"): "training", training.get("validation_split"): "choice of the checkpoint"}.get(split, "")
+        use = use or {SEEN: "evaluation, seen speakers", UNSEEN: "evaluation, unseen speakers"}.get(split, "not used")
+        listed = ", ".join(f"{s} {speakers[s]}" for s in sorted(speakers, key=lambda s: (len(s), s)))  # s2 before s10
         lines.append(f"- `{split}` ({use}): {sum(speakers.values())} clips; {listed}")
     if not data.get("speakers"):
         lines += [f"- `{split}`: {n} clips" for split, n in data.get("clips", {}).items()]
-    printed = ", ".join(f"{split} `{mark}`" for split, mark in data.get("fingerprint", {}).items())
-    built = f"grid/{data.get('builder_config', '?')}` {data.get('version', '')}"
-    lines += ["", f"Dataset `{built}, fingerprints: {printed or 'unknown'}."]
+    fingerprints = ", ".join(f"{split} `{mark}`" for split, mark in data.get("fingerprint", {}).items())
+    version = f"grid/{data.get('builder_config', '?')}` {data.get('version', '')}"
+    lines += ["", f"Dataset `{version}, fingerprints: {fingerprints or 'unknown'}."]
     licence = f"The weights are under {facts.get('license', LICENSE)}. {facts.get('attribution', ATTRIBUTION)}"
     return "\n".join([*lines, "", licence])
 
 
-def _numbers(facts: dict, streams: dict[str, str]) -> str:
-    found = [_table(e, streams) for e in sorted(facts.get("evaluations", []), key=lambda e: (e["split"] != UNSEEN, e["suite"]))]
-    if not any(found):
-        return "## How good\n\nNot measured yet."
-    said = (
-        "Mean [95 % interval] of one gap a clip placed in the words, in the waveform; the error is of the log-mel spectrogram of "
-        "the restored sound in the gap, against the recording's. `damaged`: nothing done. Intervals are bootstrapped over clips, "
-        "for unseen speakers over speakers, then clips: of few speakers they are rough."
+def _quality(facts: dict, streams: dict[str, str]) -> str:
+    tables = [_table(e, streams) for e in sorted(facts.get("evaluations", []), key=lambda e: (e["split"] != UNSEEN, e["suite"]))]
+    if not any(tables):
+        return "## Quality\n\nNot measured yet."
+    introduction = (
+        "Mean [95 % interval] over clips with one gap each, placed in the words; the samples in the gap are set to zero. The error "
+        "in the gap compares the log-mel spectrograms of the restored audio and of the recording. `masked audio`: the input, not "
+        "restored. Intervals are bootstrapped over clips; for unseen speakers over speakers, then clips, which is rough with few "
+        "speakers."
     )
-    return "\n\n".join(["## How good", said, *filter(None, found)])
+    return "\n\n".join(["## Quality", introduction, *filter(None, tables)])
 
 
 def _table(e: dict, streams: dict[str, str]) -> str:
-    """One evaluation by gap length, or by what was there."""
+    """One evaluation by gap length, or by the streams used."""
     if e["suite"] not in ("lengths", "unseen", "streams"):
         return ""
     cell = {(r["case"], r["gap_ms"], r["kind"], r["metric"]): r for r in e["table"]}
     metrics = [m for m in METRICS if any(key[3] == m for key in cell)]
+    heading = SPLITS.get(e["split"], e["split"]).capitalize()
     lines = [
-        f"### {SPLITS.get(e['split'], e['split'])} (`{e['split']}`), {'by gap length' if e['suite'] != 'streams' else 'by stream'}",
+        f"### {heading} (`{e['split']}`), {'by stream' if e['suite'] == 'streams' else 'by gap length'}",
         "", f"n = {e['num_clips']} clips ({', '.join(f'{s} {n}' for s, n in e['speakers'].items())}); `{e['command']}`", "",
-        f"| gap, ms | there | {' | '.join(METRICS[m] for m in metrics)} |", "|---|---|" + "---|" * len(metrics),
+        f"| gap, ms | input | {' | '.join(METRICS[m] for m in metrics)} |", "|---|---|" + "---|" * len(metrics),
     ]  # fmt: skip
     for case, ms in dict.fromkeys((case, ms) for case, ms, *_ in cell):
-        for kind, there in (("system", streams.get(case, case)), ("masked", "masked")):
+        for kind, label in (("system", streams.get(case, case)), ("masked", "masked audio")):
             cells = [_cell(cell.get((case, ms, kind, m))) for m in metrics]
             if any(cells) and (kind == "system" or not case):
-                lines.append(f"| {ms} | {there} | {' | '.join(cells)} |")
+                lines.append(f"| {ms} | {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _cell(row: dict | None) -> str:
     if row is None:
         return ""
-    missing = f", {row['missing']} without a value" if row["missing"] else ""
+    missing = f", {row['missing']} clips without a value" if row["missing"] else ""
     return f"{row['mean']:.3g} [{row['low']:.3g}, {row['high']:.3g}]{missing}"
 
 
@@ -267,31 +279,36 @@ def _limits(facts: dict) -> str:
     data, training = facts.get("data", {}), facts.get("training", {})
     trained = data.get("speakers", {}).get(training.get("train_split"), {})
     most = max(trained, key=trained.get, default="")
-    few = f"- {sum(trained.values())} clips, {trained[most]} of one speaker ({most}): others come out less true.\n" if most else ""
-    return f"""## Where it ends
+    few = (
+        f"- Trained on {sum(trained.values())} clips, {trained[most]} of one speaker ({most}): other voices are restored worse.\n"
+        if most
+        else ""
+    )
+    return f"""## Limits
 
-{few}- Trained on Grid alone: sentences of six words by one grammar ("bin blue at f two now"), read in a studio. It has never heard
-  other words, and what it says in a gap is drawn to Grid's.
-- English; faces seen from the front, lit evenly, filling a good part of the picture; no noise under the voice.
-- Gaps longer than what was measured are guesses. The longer a gap, the more is invented.
-- **It invents speech.** What stands in a gap was not said: it is what a network holds likely. Do not use it as evidence, do not
-  take words out of it that matter, and tell those who hear it. Repair people's voices with their consent; it must not be used to
-  put words into someone's mouth."""
+{few}- Trained only on Grid: sentences of six words with a fixed grammar ("bin blue at f two now"), read in a studio. The model
+  knows no other words, and what it generates in a gap resembles Grid's.
+- English; frontal faces, evenly lit, that fill a good part of the frame; no background noise.
+- Results for gaps longer than those measured are guesses. The longer a gap, the more is invented.
+- **It invents speech.** The audio in a gap is what a network considers likely, not what the person spoke. Do not use it as
+  evidence, do not rely on words in it, and label it for listeners. Restore people's voices only with their consent; do not use it
+  to put words into someone's mouth."""
 
 
-def _training_said(facts: dict) -> str:
+def _training_section(facts: dict) -> str:
     if not (t := facts.get("training", {})):
         return ""
     validation = ", ".join(f"{k} {v:.4g}" for k, v in t["validation"].items())
     machine = f"{t.get('processes', 1)} x {', '.join(t.get('devices', ['?']))}"
     packages = ", ".join(f"{k} {v}" for k, v in t.get("versions", {}).items())
+    stopped = f" (stopped in epoch {t['stopped_epoch']})" if "stopped_epoch" in t else ""
     lines = [
-        f"- Step {t['step']}, in epoch {t['epochs_done']} of {t['epochs']}; chosen by `{t['monitor']}` on `{t['validation_split']}`"
-        f"{f': {validation}' if validation else ''}.",
-        f"- Adam, learning rate {t['learning_rate']:g} ({t['schedule']}), batches of {t['batch_size']}, seed {t['seed']}; "
+        f"- Step {t['step']}, epoch {t['epochs_done']} of {t['epochs']}{stopped}; chosen by `{t['monitor']}` on "
+        f"`{t['validation_split']}`{f': {validation}' if validation else ''}.",
+        f"- Adam, learning rate {t['learning_rate']:g} ({t['schedule']}), batch size {t['batch_size']}, seed {t['seed']}; "
         f"{t['minutes']} minutes on {machine}.",
         f"- Code at git revision {t.get('revision', 'unknown')}, Python {t.get('python', '?')}; {packages}.",
-        '- Every field of the run is in `config.json` under "config": avsi-prepare makes the data, '
-        "`avsi-train --config.FIELD=VALUE` trains, the commands above measure.",
+        '- Every field of the config is in `config.json` under "config". To reproduce: `avsi-prepare` builds the dataset, '
+        "`avsi-train --config.FIELD=VALUE` trains, and the commands above evaluate.",
     ]
-    return "\n".join(["## How it was trained", "", *lines])
+    return "\n".join(["## Training", "", *lines])

@@ -1,6 +1,8 @@
-"""Restorer: a checkpoint and a damaged raw batch -> restored log-mel, waveform and what was read.
+"""Restorer: restores the log-mel, the waveform and the transcript of a raw batch with gaps, by a checkpoint.
 
-The one way through features, models, vocoder and decode: evaluation and repair both take it.
+Evaluation and `Inpainter` both use it: the only path through features, network, vocoder and CTC decoding.
+
+Letters: B clips, G gaps, N samples, F spectrogram frames, K bands, S CTC steps, C labels.
 """
 
 from __future__ import annotations
@@ -14,10 +16,19 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from flax import linen as nn
 
 from avsi_jax.audio import gap_masks, griffin_lim, stft
 from avsi_jax.data import grid_text
-from avsi_jax.data.features import Features, Normalisation, hear, record_audio, standardise, to_level
+from avsi_jax.data.features import (
+    FeatureConfig,
+    Features,
+    Normalisation,
+    record_audio,
+    standardise,
+    to_level,
+    unstandardised_features,
+)
 from avsi_jax.inference import trained_run, weights
 from avsi_jax.inference.trained_run import Run
 from avsi_jax.media import clip_io
@@ -25,36 +36,33 @@ from avsi_jax.models import build, ctc_decoding, systems
 from avsi_jax.presets import RECORD_RATE, Spec, get
 from avsi_jax.runtime import cpu_batching
 
-MOST_MISREAD = 0.5  # of a sentence's letters or phones, before it is taken for a guess
+MAX_MISREAD = 0.5  # share of a sentence's letters or phones that the text head may miss before the sentence counts as a guess
 
 
 class Restored(NamedTuple):
-    """level (B, F, K): the prediction where the sound is lost, what was heard elsewhere; said: B texts as the text head gives them,
-    characters or phones, '' without one; logits (B, S, C) of that head and the clips' steps (B,), or None.
+    """The result of `Restorer.restore`. `level` and the levels of `features` are never standardised."""
 
-    The level and those of `features` are true levels, as stft and vocoder know them, whatever the network sees standardised.
-    """
-
-    level: jax.Array
-    transcript: list[str]
+    level: jax.Array  # (B, F, K): predicted in masked frames, the input elsewhere
+    transcript: list[str]  # B greedy outputs of the text head, characters or phones; '' without a text head
     features: Features
-    logits: jax.Array | None = None
-    num_steps: jax.Array | None = None
+    logits: jax.Array | None = None  # (B, S, C) of the text head
+    num_steps: jax.Array | None = None  # (B,) steps of each clip
 
 
 def read_run(checkpoint: str | Path, which: str = "best") -> Run:
-    """What a checkpoint holds: the workdir of a training ('best' by validation, 'last', or a step), a folder of weights, or the
-    name of weights that came with this installation, 'pretrained' for the best of them. ValueError says what is missing.
+    """Reads a checkpoint: a run directory, a folder of weights, or the name of shipped weights ('pretrained' for the default).
+
+    which: 'best' by validation, 'last', or a step, of a run directory. ValueError names what is missing.
     """
     folder = weights.locate(checkpoint)
     return weights.read(folder).run if folder else trained_run.read(checkpoint, which)
 
 
 class Restorer:
-    """A trained system, ready to restore. `which`: 'best' by validation, 'last', or a step.
+    """A trained system, ready to restore batches.
 
-    protocol: of gap_masks.PROTOCOLS. What is to be restored is gone as sound, whatever the training took away, so that no hidden sample
-    may reach the network; 'paper' is for the comparison with the paper alone.
+    protocol: one of gap_masks.PROTOCOLS. The default sets the gap to zero in the waveform, whatever the training did, so that no
+    sample of the gap can reach the network; 'paper' is only for the comparison with the paper.
     """
 
     def __init__(
@@ -66,80 +74,91 @@ class Restorer:
         self.system = systems.get(config.system)
         feature_config = dataclasses.replace(build.make_feature_config(config, normalisation), protocol=protocol)
         self._predict = jax.jit(functools.partial(predict, build.make_model(config), feature_config))
-        self._hear = jax.jit(functools.partial(hear, config=feature_config))
+        self._features = jax.jit(functools.partial(unstandardised_features, config=feature_config))
 
     @classmethod
     def load(cls, checkpoint: str | Path, which: str = "best", *, protocol: str = "waveform") -> Restorer:
-        """Of any checkpoint that `read_run` takes; ValueError says what is missing, or that the system restores nothing."""
+        """Loads any checkpoint that `read_run` accepts; ValueError names what is missing, or a system that restores nothing."""
         return cls.of_run(read_run(checkpoint, which), checkpoint, protocol)
 
     @classmethod
     def from_workdir(cls, workdir: str | Path, which: str = "best", *, protocol: str = "waveform") -> Restorer:
-        """Of a training alone; CheckpointError says what is missing, or that the system restores nothing."""
+        """Loads a run directory; CheckpointError names what is missing, or a system that restores nothing."""
         return cls.of_run(trained_run.read(workdir, which), workdir, protocol)
 
     @classmethod
-    def of_run(cls, run: Run, where, protocol: str) -> Restorer:
+    def of_run(cls, run: Run, where: str | Path, protocol: str) -> Restorer:
+        """From a run that was read already; `where` names it in an error."""
         cls.check(run, where)
         return cls(*run, protocol=protocol)
 
     @staticmethod
-    def check(run: Run, where) -> None:
-        """CheckpointError where a run is of a system that restores nothing."""
+    def check(run: Run, where: str | Path) -> None:
+        """CheckpointError for a run of a system that restores nothing."""
         if not systems.get(run.config.system).restores:
             from avsi_jax.training.checkpoints import CheckpointError
 
             raise CheckpointError(
                 f"{where} holds a run of {run.config.system}, which restores nothing; expected one of a system that does, "
-                "such as av_unified (avsi_jax.inference.recognizer hears words with this one)"
+                "such as av_unified (avsi_jax.inference.recognizer recognizes words with this one)"
             )
 
     @property
     def name(self) -> str:
+        """The system's name, such as 'av_unified'."""
         return self.config.system
 
     def restore(self, batch: dict, gap: np.ndarray) -> Restored:
-        """Raw batch (arrays of `input_pipeline`, clean or emptied) and gaps (B, G, 2) in record samples -> Restored."""
+        """Restores a raw batch of `input_pipeline` in its gaps (B, G, 2) in record samples; samples inside them are ignored."""
         features, level, logits, num_steps = self._predict(self.params, _arrays(batch), jnp.asarray(gap))
-        said = [""] * len(level) if logits is None else ctc_decoding.greedy(logits, num_steps, self.config.ctc_units)
-        return Restored(level, said, features, logits, num_steps)
+        transcript = [""] * len(level) if logits is None else ctc_decoding.greedy(logits, num_steps, self.config.ctc_units)
+        return Restored(level, transcript, features, logits, num_steps)
 
-    def hear(self, batch: dict, gap: np.ndarray) -> Features:
-        """What there is to hear and to see, true levels: no network."""
-        return self._hear(_arrays(batch), jnp.asarray(gap))
+    def features(self, batch: dict, gap: np.ndarray) -> Features:
+        """Features of a raw batch with gaps (B, G, 2), levels not standardised; the network is not run."""
+        return self._features(_arrays(batch), jnp.asarray(gap))
 
     def sentences(self, restored: Restored) -> list[str]:
-        """B sentences in words: the likeliest of Grid's for what was read; '' where less than half of its letters or phones were
-        read without the help of a grammar, which makes a sentence of anything.
+        """The most likely Grid sentence of each of B clips, in words.
+
+        '' where the greedy transcript misses more than MAX_MISREAD of the sentence: the grammar turns any input into a sentence.
         """
         if restored.logits is None:
             return list(restored.transcript)
         units = self.config.ctc_units
-        found = ctc_decoding.best_sentences(restored.logits, restored.num_steps, units)
-        sentences = [" ".join(words) for words in found.words]
+        best = ctc_decoding.best_sentences(restored.logits, restored.num_steps, units)
+        sentences = [" ".join(words) for words in best.words]
         spelled = [" ".join(grid_text.phones_of(s)) if units == "phones" else s for s in sentences]
         measure = ctc_decoding.phone_error_rate if units == "phones" else ctc_decoding.character_error_rate
-        wrong = measure(list(zip(restored.transcript, spelled, strict=True))).rates
-        return [s if share <= MOST_MISREAD else "" for s, share in zip(sentences, wrong, strict=True)]
+        rates = measure(list(zip(restored.transcript, spelled, strict=True))).rates
+        return [s if rate <= MAX_MISREAD else "" for s, rate in zip(sentences, rates, strict=True)]
 
     def to_audio(self, level: jax.Array, batch: dict, gap: np.ndarray) -> np.ndarray:
-        """Levels (B, F, K) -> the batch's sound (B, record_samples) float32 at RECORD_RATE with its lost samples filled in."""
-        return fill(level, batch, gap, self.config.preset)
+        """Levels (B, F, K) -> the batch's audio (B, record_samples) float32 at RECORD_RATE, restored in the gaps."""
+        return levels_to_audio(level, batch, gap, self.config.preset)
 
 
 def _arrays(batch: dict) -> dict:
     return {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
 
 
-def predict(model, feature_config, params, batch, gap):
-    """Arrays of a raw batch and its gaps -> what was heard, the restored level (B, F, K), and logits with their steps or None."""
-    heard = hear(batch, gap, feature_config)
-    output = model.apply({"params": params}, standardise(heard, feature_config))
-    return heard, systems.composite(to_level(output.level, feature_config), heard), output.logits, output.num_steps
+def predict(
+    model: nn.Module, feature_config: FeatureConfig, params: dict, batch: dict, gap: jax.Array
+) -> tuple[Features, jax.Array, jax.Array | None, jax.Array | None]:
+    """Runs the network on the arrays of a raw batch with gaps (B, G, 2).
+
+    Returns (features, restored level (B, F, K), logits or None, CTC steps or None).
+    """
+    features = unstandardised_features(batch, gap, feature_config)
+    output = model.apply({"params": params}, standardise(features, feature_config))
+    return features, systems.composite(to_level(output.level, feature_config), features), output.logits, output.num_steps
 
 
-def fill(level: jax.Array, batch: dict, gap: np.ndarray, preset: str) -> np.ndarray:
-    """Levels -> sound (B, record_samples) at RECORD_RATE: the batch's own outside the gaps, Griffin-Lim with it held inside."""
+def levels_to_audio(level: jax.Array, batch: dict, gap: np.ndarray, preset: str) -> np.ndarray:
+    """Levels (B, F, K) -> audio (B, record_samples) at RECORD_RATE: the batch's own outside the gaps, Griffin-Lim inside.
+
+    Griffin-Lim keeps the known samples fixed on both sides of a gap.
+    """
     spec = get(preset)
     at_preset = np.asarray(
         inpaint_at_preset(jnp.asarray(level), batch["audio"], batch["audio_length"], jnp.asarray(gap), batch["id_hash"], spec)
@@ -149,17 +168,17 @@ def fill(level: jax.Array, batch: dict, gap: np.ndarray, preset: str) -> np.ndar
 
 
 def at_record_rate(waveforms: np.ndarray, spec: Spec) -> np.ndarray:
-    """(B, n) at the preset's rate -> (B, record_samples) at RECORD_RATE."""
-    return np.stack([fit(clip_io.resample(x, spec.rate, RECORD_RATE), spec.record_samples) for x in waveforms])
+    """Resamples (B, n) at the preset's rate to (B, record_samples) at RECORD_RATE."""
+    return np.stack([pad_or_cut(clip_io.resample(x, spec.rate, RECORD_RATE), spec.record_samples) for x in waveforms])
 
 
 def recording(batch: dict, spec: Spec) -> np.ndarray:
-    """The batch's sound (B, record_samples) as float32 at RECORD_RATE, 0 behind each clip's end."""
+    """The batch's audio (B, record_samples) as float32 at RECORD_RATE, 0 after each clip's end."""
     return np.asarray(_recording(batch["audio"], batch["audio_length"], spec))
 
 
-def fit(x: np.ndarray, length: int) -> np.ndarray:
-    """(N,) cut or zero-padded to `length`."""
+def pad_or_cut(x: np.ndarray, length: int) -> np.ndarray:
+    """x (N,) cut or zero-padded to `length` samples."""
     return np.pad(x[:length], (0, max(0, length - len(x))))
 
 
@@ -170,32 +189,38 @@ def _recording(audio, length, spec):
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _record_view(audio, length, gap, spec):
-    """Sound (B, record_samples) and which samples are lost; padding never is."""
+    """Audio (B, record_samples) and which samples are in a gap; padding never is."""
     waveform, length = record_audio({"audio": audio, "audio_length": length}, spec)
     inside = jnp.arange(spec.record_samples)[None] < length[:, None]
     return waveform, gap_masks.gap_samples(gap, spec.record_samples) & inside
 
 
-@cpu_batching.shared_out
+@cpu_batching.split_over_cores
 @functools.partial(jax.jit, static_argnames="spec")
-def inpaint_at_preset(level, audio, length, gap, seeds, spec):
-    """Levels (B, F, K), audio (B, N) int16 or of its values, lengths, gaps (B, G, 2), seeds (B,) -> sound at the preset's rate."""
+def inpaint_at_preset(
+    level: jax.Array, audio: jax.Array, length: jax.Array, gap: jax.Array, seeds: jax.Array, spec: Spec
+) -> jax.Array:
+    """Restored audio (B, n) at the preset's rate.
+
+    level (B, F, K); audio (B, N) as int16, or as floats in the units of int16; length (B,) samples; gap (B, G, 2) in record
+    samples; seeds (B,) of the vocoder's initial phases.
+    """
     waveform, missing = _record_view(audio, length, gap, spec)
-    known = stft.decimate(gap_masks.damage(waveform, missing), spec)
+    known = stft.decimate(gap_masks.mask_audio(waveform, missing), spec)
     return griffin_lim.inpaint_gap(level, known, gap_masks.gap_at_preset(missing, spec), spec, seeds=seeds)
 
 
 @jax.jit
 def interpolate_level(level: jax.Array, mask: jax.Array, valid: jax.Array) -> jax.Array:
-    """Linear interpolation of levels (B, F, K) across masked frames, between the nearest heard ones in time; held at the ends."""
-    heard = valid & ~mask
+    """Linear interpolation in time of levels (B, F, K) across the frames of `mask` (B, F); constant at a clip's ends."""
+    known = valid & ~mask
     frame = jnp.arange(level.shape[1])[None]
-    before = jax.lax.cummax(jnp.where(heard, frame, -1), axis=1)
-    after = jax.lax.cummin(jnp.where(heard, frame, level.shape[1]), axis=1, reverse=True)
+    before = jax.lax.cummax(jnp.where(known, frame, -1), axis=1)
+    after = jax.lax.cummin(jnp.where(known, frame, level.shape[1]), axis=1, reverse=True)
     low = jnp.where(before < 0, after, before)
     high = jnp.where(after >= level.shape[1], before, after)
     low, high = (jnp.clip(i, 0, level.shape[1] - 1) for i in (low, high))
-    part = (frame - low) / jnp.maximum(high - low, 1)
+    weight = (frame - low) / jnp.maximum(high - low, 1)
     take = lambda i: jnp.take_along_axis(level, i[..., None], axis=1)
-    line = take(low) * (1 - part[..., None]) + take(high) * part[..., None]
+    line = take(low) * (1 - weight[..., None]) + take(high) * weight[..., None]
     return jnp.where(mask[..., None], line, level)

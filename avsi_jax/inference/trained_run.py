@@ -1,6 +1,6 @@
-"""What a training left: its config, the parameters of one step and what they were standardised by, read from its workdir.
+"""Reads a trained run from its run directory: config, the parameters of one step, and normalisation.
 
-The only way from a workdir to a network that is used; Orbax is imported when one is read, not before.
+Everything that uses a trained network reads it here. Orbax is imported only when a checkpoint is read.
 """
 
 from __future__ import annotations
@@ -17,18 +17,16 @@ if TYPE_CHECKING:
 
 
 class Run(NamedTuple):
-    """What a training left: its config, the parameters of one step (their running mean, where config.ema is on), and what levels
-    and motion were standardised by.
-    """
+    """A trained network at one training step."""
 
     config: ml_collections.ConfigDict
-    params: dict
+    params: dict  # their exponential moving average where config.ema is on
     step: int
-    normalisation: Normalisation
+    normalisation: Normalisation  # mean and deviation by which levels and motion were standardised
 
 
 def read(workdir: str | Path, which: str = "best") -> Run:
-    """The checkpoint of a training: 'best' by validation, 'last', or a step; CheckpointError says what is missing."""
+    """Reads a checkpoint of a run directory: 'best' by validation, 'last', or a step; CheckpointError names what is missing."""
     import jax
     import ml_collections
 
@@ -39,17 +37,16 @@ def read(workdir: str | Path, which: str = "best") -> Run:
     path = Path(workdir) / workdir_files.CONFIG
     if not path.is_file():
         raise CheckpointError(
-            f"no {workdir_files.CONFIG} in {workdir}; expected the workdir of a training (avsi-train --workdir=DIR), "
-            "or a folder of weights"
+            f"no {workdir_files.CONFIG} in {workdir}; expected a run directory (avsi-train --workdir=DIR) or a folder of weights"
         )
-    # How an LSTM was run is no part of what was learned, and cuDNN is not everywhere.
+    # The LSTM implementation is not part of what was learned, and cuDNN is not available everywhere.
     config = ml_collections.ConfigDict(workdir_files.read_config(path.parent) | {"lstm": "auto"}).lock()
     if missing := sorted(set(configs.fields(configs.load("base"))) - set(configs.fields(config))):
         raise CheckpointError(f"{path} has no {missing[0]}: a run of an older version; expected one trained with this version")
     normalisation = workdir_files.read_normalisation(path.parent)
     if build.standardised(config) and not any(normalisation):
         needed = " and ".join(build.standardised(config))
-        raise CheckpointError(f"no {workdir_files.STATISTICS} in {workdir}; expected what its {needed} was standardised by")
+        raise CheckpointError(f"no {workdir_files.STATISTICS} in {workdir}; expected the mean and deviation of its {needed}")
     checkpoints = Checkpoints(workdir, read_only=True)
     step = _step(checkpoints, which, workdir)
     name = "ema" if config.ema else "params"
@@ -59,7 +56,7 @@ def read(workdir: str | Path, which: str = "best") -> Run:
 
 
 def step_of(workdir: str | Path, which: str = "best") -> int:
-    """The step that `which` means in a workdir today; CheckpointError where there is none."""
+    """The step that `which` refers to in a run directory now; CheckpointError where there is none."""
     from avsi_jax.training.checkpoints import Checkpoints
 
     checkpoints = Checkpoints(workdir, read_only=True)

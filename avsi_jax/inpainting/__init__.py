@@ -1,1 +1,1 @@
-"""The Inpainter API and the command avsi-inpaint: gaps of a user's clip, restored."""
+"""Restores the gaps in a user's clip: the Inpainter API and the command avsi-inpaint."""

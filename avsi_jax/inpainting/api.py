@@ -1,8 +1,9 @@
-"""Inpainter: a person's clip -> media, landmarks, Restorer -> the clip's sound, whole. The Python API; inpainting/cli.py is the command.
+"""Python API: Inpainter restores the gaps in a clip. The command is inpainting/cli.py.
 
-The gaps are emptied first, at the clip's own rate, before anything else sees the sound: what stood there never changes the output.
-Samples outside the gaps are the recording's, bit for bit, at its own rate and in its own channels. Only windows around the gaps are
-decoded, looked at and restored (inpainting/clip_inpainter.py), so a clip may be of any length. An Inpainter may be used from several threads.
+The gaps are set to zero first, at the clip's own rate, before anything else reads the audio, so the samples inside them never
+affect the output. Samples outside the gaps are returned bit for bit, at the clip's own rate and in its own channels. Only windows
+around the gaps are decoded, tracked and restored (inpainting/clip_inpainter.py), so a clip may have any length. An Inpainter is
+thread-safe.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,42 +21,48 @@ if TYPE_CHECKING:
     import numpy as np
 
     from avsi_jax.inference.restorer import Restorer
-    from avsi_jax.inpainting.clip_inpainter import ClipInpainter, FaceModels
+    from avsi_jax.inpainting.clip_inpainter import ClipInpainter, FaceModels, InpaintedGap
     from avsi_jax.media.clip_io import Clip
     from avsi_jax.media.clip_source import Source
 
     Gaps = Sequence[tuple[float, float]] | Literal["auto"]
-    Step = Literal["off", "auto"] | float
+    Sync = Literal["off", "auto"] | float
 
-LONGEST_MEL_S = 60.0  # clips for which `before` and `after` are made
-MEL_S = 3.0  # sound is filled up to this, twice this, ... for them: few shapes, each compiled once
+MAX_LOG_MEL_S = 60.0  # longest clip for which the log-mel spectrograms of a Repair are computed
+LOG_MEL_PAD_S = 3.0  # their audio is padded to this, twice this, ...: few shapes, each compiled once
 
 
 @dataclasses.dataclass(frozen=True)
 class Gap:
-    """A gap that was filled, in seconds of the clip's sound. confidence: 0 to 1, by what was measured for gaps of this length.
+    """A restored gap, in seconds of the clip's audio.
 
-    said: the sentence read around it, the likeliest of Grid's, '' without a reader or where less than half of it was read.
-    by: 'sound and lips', 'sound' or 'lips', what there was to go by.
+    confidence: 0 to 1, from the quality measured for gaps of this length (inpainting/confidence.py).
+    transcript: the predicted text around the gap, as the most likely sentence of the Grid corpus; '' if the system has no text head
+    or recognised less than half of a sentence.
+    inputs: what the restoration was based on, 'audio and video', 'audio' or 'video'.
     """
 
     start_s: float
     end_s: float
     confidence: float
     transcript: str
-    by: str
+    inputs: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Repair:
-    """A clip's sound, whole: samples (N, C) at `rate`, float32 (float64 of 32-bit and double files), `subtype` as soundfile
-    names it.
+    """The restored audio of a clip and how it was made. Letters: N samples, C channels, F mel frames, T video frames.
 
-    before, after (F, 64): log-mel in dB (preset paper) of the damaged and the restored sound, every `frame_s`; None for long clips.
-    landmarks (T, 68, 2) px of the pictures that were looked at, which of them show the mouth (T,), and their times (T,) s from the
-    first picture; None without pictures. sync_s: by how much sound comes after its picture, None where it wasn't measured.
-    seconds: what the repair took: decode, landmarks, model, vocoder, all. lag_s: the lips seen at t were taken for what is heard
-    at t + lag_s, None without pictures; it holds sync_s only where the step was corrected.
+    samples: (N, C) at `rate` Hz, float32 (float64 for 32-bit integer and double files). subtype: the sample format, as soundfile
+    names it.
+    masked_log_mel, restored_log_mel: (F, 64) log-mel in dB (preset paper) of the masked and the restored audio, one frame every
+    `frame_s` seconds; None for clips longer than MAX_LOG_MEL_S.
+    landmarks: (T, 68, 2) pixels, of the video frames that were tracked; landmarks_valid: (T,) whether the mouth is visible in them;
+    frame_times: (T,) seconds from the first video frame. None without video.
+    av_offset_s: measured A/V offset, positive if the audio lags the video; None if it could not be measured reliably.
+    seconds: processing time of 'decode', 'landmarks', 'model', 'vocoder', and 'all' in total.
+    av_lag_s: what the video shows at time t was matched with the audio at t + av_lag_s; None without video. It includes av_offset_s
+    only if the offset was corrected.
     """
 
     samples: np.ndarray
@@ -63,24 +70,25 @@ class Repair:
     subtype: str
     gaps: tuple[Gap, ...]
     warnings: tuple[str, ...]
-    before: np.ndarray | None
-    after: np.ndarray | None
+    masked_log_mel: np.ndarray | None
+    restored_log_mel: np.ndarray | None
     frame_s: float
     landmarks: np.ndarray | None
     landmarks_valid: np.ndarray | None
     frame_times: np.ndarray | None
     av_offset_s: float | None
     seconds: dict[str, float]
-    lag_s: float | None = None
+    av_lag_s: float | None = None
 
     @property
     def transcript(self) -> tuple[str, ...]:
+        """The transcript of each gap."""
         return tuple(gap.transcript for gap in self.gaps)
 
 
 @dataclasses.dataclass(frozen=True)
 class FileRepair:
-    """What `repair_file` did: as Repair, of a clip of `duration_s` s whose sound went to `target`."""
+    """The result of `Inpainter.inpaint_file`: fields as in Repair; the clip lasts `duration_s` and was written to `target`."""
 
     gaps: tuple[Gap, ...]
     warnings: tuple[str, ...]
@@ -90,9 +98,11 @@ class FileRepair:
     duration_s: float
 
 
-def clip_of(samples, rate: int, *, rgb=None, fps: float = 25.0) -> Clip:
-    """Arrays as a clip: sound (N,) or (N, C), floats in [-1, 1] or integers of any width, at `rate` Hz and, where there are any,
-    pictures (T, H, W, 3) uint8 at `fps`, which begin with the sound. ValueError for other shapes.
+def clip_of(samples: np.ndarray, rate: int, *, rgb: np.ndarray | None = None, fps: float = 25.0) -> Clip:
+    """Makes a clip of arrays.
+
+    samples: (N,) or (N, C) at `rate` Hz, floats in [-1, 1] or integers of any width. rgb: optional video, (T, H, W, 3) uint8 at
+    `fps`, which starts with the audio. Raises ValueError for other shapes and types.
     """
     import numpy as np
 
@@ -100,156 +110,167 @@ def clip_of(samples, rate: int, *, rgb=None, fps: float = 25.0) -> Clip:
 
     samples = np.asarray(samples)
     if samples.ndim not in (1, 2) or samples.dtype.kind not in "fi":
-        raise ValueError(f"found sound of shape {samples.shape} {samples.dtype}, expected (N,) or (N, C) of floats or integers")
+        raise ValueError(f"found audio of shape {samples.shape} {samples.dtype}, expected (N,) or (N, C) of floats or integers")
     if samples.dtype.kind == "i":
         samples = samples / float(2 ** (8 * samples.dtype.itemsize - 1))
     samples = np.asarray(samples.reshape(len(samples), -1), np.float32)
     if not (rate == int(rate) and rate > 0 and fps > 0):
-        raise ValueError(f"found {rate} Hz and {fps} pictures a second, expected a whole number of hertz, both above 0")
+        raise ValueError(f"found {rate} Hz and {fps} frames per second, expected a whole number of hertz, both above 0")
     video = None
     if rgb is not None:
         rgb = np.asarray(rgb)
         if rgb.ndim != 4 or rgb.shape[-1] != 3 or rgb.dtype != np.uint8 or not rgb.size:
-            raise ValueError(f"found pictures of shape {rgb.shape} {rgb.dtype}, expected (T, H, W, 3) uint8")
+            raise ValueError(f"found video of shape {rgb.shape} {rgb.dtype}, expected (T, H, W, 3) uint8")
         video = clip_io.Video(rgb, float(fps), 0.0, np.arange(len(rgb)) / fps)
     return clip_io.Clip("the clip", video, clip_io.Audio(samples, int(rate), 0.0, "FLOAT", "arrays"))
 
 
 class Inpainter:
-    """Repairs clips with one trained system.
+    """Restores gaps in clips with one trained system.
 
-    >>> painter = Inpainter.from_pretrained()     # doctest: +SKIP
-    >>> repair = painter.inpaint("clip.mpg", gaps=[(0.93, 1.73)])  # doctest: +SKIP
+    >>> inpainter = Inpainter.from_pretrained()     # doctest: +SKIP
+    >>> repair = inpainter.inpaint("clip.mpg", gaps=[(0.93, 1.73)])  # doctest: +SKIP
 
-    Arrays do as well. Here a network nobody trained, and a tone with 300 ms missing:
+    Clips may also be arrays. Here with an untrained network, and a tone of which 300 ms are missing:
 
-    >>> import numpy as np, configs
-    >>> from avsi_jax import experiment, restore
+    >>> import numpy as np
+    >>> from avsi_jax import configs
+    >>> from avsi_jax.inference.restorer import Restorer
+    >>> from avsi_jax.models import build
     >>> config = configs.load("tiny", [("system", "a_si"), ("units", "4")])
-    >>> painter = Inpainter(restorer.Restorer(config, build.init_params(config), step=0))
+    >>> inpainter = Inpainter(Restorer(config, build.init_params(config), step=0))
     >>> tone = 0.1 * np.sin(2 * np.pi * 220 * np.arange(32_000) / 16_000)
-    >>> repair = painter.inpaint(clip_of(tone, 16_000), gaps=[(0.9, 1.2)])
-    >>> repair.samples.shape, repair.rate, repair.after.shape
+    >>> repair = inpainter.inpaint(clip_of(tone, 16_000), gaps=[(0.9, 1.2)])
+    >>> repair.samples.shape, repair.rate, repair.restored_log_mel.shape
     ((32000, 1), 16000, (101, 64))
     >>> bool((repair.samples[:14_400, 0] == np.float32(tone[:14_400])).all())
     True
-    >>> repair.gaps[0].end_s, repair.gaps[0].by
-    (1.2, 'sound')
+    >>> repair.gaps[0].end_s, repair.gaps[0].inputs
+    (1.2, 'audio')
     """
 
     def __init__(self, restorer: Restorer, measured: Mapping | None = None):
-        """measured: facts['measured'] of its weights, what `Gap.confidence` is taken from."""
+        """measured: facts['measured'] of the weights, from which `Gap.confidence` is computed."""
         from avsi_jax.runtime import compilation_cache
 
-        compilation_cache.keep()
+        compilation_cache.enable()
         self.restorer = restorer
         self.measured = measured or {}
         self._tracker = None
-        self._mouth_seen = None
+        self._mouth_visible = None
         self._lock = threading.Lock()
 
     @classmethod
     def load(cls, checkpoint: str | Path = "pretrained") -> Inpainter:
-        """'pretrained', the name of shipped weights, a folder of weights or the workdir of a training; ValueError says what is
-        missing."""
+        """Loads a system: 'pretrained', the name of shipped weights, a folder of weights, or the working directory of a training.
+
+        Raises ValueError if there is nothing to load there.
+        """
         from avsi_jax.inference import weights
         from avsi_jax.runtime import compilation_cache
 
-        compilation_cache.keep()
+        compilation_cache.enable()
         if folder := weights.locate(checkpoint):
-            return cls._of_weights(folder)
+            return cls._from_weights(folder)
         return cls.from_workdir(checkpoint)
 
     @classmethod
-    def _of_weights(cls, folder: Path) -> Inpainter:
+    def _from_weights(cls, folder: Path) -> Inpainter:
         from avsi_jax.inference import weights
         from avsi_jax.inference.restorer import Restorer
 
-        held = weights.read(folder)
-        return cls(Restorer.of_run(held.run, folder, "waveform"), held.facts.get("measured"))
+        loaded = weights.read(folder)
+        return cls(Restorer.of_run(loaded.run, folder, "waveform"), loaded.facts.get("measured"))
 
     @classmethod
     def from_pretrained(cls, name: str = "av_unified") -> Inpainter:
-        """The weights of that name that came with the installation; ValueError names those there are."""
+        """Loads the weights of that name that are installed with the package. Raises ValueError, which lists the names."""
         from avsi_jax.inference import weights
 
-        return cls._of_weights(weights.find(name))
+        return cls._from_weights(weights.find(name))
 
     @classmethod
     def from_workdir(cls, workdir: str | Path, which: str = "best") -> Inpainter:
-        """The system trained in `workdir`; checkpoints.CheckpointError says what is missing."""
+        """Loads a system trained in `workdir`; which: 'best', 'last' or a training step. Raises checkpoints.CheckpointError."""
         from avsi_jax.inference.restorer import Restorer
         from avsi_jax.runtime import compilation_cache
 
-        compilation_cache.keep()
+        compilation_cache.enable()
         return cls(Restorer.from_workdir(workdir, which))
 
-    def inpaint(self, clip: str | Path | Clip | Source, gaps: Gaps, *, face: int | None = None, sync: Step = "off") -> Repair:
-        """Fills the gaps, (start, end) in seconds of the clip's sound, or with 'auto' the holes that are found in it.
+    def inpaint(self, clip: str | Path | Clip | Source, gaps: Gaps, *, face: int | None = None, sync: Sync = "off") -> Repair:
+        """Restores the gaps in a clip.
 
-        face: which of several, from 0 at the left; the largest without it. sync: 'auto' corrects sound and pictures that are out
-        of step where that is certain; seconds by which the sound comes later than the clip says are taken as they are.
-        ValueError for gaps that don't fit, or where there is nothing to go by; clip_io.MediaError for a clip that can't be read, has
-        no sound, or lacks the pictures that the system needs; landmarks.NoFaceError where it needs a face.
+        gaps: (start, end) pairs in seconds of the clip's audio, or 'auto' to detect them. face: which of several faces to track,
+        counted from 0 at the left; by default the largest. sync: 'off'; 'auto' to correct an A/V offset that is measured reliably;
+        or a known offset in seconds, positive if the audio lags the video by more than the clip's time stamps say.
+
+        Raises ValueError for gaps that do not fit the clip, for a clip without any usable input, and (NoGapFoundError) if 'auto'
+        detects no gap; clip_io.MediaError for a clip that cannot be read, has no audio, or lacks the video that the system needs;
+        landmarks.NoFaceError if the system needs a face and none is detected.
         """
-        with self._opened(clip) as source:
-            inpainter = self._inpainter(source, gaps, face, sync)
-            inpainter.begin()
-            return _repair_of(inpainter)
+        with self._open(clip) as source:
+            clip_inpainter = self._clip_inpainter(source, gaps, face, sync)
+            clip_inpainter.begin()
+            return _make_repair(clip_inpainter)
 
     def inpaint_batch(
-        self, clips: Sequence[str | Path | Clip | Source], gaps: Sequence[Gaps], *, face: int | None = None, sync: Step = "off"
+        self, clips: Sequence[str | Path | Clip | Source], gaps: Sequence[Gaps], *, face: int | None = None, sync: Sync = "off"
     ) -> list[Repair]:
-        """`inpaint` of several clips, each with its own gaps; their windows go through the network together.
+        """`inpaint` for several clips, each with its own gaps; their windows go through the network together.
 
-        What the other clips are changes nothing, to the bit. How many there are does, by rounding alone: 1, 2, 4 or 8 windows are
-        a program each, which adds in another order; levels move by 0.001 dB, and of that the vocoder, which goes round in 30
-        steps, makes up to 0.002 of full scale inside the gaps. Outside them nothing moves.
+        The content of the other clips does not affect a result. Their number does, by rounding: batches of 1, 2, 4 and 8 windows
+        are separate compiled programs, which add in different orders. Levels differ by 0.001 dB, which the 30 iterations of the
+        vocoder turn into differences of up to 0.002 of full scale inside the gaps. Samples outside the gaps are always identical.
         """
         from avsi_jax.inpainting import window_inpainter
 
         with contextlib.ExitStack() as stack:
-            sources = [stack.enter_context(self._opened(clip)) for clip in clips]
-            all_of_them = [self._inpainter(source, of, face, sync) for source, of in zip(sources, gaps, strict=True)]
-            for inpainter in all_of_them:
-                inpainter.begin()
+            sources = [stack.enter_context(self._open(clip)) for clip in clips]
+            inpainters = [self._clip_inpainter(source, own, face, sync) for source, own in zip(sources, gaps, strict=True)]
+            for clip_inpainter in inpainters:
+                clip_inpainter.begin()
             shared = {"model": 0.0, "vocoder": 0.0}
-            window_inpainter.run(self.restorer, [f for inpainter in all_of_them for f in inpainter.window_inpainters], shared)
-            for inpainter in all_of_them:  # what the network took is shared out evenly
+            windows = [window for clip_inpainter in inpainters for window in clip_inpainter.window_inpainters]
+            window_inpainter.run(self.restorer, windows, shared)
+            for clip_inpainter in inpainters:  # the time of the network is divided evenly
                 for key, seconds in shared.items():
-                    inpainter.seconds[key] += seconds / len(all_of_them)
-            return [_repair_of(inpainter) for inpainter in all_of_them]
+                    clip_inpainter.seconds[key] += seconds / len(inpainters)
+            return [_make_repair(clip_inpainter) for clip_inpainter in inpainters]
 
     def inpaint_file(
-        self, source_path: str | Path, target_path: str | Path, gaps: Gaps, *, face: int | None = None, sync: Step = "off",
+        self, source_path: str | Path, target_path: str | Path, gaps: Gaps, *, face: int | None = None, sync: Sync = "off",
         overwrite: bool = False, progress: Callable[[float], None] | None = None,
     ) -> FileRepair:  # fmt: skip
-        """Fills the gaps of a clip file of any length and writes it, in memory that doesn't grow with it.
+        """Restores the gaps in a clip file and writes the result, in memory that does not grow with the clip's length.
 
-        The target's suffix says as what: .wav .flac the sound alone, .mp4 .mkv .mov .mpg with the source's pictures as they are.
-        progress is called with the share done, 0..1. As `inpaint`, and FileExistsError where the target is there already.
+        The target's suffix selects the format: .wav and .flac hold the audio alone, .mp4 .mkv .mov .mpg also the unchanged video of
+        the source. progress: called with the fraction that is done, 0 to 1. Raises the errors of `inpaint`, and FileExistsError if
+        the target exists and `overwrite` is false.
         """
         from avsi_jax.media import clip_io, clip_source
 
         began = time.perf_counter()
-        video_file = Path(target_path).suffix.lower() not in clip_io.AUDIO_SUFFIXES
+        writes_video = Path(target_path).suffix.lower() not in clip_io.AUDIO_SUFFIXES
         if Path(target_path).exists() and not overwrite:
-            raise FileExistsError(f"{target_path} exists; take overwrite (--overwrite) to replace it, or another name")
-        with clip_source.open_source(source_path, video=video_file or self.restorer.system.uses_video) as source:
+            raise FileExistsError(f"{target_path} exists; use overwrite (--overwrite) to replace it, or another name")
+        with clip_source.open_source(source_path, video=writes_video or self.restorer.system.uses_video) as source:
             opened = time.perf_counter() - began
-            inpainter = self._inpainter(source, gaps, face, sync, forgets=True)
-            inpainter.seconds["decode"] += opened
-            inpainter.began = began
-            inpainter.begin()
-            blocks = _told(inpainter.blocks(), source.num_samples, progress)
-            more = clip_source.write_clip(source, target_path, blocks, overwrite=overwrite)
-            filled, warnings, seconds = inpainter.finish()
-            told = _gaps_of(filled, source.rate)
-            return FileRepair(told, warnings + more, inpainter.av_offset_s, seconds, str(target_path), source.duration_s)
+            clip_inpainter = self._clip_inpainter(source, gaps, face, sync, streaming=True)
+            clip_inpainter.seconds["decode"] += opened
+            clip_inpainter.began = began
+            clip_inpainter.begin()
+            blocks = _with_progress(clip_inpainter.blocks(), source.num_samples, progress)
+            write_warnings = clip_source.write_clip(source, target_path, blocks, overwrite=overwrite)
+            inpainted, warnings, seconds = clip_inpainter.finish()
+            return FileRepair(
+                _gaps_in_seconds(inpainted, source.rate), warnings + write_warnings, clip_inpainter.av_offset_s, seconds,
+                str(target_path), source.duration_s,
+            )  # fmt: skip
 
     @contextlib.contextmanager
-    def _opened(self, clip) -> Iterator[Source]:
-        """Any kind of clip as a source; one that was given open stays open."""
+    def _open(self, clip: str | Path | Clip | Source) -> Iterator[Source]:
+        """Any kind of clip as a Source. A Source passed in stays open."""
         from avsi_jax.media import clip_io, clip_source
 
         if isinstance(clip, clip_source.Source):
@@ -257,15 +278,15 @@ class Inpainter:
             return
         in_memory = isinstance(clip, clip_io.Clip)
         video = self.restorer.system.uses_video
-        with clip_source.source_of(clip) if in_memory else clip_source.open_source(clip, video=video) as source:
+        with clip_source.source_from_clip(clip) if in_memory else clip_source.open_source(clip, video=video) as source:
             yield source
 
-    def _inpainter(self, source: Source, gaps, face, sync, forgets: bool = False) -> ClipInpainter:
+    def _clip_inpainter(self, source: Source, gaps: Gaps, face: int | None, sync: Sync, streaming: bool = False) -> ClipInpainter:
         from avsi_jax.inpainting import clip_inpainter
         from avsi_jax.media import clip_io
 
         if not source.num_samples:
-            raise clip_io.MediaError(f"{source.path} has no sound; expected a clip whose sound has a hole")
+            raise clip_io.MediaError(f"{source.path} has no audio; expected a clip with audio that has a gap")
         if isinstance(gaps, str):
             if gaps != "auto":
                 raise ValueError(f"gaps {gaps!r}: expected (start, end) pairs in seconds, or 'auto'")
@@ -274,7 +295,7 @@ class Inpainter:
             spans = clip_inpainter.check_gaps(gaps, source.num_samples, source.rate)
         face_models = self._face_models(source) if self.restorer.system.uses_video else None
         return clip_inpainter.ClipInpainter(
-            source, spans, self.restorer, face_models, self.measured, face=face, step=sync, forgets=forgets
+            source, spans, self.restorer, face_models, self.measured, face=face, sync=sync, streaming=streaming
         )
 
     def _face_models(self, source: Source) -> FaceModels:
@@ -284,11 +305,13 @@ class Inpainter:
         with self._lock:
             if self._tracker is None and source.has_video:
                 self._tracker = landmarks.FaceTracker()
-        return clip_inpainter.FaceModels(self._tracker, self._mouth_seen or mouth_visibility.mouth_seen, self._lock)
+        return clip_inpainter.FaceModels(self._tracker, self._mouth_visible or mouth_visibility.mouth_visible, self._lock)
 
 
-def _told(blocks, num_samples: int, progress):
-    """The same blocks; tells progress after each."""
+def _with_progress(
+    blocks: Iterable[np.ndarray], num_samples: int, progress: Callable[[float], None] | None
+) -> Iterator[np.ndarray]:
+    """The same blocks; calls `progress` with the fraction done after each."""
     done = 0
     for block in blocks:
         yield block
@@ -297,61 +320,65 @@ def _told(blocks, num_samples: int, progress):
             progress(done / num_samples)
 
 
-def _gaps_of(filled, rate: int) -> tuple[Gap, ...]:
-    return tuple(Gap(start / rate, end / rate, *more) for start, end, *more in filled)
+def _gaps_in_seconds(inpainted: Iterable[InpaintedGap], rate: int) -> tuple[Gap, ...]:
+    return tuple(Gap(start / rate, end / rate, *rest) for start, end, *rest in inpainted)
 
 
-def _repair_of(inpainter: ClipInpainter) -> Repair:
+def _make_repair(clip_inpainter: ClipInpainter) -> Repair:
+    """Runs what is left to do for a clip and collects the result."""
     import numpy as np
 
     from avsi_jax.media import channels
 
-    source, masked = inpainter.source, inpainter.masked
-    samples = np.concatenate(list(inpainter.blocks()))
-    filled, warnings, seconds = inpainter.finish()
-    before, after = (None, None)
-    if source.duration_s <= LONGEST_MEL_S:
-        known = masked.own(0, source.num_samples)
-        weights = channels.weights_of(known)
-        before, after = _mels(np.stack([_mono(x, source.rate, weights) for x in (known, samples)]))
-    tracks = inpainter.tracks
-    seen = tracks.all() if tracks else (None, None, None)
-    seconds["all"] = time.perf_counter() - inpainter.began
+    source, masked = clip_inpainter.source, clip_inpainter.masked
+    samples = np.concatenate(list(clip_inpainter.blocks()))
+    inpainted, warnings, seconds = clip_inpainter.finish()
+    masked_log_mel, restored_log_mel = None, None
+    if source.duration_s <= MAX_LOG_MEL_S:
+        known = masked.read_native(0, source.num_samples)
+        weights = channels.downmix_weights(known)
+        waveforms = np.stack([_mono_at_record_rate(x, source.rate, weights) for x in (known, samples)])
+        masked_log_mel, restored_log_mel = _log_mels(waveforms)
+    tracks = clip_inpainter.tracks
+    tracked = tracks.all() if tracks else (None, None, None)
+    seconds["all"] = time.perf_counter() - clip_inpainter.began
     return Repair(
-        samples, source.rate, source.subtype, _gaps_of(filled, source.rate), warnings, before, after, _frame_s(), *seen,
-        inpainter.av_offset_s, seconds, tracks.lag_s if tracks else None,
+        samples, source.rate, source.subtype, _gaps_in_seconds(inpainted, source.rate), warnings, masked_log_mel, restored_log_mel,
+        _frame_s(), *tracked, clip_inpainter.av_offset_s, seconds, tracks.lag_s if tracks else None,
     )  # fmt: skip
 
 
 def _frame_s() -> float:
+    """Seconds from one frame of the log-mel spectrograms to the next."""
     from avsi_jax.presets import get
 
     return get("paper").hop / get("paper").rate
 
 
-def _mono(samples, rate: int, weights):
-    """(N, C) -> (N',) at RECORD_RATE."""
+def _mono_at_record_rate(samples: np.ndarray, rate: int, weights: np.ndarray) -> np.ndarray:
+    """(N, C) at `rate` -> (M,) at RECORD_RATE."""
     from avsi_jax.media import channels, clip_io
     from avsi_jax.presets import RECORD_RATE
 
-    return clip_io.resample(channels.one(samples, weights), rate, RECORD_RATE)
+    return clip_io.resample(channels.downmix(samples, weights), rate, RECORD_RATE)
 
 
-def _mels(waveforms) -> np.ndarray:
-    """(B, N) at RECORD_RATE -> (B, F, 64) log-mel in dB, by the paper's front end."""
+def _log_mels(waveforms: np.ndarray) -> np.ndarray:
+    """(B, N) at RECORD_RATE -> (B, F, 64) log-mel in dB, by the front end of the preset paper."""
     import numpy as np
 
     from avsi_jax.presets import RECORD_RATE, get
 
-    spec, room = get("paper"), round(MEL_S * RECORD_RATE)
-    while room < waveforms.shape[1]:
-        room *= 2
-    filled_up = np.pad(waveforms, ((0, 0), (0, room - waveforms.shape[1])))
-    return np.asarray(_front_end()(filled_up))[:, : spec.frames_of(-(-waveforms.shape[1] // spec.decimation))]
+    spec, size = get("paper"), round(LOG_MEL_PAD_S * RECORD_RATE)
+    while size < waveforms.shape[1]:
+        size *= 2
+    padded = np.pad(waveforms, ((0, 0), (0, size - waveforms.shape[1])))
+    return np.asarray(_front_end()(padded))[:, : spec.frames_of(-(-waveforms.shape[1] // spec.decimation))]
 
 
 @functools.cache
-def _front_end():
+def _front_end() -> Callable:
+    """The compiled function from waveforms to log-mel in dB."""
     import jax
 
     from avsi_jax.audio import stft

@@ -1,7 +1,8 @@
-"""avsi-inpaint: clips of a person's disk, repaired one after another; each outcome is told as it comes.
+"""avsi-inpaint: restores the gaps in clip files, one file after another.
 
-stdout carries the outcomes, a line a clip (or, by --json, an object), stderr the rest. What to do is settled in repair_jobs before
-the system is loaded; one clip's trouble is its own. Exit codes: 0 all done, 1 some clips failed, 2 nothing was done, 130 stopped.
+stdout has one line per clip (with --json, one object per line), stderr everything else. All jobs are planned (cli_jobs) before the
+system is loaded, and an error in one clip does not stop the others. Exit codes: 0 success, 1 some clips failed, 2 nothing was done,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -23,42 +24,43 @@ from typing import TYPE_CHECKING, NoReturn
 
 from avsi_jax.inpainting import cli_jobs
 from avsi_jax.inpainting.cli_jobs import AUTO, Job
-from avsi_jax.inpainting.cli_output import NAME, ClipOutcome, ProgressReporter, say, shown, told
+from avsi_jax.inpainting.cli_output import NAME, ClipOutcome, ProgressReporter, error_line, print_message, printable
 from avsi_jax.runtime import unexpected_errors
 
 if TYPE_CHECKING:
     from avsi_jax.inpainting.api import Inpainter
 
-PAGE = "repair.html"
-NO_GAP = "no hole found"  # in the error of a clip in which clip_inpainter.found_gaps finds none
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-NO_ROOM = 2**20  # bytes left on a disk that count as none: libsndfile doesn't say why it can't write
+REPORT_NAME = "inpainting.html"
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+MIN_FREE_BYTES = 2**20  # a disk with less counts as full: libsndfile does not say why it cannot write
 
 EPILOG = """\
 examples:
-  avsi-inpaint --example                                 a first try, with a clip that came with the installation
-  avsi-inpaint clip.mpg                                  find the holes and fill them: clip.restored.mkv
-  avsi-inpaint talk.wav --gap 0.93-1.73 -o whole.wav     fill this one
-  avsi-inpaint film.mp4 --gap 59:30.5-59:31 --gap 61:02-61:02.4
-  avsi-inpaint clips/ -o whole/ --resume --report        all clips of a folder; again after a stop, it goes on
-  find . -name '*.mov' | avsi-inpaint - --format wav --json > outcomes.jsonl
-  avsi-inpaint --gaps gaps.csv -o whole/                 a table with the columns path,start_s,end_s
+  avsi-inpaint --example                                 a first try, with a clip that is installed with the package
+  avsi-inpaint clip.mpg                                  detect the gaps and restore them: clip.restored.mkv
+  avsi-inpaint talk.wav --gap 0.93-1.73 -o restored.wav  restore this gap
+  avsi-inpaint talk.mp4 --gap 59:30.5-59:31 --gap 61:02-61:02.4
+  avsi-inpaint clips/ -o restored/ --resume --report     all clips in a folder; if interrupted, run it again to continue
+  find . -name '*.mov' | avsi-inpaint - --format wav --json > results.jsonl
+  avsi-inpaint --gaps gaps.csv -o restored/              a table with the columns path,start_s,end_s
 
-exit codes: 0 all done, 1 some clips failed, 2 nothing was done, 130 stopped by Ctrl-C
+exit codes: 0 success, 1 some clips failed, 2 nothing was done, 130 interrupted by Ctrl-C
 """
 
 
-# ---- what is asked for -------------------------------------------------------------------------------------------------------
+# ---- arguments ---------------------------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes take one line."""
+    """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{NAME}: {message}; --help tells more\n")
+        self.exit(2, f"{NAME}: {message}; see --help\n")
 
 
 def _type(parse: Callable) -> Callable:
+    """`parse` as an argparse type: the text of its ValueError is shown."""
+
     def typed(text):
         try:
             return parse(text)
@@ -69,14 +71,14 @@ def _type(parse: Callable) -> Callable:
 
 
 def parse_face(text: str) -> int:
-    """'1' -> 1; ValueError."""
+    """'1' -> 1. Raises ValueError."""
     if not text.isascii() or not text.isdecimal():
         raise ValueError(f"{text!r}: expected the number of a face, such as 1")
     return int(text)
 
 
 def parse_sync(text: str) -> str | float:
-    """'off', 'auto', or by how many seconds the sound comes after its picture; ValueError."""
+    """'off', 'auto', or the seconds by which the audio lags the video. Raises ValueError."""
     if text in ("off", AUTO):
         return text
     try:
@@ -89,135 +91,136 @@ def parse_sync(text: str) -> str | float:
 
 
 def parser() -> Parser:
-    made = Parser(
-        NAME, description="Fill the holes in the sound of clips, by what is heard around them and by the speaker's lips.",
+    """The command line of avsi-inpaint."""
+    result = Parser(
+        NAME, description="Restore gaps in the audio of clips, from the surrounding audio and the speaker's lips.",
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    add = made.add_argument
-    add("clips", nargs="*", metavar="IN", help="clips (.mpg .mp4 .avi .mov .mkv .wav .flac), folders, @LIST of names, - for stdin")
-    add("-o", "--output", metavar="PATH", help="a file for one clip, else a folder; default: IN.restored.SUFFIX in the current one")
+    add = result.add_argument
+    add("clips", nargs="*", metavar="IN", help="clips (.mpg .mp4 .avi .mov .mkv .wav .flac), folders, @LIST (a file with one name "
+        "per line), or - for names on stdin")  # fmt: skip
+    add(
+        "-o",
+        "--output",
+        metavar="PATH",
+        help="a file for one clip, else a folder; default: IN.restored.SUFFIX in the current folder",
+    )
     gap = _type(lambda text: AUTO if text == AUTO else cli_jobs.parse_gap(text))
-    add(
-        "--gap", type=gap, action="append", metavar="START-END", help="a hole, in seconds; may be given again. Default: auto, found"
-    )
-    add("--gaps", metavar="FILE.csv", help="holes of many clips: a table with the columns path,start_s,end_s")
-    add("--format", choices=cli_jobs.FORMATS, default="same", help="wav and flac: sound alone; others: the pictures too, copied "
-        "as they are. Default: same as IN, but .mkv for .mpg and .avi, which would lose sound")  # fmt: skip
-    add("--checkpoint", default="pretrained", help="shipped weights by name, or the folder of weights or of a training; "
-        "default: %(default)s")  # fmt: skip
-    add(
-        "--face", type=_type(parse_face), metavar="N", help="which face speaks, where there are several: 0 is the one furthest left"
-    )
-    add("--sync", type=_type(parse_sync), default="off", metavar="off|auto|SECONDS",
-        help="sound and pictures out of step: measured, or how much the sound comes late; default: %(default)s")  # fmt: skip
-    add("--example", action="store_true", help="instead of IN: a clip that came with the installation, of which "
-        "{:g} to {:g} s are lost unless --gap says otherwise".format(*cli_jobs.EXAMPLE_GAP))  # fmt: skip
-    add("--overwrite", action="store_true", help="replace files that are there")
-    add("--resume", action="store_true", help="leave out clips whose target is there: it was written whole")
-    add("--json", action="store_true", help="outcomes on stdout as JSON, an object a line")
-    add(
-        "--report",
-        nargs="?",
-        const="",
-        action="append",
-        metavar="FILE.html",
-        help=f"a page that shows and plays what was done; default: {PAGE}",
-    )
-    add("--quiet", action="store_true", help="tell of failures only")
-    return made
+    add("--gap", type=gap, action="append", metavar="START-END", help="a gap, in seconds; may be repeated. Default: auto, which "
+        "detects the gaps")  # fmt: skip
+    add("--gaps", metavar="FILE.csv", help="gaps of many clips: a table with the columns path,start_s,end_s")
+    add("--format", choices=cli_jobs.FORMATS, default="same", help="wav and flac: audio only; the others: also the unchanged "
+        "video. Default: same as IN, but .mkv for .mpg and .avi, which would lose audio quality")  # fmt: skip
+    add("--checkpoint", default="pretrained", help="name of shipped weights, a folder of weights, or the working directory of a "
+        "training; default: %(default)s")  # fmt: skip
+    add("--face", type=_type(parse_face), metavar="N", help="which face is speaking if there are several, counted from 0 at the "
+        "left; default: the largest")  # fmt: skip
+    add("--sync", type=_type(parse_sync), default="off", metavar="off|auto|SECONDS", help="A/V offset: auto measures and "
+        "corrects it; or the seconds by which the audio lags the video; default: %(default)s")  # fmt: skip
+    add("--example", action="store_true", help="instead of IN: a clip that is installed with the package, with a gap from "
+        "{:g} to {:g} s unless --gap is given".format(*cli_jobs.EXAMPLE_GAP))  # fmt: skip
+    add("--overwrite", action="store_true", help="replace existing files")
+    add("--resume", action="store_true", help="skip clips whose output exists: existing outputs are complete")
+    add("--json", action="store_true", help="print the outcomes on stdout as JSON, one object per line")
+    add("--report", nargs="?", const="", action="append", metavar="FILE.html",
+        help=f"write a page with plots and players of the results; default name: {REPORT_NAME}")  # fmt: skip
+    add("--quiet", action="store_true", help="print errors only")
+    return result
 
 
-def plan(known: argparse.Namespace) -> tuple[list[Job], Path | None]:
-    """The jobs and the place of the report; ValueError and OSError say what can't be done."""
-    reports = known.report or []
+def plan(args: argparse.Namespace) -> tuple[list[Job], Path | None]:
+    """The jobs and the path of the report, or None. Raises ValueError and OSError if something cannot be done."""
+    reports = args.report or []
     pages = [name for name in reports if not name or name.lower().endswith(".html")]
-    known.clips += [name for name in reports if name not in pages]  # `--report clip.mpg`: a clip is meant
-    known.report = None if known.report is None else max(pages, key=len, default="")
-    if known.overwrite and known.resume:
-        raise ValueError("--overwrite replaces what is there, --resume leaves it; take one of them")
-    if known.example:
-        _take_example(known)
-    given = known.gap or []
+    args.clips += [name for name in reports if name not in pages]  # in `--report clip.mpg`, the name is a clip
+    args.report = None if args.report is None else max(pages, key=len, default="")
+    if args.overwrite and args.resume:
+        raise ValueError("--overwrite replaces existing files, --resume keeps them; use one of them")
+    if args.example:
+        _use_example(args)
+    given = args.gap or []
     if AUTO in given and len(given) > 1:
-        raise ValueError("--gap auto finds the gaps, --gap START-END gives them; take one of them")
-    if not known.clips and not known.gaps:
-        raise ValueError("no clip given; expected files, folders, @LIST or -; --help has examples")
-    table = cli_jobs.read_table(known.gaps) if known.gaps else None
+        raise ValueError("--gap auto detects the gaps, --gap START-END gives them; use one of them")
+    if not args.clips and not args.gaps:
+        raise ValueError("no clip given; expected files, folders, @LIST or -; see --help for examples")
+    table = cli_jobs.read_table(args.gaps) if args.gaps else None
     gaps = AUTO if AUTO in given or not (given or table) else given
     jobs = cli_jobs.plan(
-        known.clips, output=known.output, form=known.format, gaps=gaps, table=table, overwrite=known.overwrite, resume=known.resume
+        args.clips, output=args.output, form=args.format, gaps=gaps, table=table, overwrite=args.overwrite, resume=args.resume
     )
-    return jobs, None if known.report is None else page_path(known, jobs)
+    return jobs, None if args.report is None else report_path(args, jobs)
 
 
-def _take_example(known: argparse.Namespace) -> None:
-    if known.clips or known.gaps:
-        raise ValueError("--example is a clip of its own; take it without IN and without --gaps")
-    known.clips, known.gap = [str(cli_jobs.EXAMPLE)], known.gap or [cli_jobs.EXAMPLE_GAP]
+def _use_example(args: argparse.Namespace) -> None:
+    if args.clips or args.gaps:
+        raise ValueError("--example is a clip itself; use it without IN and without --gaps")
+    args.clips, args.gap = [str(cli_jobs.EXAMPLE)], args.gap or [cli_jobs.EXAMPLE_GAP]
 
 
-def page_path(known: argparse.Namespace, jobs: Sequence[Job]) -> Path:
-    """Where the report goes: beside what is written, unless it is told. FileExistsError."""
-    one_file = known.output and jobs and Path(known.output) == jobs[0].target
-    folder = Path(known.output).parent if one_file else Path(known.output or ".")
-    path = Path(known.report) if known.report else folder / PAGE
-    if path.exists() and not (known.overwrite or known.resume):
-        raise FileExistsError(f"{path} exists; take --overwrite to replace it, or --report=FILE.html")
+def report_path(args: argparse.Namespace, jobs: Sequence[Job]) -> Path:
+    """The path of the report: beside the outputs, unless it is given. Raises FileExistsError."""
+    one_file = args.output and jobs and Path(args.output) == jobs[0].target
+    folder = Path(args.output).parent if one_file else Path(args.output or ".")
+    path = Path(args.report) if args.report else folder / REPORT_NAME
+    if path.exists() and not (args.overwrite or args.resume):
+        raise FileExistsError(f"{path} exists; use --overwrite to replace it, or --report=FILE.html")
     return path
 
 
-# ---- the work ----------------------------------------------------------------------------------------------------------------
+# ---- jobs --------------------------------------------------------------------------------------------------------------------
 
 
-class FullDiskError(OSError):
-    """There is no room for what comes next: no further clip is tried."""
+class DiskFullError(OSError):
+    """The disk has no space for the output: the remaining clips are not tried."""
 
 
-def repaired(inpainter: Inpainter, job: Job, known: argparse.Namespace, progress: Callable[[float], None]) -> ClipOutcome:
-    """One job, done or told why not; FullDiskError."""
+def inpaint_job(inpainter: Inpainter, job: Job, args: argparse.Namespace, progress: Callable[[float], None]) -> ClipOutcome:
+    """Runs one job. Errors become the outcome 'failed'; raises only DiskFullError."""
     path, target = str(job.source), str(job.target)
     gaps = job.gaps if job.gaps == AUTO else list(job.gaps)
     try:
         with folder_of(job.target):
-            done = inpainter.inpaint_file(
-                job.source, job.target, gaps, face=known.face, sync=known.sync, overwrite=known.overwrite, progress=progress
+            result = inpainter.inpaint_file(
+                job.source, job.target, gaps, face=args.face, sync=args.sync, overwrite=args.overwrite, progress=progress
             )
-    except Exception as error:  # whatever it is: the other clips don't suffer for it
-        why = told(error)
-        if job.gaps == AUTO and isinstance(error, ValueError) and NO_GAP in why:
-            return ClipOutcome(path, None, "no hole found")
-        if is_full(error, job.target):
-            raise FullDiskError(f"no room left for {target} ({why}); make room and go on with --resume") from error
-        return ClipOutcome(path, None, "failed", error=why)
+    except Exception as error:  # any error: the other clips are still processed
+        from avsi_jax.inpainting.clip_inpainter import NoGapFoundError
+
+        if isinstance(error, NoGapFoundError):
+            return ClipOutcome(path, None, "no gap")
+        message = error_line(error)
+        if is_disk_full(error, job.target):
+            raise DiskFullError(f"no space left for {target} ({message}); free some space and continue with --resume") from error
+        return ClipOutcome(path, None, "failed", error=message)
     return ClipOutcome(
-        path, target, "restored", done.gaps, done.warnings, done.av_offset_s, done.seconds, done.duration_s, gaps == AUTO
+        path, target, "restored", result.gaps, result.warnings, result.av_offset_s, result.seconds, result.duration_s, gaps == AUTO
     )
 
 
 @contextlib.contextmanager
 def folder_of(target: Path) -> Iterator[None]:
-    """The target's folder is there meanwhile; made for nothing, it goes again."""
-    made = [p for p in target.parents if not p.exists()]
+    """Creates the target's folder; removes what it created if nothing was written there."""
+    created = [p for p in target.parents if not p.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield
     finally:
-        for folder in made:
-            with contextlib.suppress(OSError):  # something was written
+        for folder in created:
+            with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
 
 
-def is_full(error: BaseException | None, target: Path) -> bool:
-    """Whether an error comes of a disk without room."""
+def is_disk_full(error: BaseException | None, target: Path) -> bool:
+    """Whether an error was caused by a full disk."""
     if not isinstance(error, ValueError | OSError):
         return False
     cause = error
     while cause:
-        if getattr(cause, "errno", None) in FULL_DISK:
+        if getattr(cause, "errno", None) in DISK_FULL_ERRNOS:
             return True
         cause = cause.__cause__
     folder = next(p for p in target.absolute().parents if p.exists())
-    return shutil.disk_usage(folder).free < NO_ROOM
+    return shutil.disk_usage(folder).free < MIN_FREE_BYTES
 
 
 # ---- the command -------------------------------------------------------------------------------------------------------------
@@ -225,53 +228,53 @@ def is_full(error: BaseException | None, target: Path) -> bool:
 
 @unexpected_errors.reported(NAME)
 def main(argv: list[str] | None = None) -> int:
-    known = parser().parse_intermixed_args(argv)
+    """The console script; the exit code."""
+    args = parser().parse_intermixed_args(argv)
     command = shlex.join([NAME, *(sys.argv[1:] if argv is None else argv)])
     outcomes = []
     try:
-        with _ended_by_signal():
-            return run(known, command, outcomes)
+        with _exit_on_sigterm():
+            return run(args, command, outcomes)
     except KeyboardInterrupt:
         done = sum(o.status != "failed" for o in outcomes)
-        say(f"stopped; {done} clip{'s are' if done != 1 else ' is'} done, --resume goes on")
+        print_message(f"interrupted; {done} clip{'s are' if done != 1 else ' is'} done, --resume continues")
         return 130
-    except BrokenPipeError:  # who read the outcomes has gone
+    except BrokenPipeError:  # the reader of stdout has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
-def run(known: argparse.Namespace, command: str, outcomes: list[ClipOutcome]) -> int:
-    """Does the jobs, adding to `outcomes`; the exit code."""
+def run(args: argparse.Namespace, command: str, outcomes: list[ClipOutcome]) -> int:
+    """Runs the jobs, adding to `outcomes`; the exit code."""
     try:
-        jobs, page = plan(known)
-        todo = [job for job in jobs if not job.there and not job.problem]
-        inpainter = _load(known.checkpoint) if todo else None
+        jobs, report = plan(args)
+        todo = [job for job in jobs if not job.exists and not job.problem]
+        inpainter = _load(args.checkpoint) if todo else None
     except Exception as error:
-        say(told(error))
+        print_message(error_line(error))
         return 2
-    reporter = ProgressReporter(len(todo), quiet=known.quiet, as_json=known.json)
+    reporter = ProgressReporter(len(todo), quiet=args.quiet, as_json=args.json)
     full = False
     try:
         for job in jobs:
             began = time.monotonic()
-            if job.there or job.problem:
-                there = job.there
+            if job.exists or job.problem:
                 outcome = ClipOutcome(
-                    str(job.source), str(job.target) if there else None, "there already" if there else "failed",
-                    error=None if there else job.problem,
+                    str(job.source), str(job.target) if job.exists else None, "exists" if job.exists else "failed",
+                    error=None if job.exists else job.problem,
                 )  # fmt: skip
             else:
-                outcome = repaired(inpainter, job, known, reporter.tick)
+                outcome = inpaint_job(inpainter, job, args, reporter.tick)
             outcomes.append(outcome)
             reporter.outcome(outcome, time.monotonic() - began)
-    except FullDiskError as error:
+    except DiskFullError as error:
         full = True
-        say(str(error))
+        print_message(str(error))
     finally:
         reporter.close()
-    written = page is None or full or write_page(page, outcomes, known, command)
+    report_written = report is None or full or write_report(report, outcomes, args, command)
     failed = sum(o.status == "failed" for o in outcomes)
-    if not failed and not full and written:
+    if not failed and not full and report_written:
         return 0
     return 2 if failed == len(outcomes) else 1
 
@@ -282,23 +285,23 @@ def _load(checkpoint: str) -> Inpainter:
     return Inpainter.load(checkpoint)
 
 
-def write_page(path: Path, outcomes: Sequence[ClipOutcome], known: argparse.Namespace, command: str) -> bool:
-    """Whether the report could be written; said either way."""
+def write_report(path: Path, outcomes: Sequence[ClipOutcome], args: argparse.Namespace, command: str) -> bool:
+    """Writes the report and prints its path, or the error. Returns whether it was written."""
     from avsi_jax.inpainting import html_report
 
     try:
-        html_report.write(path, outcomes, command=command, checkpoint=known.checkpoint)
+        html_report.write(path, outcomes, command=command, checkpoint=args.checkpoint)
     except (ValueError, OSError) as error:
-        say(f"--report: {told(error)}")
+        print_message(f"--report: {error_line(error)}")
         return False
-    if not known.quiet:
-        print(f"report: {shown(path)}", file=sys.stderr if known.json else sys.stdout)
+    if not args.quiet:
+        print(f"report: {printable(path)}", file=sys.stderr if args.json else sys.stdout)
     return True
 
 
 @contextlib.contextmanager
-def _ended_by_signal() -> Iterator[None]:
-    """SIGTERM, as a job scheduler sends it, is an exit: what is half written goes."""
+def _exit_on_sigterm() -> Iterator[None]:
+    """Turns SIGTERM, as sent by job schedulers, into SystemExit, so that partly written files are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,6 +1,6 @@
-"""How repairs came out, and how a person at a terminal, or a program, is told.
+"""Output of avsi-inpaint.
 
-stdout carries the outcomes, a line a clip (or, by --json, an object); stderr the warnings, failures and how far it is.
+stdout has the outcome of each clip, as a line or (--json) an object; stderr has warnings, errors and progress.
 """
 
 from __future__ import annotations
@@ -12,19 +12,22 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from avsi_jax.runtime import unexpected_errors
 
 NAME = "avsi-inpaint"
-SAY_EVERY_S = 30  # where no terminal shows a bar
-MOST_TOLD = 3  # gaps and sentences, in an outcome's line
+PROGRESS_EVERY_S = 30  # where stderr is not a terminal
+MAX_SHOWN = 3  # gaps and transcripts, in the line of a clip
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipOutcome:
-    """How a job came out. status: 'restored', 'no hole found', 'there already' or 'failed', then `error` says why.
+    """The outcome of a job.
 
-    gaps: of api.Gap; sync_s, seconds, duration_s as in api.FileRepair. found: the gaps were found, not given.
+    status: 'restored'; 'no gap' if none was detected; 'exists' if the output existed and --resume was given; 'failed' if `error`
+    is set. gaps: of api.Gap. av_offset_s, seconds and duration_s: as in api.FileRepair. gaps_detected: the gaps were detected, not
+    given.
     """
 
     path: str
@@ -35,31 +38,31 @@ class ClipOutcome:
     av_offset_s: float | None = None
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     duration_s: float | None = None
-    found: bool = False
+    gaps_detected: bool = False
     error: str | None = None
 
     def as_dict(self) -> dict:
-        """What --json tells; numbers to the microsecond."""
-        gaps = [{k: _plain(getattr(g, k)) for k in ("start_s", "end_s", "confidence", "said", "by")} for g in self.gaps]
+        """The object that --json prints; numbers rounded to 1e-6."""
+        gaps = [{k: _plain(getattr(g, k)) for k in ("start_s", "end_s", "confidence", "transcript", "inputs")} for g in self.gaps]
         fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
         seconds = {part: _plain(s) for part, s in self.seconds.items()}
         return fields | {"gaps": gaps, "warnings": list(self.warnings), "seconds": seconds}
 
 
-def _plain(value):
-    """A number as json takes it, also where it is numpy's; null where it is none."""
+def _plain(value: Any) -> Any:
+    """A value that json can write: NumPy numbers as Python's, numbers that are not finite as None."""
     if value is None or isinstance(value, str | bool | tuple | Mapping):
         return value
     return round(float(value), 6) if math.isfinite(value) else None
 
 
-def shown(text: object) -> str:
-    """A name or message fit for one line of a terminal: what can't be printed as its escape."""
+def printable(text: object) -> str:
+    """A name or message on one line of a terminal: characters that cannot be printed are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
-def told(error: BaseException) -> str:
-    """An error in one line; one that no clip should cause with its name, its place and what to do."""
+def error_line(error: BaseException) -> str:
+    """An error in one line. An unexpected error is shown with its class, where it was raised and what to do."""
     text = " ".join(str(error).split())
     if isinstance(error, ValueError | OSError):
         return text
@@ -72,50 +75,51 @@ def told(error: BaseException) -> str:
 
 
 class ProgressReporter:
-    """Outcomes on stdout; warnings, failures and how far it is on stderr: a bar on a terminal, else a line now and then."""
+    """Prints outcomes on stdout; warnings, errors and progress on stderr: a bar on a terminal, else a line now and then."""
 
     def __init__(self, total: int, *, quiet: bool, as_json: bool):
         self.total, self.quiet, self.as_json = total, quiet, as_json
-        self.done, self.share = 0, 0.0
-        self.began = self.last_said = time.monotonic()
+        self.done, self.fraction = 0, 0.0
+        self.began = self.last_printed = time.monotonic()
         self.bar = None
         if total and not quiet and sys.stderr.isatty():
             import tqdm
 
-            form = "{percentage:3.0f}% |{bar}| " + f"{{n:.1f}}/{total} clips, {{rate_fmt}}, {{elapsed}} gone, {{remaining}} left"
+            form = "{percentage:3.0f}% |{bar}| " + f"{{n:.1f}}/{total} clips, {{rate_fmt}}, {{elapsed}} elapsed, {{remaining}} left"
             self.bar = tqdm.tqdm(total=total, unit="clip", bar_format=form, dynamic_ncols=True, leave=False, smoothing=0.1)
 
-    def tick(self, share: float) -> None:
-        """How much of the present clip is done, 0 to 1."""
-        self.share = share
+    def tick(self, fraction: float) -> None:
+        """Reports how much of the current clip is done, 0 to 1."""
+        self.fraction = fraction
         if self.bar is not None:
-            self.bar.update(self.done + share - self.bar.n)
-        elif not self.quiet and self.done + share < self.total and time.monotonic() - self.last_said > SAY_EVERY_S:
-            self.last_said = time.monotonic()
-            self._progress()
+            self.bar.update(self.done + fraction - self.bar.n)
+        elif not self.quiet and self.done + fraction < self.total and time.monotonic() - self.last_printed > PROGRESS_EVERY_S:
+            self.last_printed = time.monotonic()
+            self._print_progress()
 
-    def _progress(self) -> None:
-        done, seconds = self.done + self.share, time.monotonic() - self.began
+    def _print_progress(self) -> None:
+        done, seconds = self.done + self.fraction, time.monotonic() - self.began
         left = f"{(self.total - done) * seconds / done:.0f} s left" if done else "? s left"
         print(f"{done:.1f}/{self.total} clips, {seconds / max(done, 1e-9):.1f} s each, {left}", file=sys.stderr, flush=True)
 
     def outcome(self, outcome: ClipOutcome, seconds: float = 0.0) -> None:
-        with self._lines():
+        """Prints the outcome of a clip that took `seconds`."""
+        with self._bar_cleared():
             if outcome.error:
-                say(whose(outcome.path, outcome.error))
+                print_message(with_path(outcome.path, outcome.error))
             for warning in () if self.quiet else outcome.warnings:
-                say(whose(outcome.path, warning))
+                print_message(with_path(outcome.path, warning))
             if self.as_json:
                 print(json.dumps(outcome.as_dict()), flush=True)
             elif not self.quiet and not outcome.error:
-                print(shown(line_of(outcome, seconds)), flush=True)
-        if outcome.status != "there already":
+                print(printable(outcome_line(outcome, seconds)), flush=True)
+        if outcome.status != "exists":
             self.tick(1.0)
-            self.done, self.share = self.done + 1, 0.0
+            self.done, self.fraction = self.done + 1, 0.0
 
     @contextlib.contextmanager
-    def _lines(self) -> Iterator[None]:
-        """The bar makes room for lines."""
+    def _bar_cleared(self) -> Iterator[None]:
+        """Hides the bar while lines are printed."""
         if self.bar is not None:
             self.bar.clear()
         yield
@@ -123,28 +127,30 @@ class ProgressReporter:
             self.bar.refresh()
 
     def close(self) -> None:
+        """Removes the bar."""
         if self.bar is not None:
             self.bar.close()
 
 
-def say(text: str) -> None:
-    print(f"{NAME}: {shown(text)}", file=sys.stderr, flush=True)
+def print_message(text: str) -> None:
+    """Prints a line on stderr, after the command's name."""
+    print(f"{NAME}: {printable(text)}", file=sys.stderr, flush=True)
 
 
-def whose(path: str, text: str) -> str:
-    """A message with the clip before it, unless it begins with it."""
+def with_path(path: str, text: str) -> str:
+    """A message preceded by the clip's path, unless it begins with it."""
     return text if text.startswith(path) else f"{path}: {text}"
 
 
-def line_of(outcome: ClipOutcome, seconds: float) -> str:
-    """'whole.wav: filled 0.93-1.73 s by sound and lips, confidence 0.71; likeliest sentence ... (4.3 s)'."""
-    if outcome.status == "no hole found":
-        return f"{outcome.path}: no hole found, nothing written; --gap START-END tells where one is"
-    if outcome.status == "there already":
-        return f"{outcome.output}: there already"
-    gaps = outcome.gaps[:MOST_TOLD]
-    parts = [f"{g.start_s:.2f}-{g.end_s:.2f} s by {g.by}, confidence {g.confidence:.2f}" for g in gaps]
-    parts += [f"{len(outcome.gaps) - MOST_TOLD} more"] * (len(outcome.gaps) > MOST_TOLD)
-    if said := [f'"{text}"' for text in dict.fromkeys(g.transcript for g in outcome.gaps if g.transcript)]:
-        parts.append(f"likeliest sentence of Grid {', '.join(said[:MOST_TOLD])}")
-    return f"{outcome.output}: {'found and ' * outcome.found}filled {'; '.join(parts)} ({seconds:.1f} s)"
+def outcome_line(outcome: ClipOutcome, seconds: float) -> str:
+    """'out.wav: restored 0.93-1.73 s from audio and video, confidence 0.71; transcript "..." (4.3 s)'."""
+    if outcome.status == "no gap":
+        return f"{outcome.path}: no gap detected, nothing written; use --gap START-END to give one"
+    if outcome.status == "exists":
+        return f"{outcome.output}: exists, skipped"
+    gaps = outcome.gaps[:MAX_SHOWN]
+    parts = [f"{g.start_s:.2f}-{g.end_s:.2f} s from {g.inputs}, confidence {g.confidence:.2f}" for g in gaps]
+    parts += [f"{len(outcome.gaps) - MAX_SHOWN} more"] * (len(outcome.gaps) > MAX_SHOWN)
+    if transcripts := [f'"{text}"' for text in dict.fromkeys(g.transcript for g in outcome.gaps if g.transcript)]:
+        parts.append(f"transcript {', '.join(transcripts[:MAX_SHOWN])}")
+    return f"{outcome.output}: {'detected and ' * outcome.gaps_detected}restored {'; '.join(parts)} ({seconds:.1f} s)"

@@ -1,10 +1,10 @@
-"""One clip at work: its source, the windows around its gaps, and the sound that comes out, in memory that does not grow with it."""
+"""Restores one clip: its source, the windows around its gaps and the output audio, in memory that does not grow with its length."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,182 +18,198 @@ if TYPE_CHECKING:
     from avsi_jax.inference.restorer import Restorer
     from avsi_jax.media.clip_source import Source
 
-BLOCK_S = 10.0  # of untouched sound at once
-MEASURED_S = 1.5  # the longest gap that systems are evaluated at, where the weights do not tell
-CANCELLED = "channels of opposite phase cancel each other in their mean: the loudest was gone by, others are filled as they hold it"
-MOST_SHIFT_S = 5.0  # that a caller may tell sound and picture to be out of step
+BLOCK_S = 10.0  # of audio outside the gaps at once
+MEASURED_S = 1.5  # the longest gap in evaluations, where the weights do not say
+PHASE_WARNING = (
+    "channels of opposite phase cancel in their mean: the loudest channel was used, and the gap is restored in each channel "
+    "with its own sign"
+)
+MAX_OFFSET_S = 5.0  # the largest A/V offset that may be given
+
+
+class NoGapFoundError(ValueError):
+    """No gap was detected in a clip whose gaps were to be detected."""
 
 
 class FaceModels(NamedTuple):
-    """What looks at pictures: landmarks.FaceTracker, mouth_visibility.mouth_seen, and the lock that the tracker is used under."""
+    """Models of the visual front end: landmarks.FaceTracker, mouth_visibility.mouth_visible, and the lock under which to track."""
 
-    tracker: object
-    mouth_seen: object
+    tracker: Callable
+    mouth_visible: Callable
     lock: threading.Lock
 
 
 class InpaintedGap(NamedTuple):
-    """A gap [start, end) in samples of the clip's rate: api.Gap without its seconds."""
+    """A gap [start, end) in samples of the clip's rate; the other fields as in api.Gap."""
 
     start: int
     end: int
     confidence: float
     transcript: str
-    by: str
+    inputs: str
 
 
 class ClipInpainter:
-    """A source whose gaps, `spans` in samples of its own rate, are being filled.
+    """Restores the gaps, `spans` in samples of the clip's own rate, of one source.
 
-    eyes: None for a system without pictures; forgets: whether what is done with may be given up, for files of any length.
-    MediaError for a clip that has not what the system needs.
+    face_models: None for a system without video. streaming: discard results that are no longer needed, for files of any length.
+    Raises MediaError for a clip without video if the system needs it.
     """
 
     def __init__(
-        self, source: Source, spans, restorer: Restorer, face_models: FaceModels | None, measured, *, face=None, step="off", forgets=False,
+        self, source: Source, spans: list[tuple[int, int]], restorer: Restorer, face_models: FaceModels | None, measured: Mapping,
+        *, face: int | None = None, sync: str | float = "off", streaming: bool = False,
     ):  # fmt: skip
         self.began = time.perf_counter()
         self.seconds = dict.fromkeys(("decode", "landmarks", "model", "vocoder", "all"), 0.0)
         self.source, self.restorer, self.measured = source, restorer, measured
         self.masked = MaskedAudio(source, spans)
-        self.tracks, self.av_offset_s, self._step = None, None, _checked_step(step)
-        self._forgets, self._filled, self._notes, self._cancelled = forgets, {}, [], False
+        self.tracks, self.av_offset_s, self._sync = None, None, _checked_sync(sync)
+        self._streaming, self._inpainted, self._warnings, self._phase_warned = streaming, {}, [], False
         if face_models is not None:
-            self._watch(face_models, face)
+            self._add_tracks(face_models, face)
         spec = restorer.spec
-        plans = window_plan.plan(self.masked.missing, spec.record_samples, self.masked.length, spec.hop * spec.decimation)
+        plans = window_plan.plan(self.masked.record_gaps, spec.record_samples, self.masked.length, spec.hop * spec.decimation)
         self.window_inpainters = [window_inpainter.WindowInpainter(plan, self.masked, self.tracks, spec) for plan in plans]
-        self._place = [i for i, plan in enumerate(plans) for _ in plan.gaps]
+        self._plan_of_gap = [i for i, plan in enumerate(plans) for _ in plan.gaps]
 
-    def _watch(self, face_models: FaceModels, face) -> None:
-        drops = self.restorer.system.drops
+    def _add_tracks(self, face_models: FaceModels, face: int | None) -> None:
+        video_optional = self.restorer.system.handles_missing_streams
         if self.source.has_video:
-            self.tracks = face_tracks.FaceTracks(self.source, *face_models, self.seconds, face=face, must_see=not drops)
-        elif drops:
-            self._notes.append("no pictures: repaired by the sound alone")
+            self.tracks = face_tracks.FaceTracks(
+                self.source, *face_models, self.seconds, face=face, face_required=not video_optional
+            )
+        elif video_optional:
+            self._warnings.append("no video: restored from the audio alone")
         else:
             raise clip_io.MediaError(
-                f"{self.source.path} has no pictures; {self.restorer.name} needs them; a_si and av_unified do without"
+                f"{self.source.path} has no video; {self.restorer.name} needs it; use a_si or av_unified, which do not"
             )
 
     def begin(self) -> None:
-        """Looks at the first windows' pictures and settles by how much the sound comes after them."""
+        """Tracks the face in the first windows and measures the A/V offset."""
         if self.tracks is None:
             return
-        if isinstance(self._step, float):
-            self.tracks.lag_s += self._step
-        window_inpainter.look(self.window_inpainters[: window_inpainter.BUCKETS[-1]])
+        if isinstance(self._sync, float):
+            self.tracks.lag_s += self._sync
+        window_inpainter.track_faces(self.window_inpainters[: window_inpainter.BATCH_SIZES[-1]])
         began = time.perf_counter()
-        found = face_tracks.measured_sync(self.tracks, self.masked)
+        measured = face_tracks.measure_av_offset(self.tracks, self.masked)
         self.seconds["landmarks"] += time.perf_counter() - began
-        if found.certainty >= av_sync.SURE:
-            told = self._step if isinstance(self._step, float) else 0.0
-            self.av_offset_s = float(found.offset_s + told)
-            self._in_step(found, told)
+        if measured.certainty >= av_sync.MIN_CERTAINTY:
+            given_s = self._sync if isinstance(self._sync, float) else 0.0
+            self.av_offset_s = float(measured.offset_s + given_s)
+            self._handle_offset(measured, given_s)
 
-    def _in_step(self, found: av_sync.Sync, told: float) -> None:
-        """Corrects the step where it is asked for, and tells what is out of it."""
-        late = "later" if found.offset_s > 0 else "earlier"
-        apart = f"the sound is {abs(found.offset_s) * 1000:.0f} ms {late} than its pictures"
-        if abs(found.offset_s) <= av_sync.WORTH_S:
+    def _handle_offset(self, measured: av_sync.OffsetEstimate, given_s: float) -> None:
+        """Corrects the measured A/V offset if asked to, and warns of one that is large enough to matter."""
+        if abs(measured.offset_s) <= av_sync.MIN_OFFSET_S:
             return
-        if self._step == "auto":
-            self.tracks.lag_s += found.correction_s
-            self._notes.append(f"{apart}: corrected for the repair")
-        elif told:
-            self._notes.append(f"{apart}, by what was measured after the {told:g} s told")
+        direction = "lags" if measured.offset_s > 0 else "leads"
+        message = f"the audio {direction} the video by {abs(measured.offset_s) * 1000:.0f} ms"
+        if self._sync == "auto":
+            self.tracks.lag_s += measured.correction_s
+            self._warnings.append(f"{message}: corrected for the restoration")
+        elif given_s:
+            self._warnings.append(f"{message}, measured after the given offset of {given_s:g} s")
         else:
-            self._notes.append(f"{apart}: repaired as it is; sync 'auto' corrects it")
+            self._warnings.append(f"{message}: not corrected; use sync=auto to correct it")
 
     def gap(self, number: int) -> InpaintedGap:
-        """A gap, when its filling is done; ValueError where there was nothing to go by in the whole clip."""
-        if number in self._filled:
-            return self._filled[number]
-        of = self.window_inpainters[self._place[number]]
+        """The result for a gap whose windows have run. Raises ValueError if the whole clip had no input."""
+        if number in self._inpainted:
+            return self._inpainted[number]
+        windows = self.window_inpainters[self._plan_of_gap[number]]
         (start, end), rate = self.masked.spans[number], self.masked.rate
-        seen = self.tracks.share_seen(start / rate, end / rate) if self.tracks else 0.0
-        heard = of.heard and not self.restorer.name.startswith("v_")
-        if not heard and not seen and end - start == self.source.num_samples:
-            raise ValueError(f"{self.source.path}: the gap takes the whole sound and no face is seen: there is nothing to go by")
-        sure = confidence.confidence((end - start) / rate, heard, seen, self.measured)
-        said = ", ".join(dict.fromkeys(filter(None, of.transcript)))
-        self._filled[number] = found = InpaintedGap(start, end, sure, said, confidence.by(heard, seen))
-        self._warn(found, bool(heard or seen))
-        if of.cancelled and not self._cancelled:
-            self._cancelled = True
-            self._notes.append(f"around {start / rate:.2f} s {CANCELLED}")
-        return found
+        visible_share = self.tracks.visible_share(start / rate, end / rate) if self.tracks else 0.0
+        has_audio = windows.has_audio and not self.restorer.name.startswith("v_")
+        if not has_audio and not visible_share and end - start == self.source.num_samples:
+            raise ValueError(
+                f"{self.source.path}: the gap covers all of the audio and no face is visible: there is nothing to restore it from"
+            )
+        sure = confidence.confidence((end - start) / rate, has_audio, visible_share, self.measured)
+        transcript = ", ".join(dict.fromkeys(filter(None, windows.transcript)))
+        inputs = confidence.inputs_used(has_audio, visible_share)
+        self._inpainted[number] = result = InpaintedGap(start, end, sure, transcript, inputs)
+        self._warn(result, bool(has_audio or visible_share))
+        if windows.channels_cancel and not self._phase_warned:
+            self._phase_warned = True
+            self._warnings.append(f"around {start / rate:.2f} s {PHASE_WARNING}")
+        return result
 
-    def _warn(self, gap: InpaintedGap, known: bool) -> None:
+    def _warn(self, gap: InpaintedGap, has_input: bool) -> None:
         rate, length_s = self.masked.rate, (gap.end - gap.start) / self.masked.rate
         name = f"gap {gap.start / rate:.2f}-{gap.end / rate:.2f} s"
-        if not known:
-            self._notes.append(f"{name}: neither sound nor lips around it, so what is filled in is a guess")
-        longest = confidence.longest_s(self.measured, gap.by)
+        if not has_input:
+            self._warnings.append(f"{name}: neither audio nor a visible mouth around it, so the restored audio is a guess")
+        longest = confidence.longest_s(self.measured, gap.inputs)
         if length_s > (longest or MEASURED_S):
-            quality = f"; there STOI in the gap was {confidence.at_longest(self.measured, gap.by):.2f}" if longest else ""
-            self._notes.append(f"{name} is longer than the {longest or MEASURED_S:g} s that quality was measured up to{quality}")
+            quality = f" (STOI {confidence.quality_at_longest(self.measured, gap.inputs):.2f} in the gap there)" if longest else ""
+            self._warnings.append(f"{name} is longer than {longest or MEASURED_S:g} s, the longest gap that was evaluated{quality}")
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """The whole sound, (n, C) one after another, filled in on the way; what is not in a gap is the source's own."""
+        """The restored audio, (n, C) one after another; gaps are restored on the way, other samples are the source's own."""
         at = 0
         for number, (start, end) in enumerate(self.masked.spans):
-            yield from self._untouched(at, start)
-            of = self._done(number)
-            yield from self.masked.pieces(number, of.fill)
+            yield from self._unchanged(at, start)
+            windows = self._finished_windows(number)
+            yield from self.masked.restored_pieces(number, windows.inpainted)
             at = end
-            if self._forgets and number + 1 == of.plan.gaps.stop:
-                of.fill = None
-        yield from self._untouched(at, self.source.num_samples)
+            if self._streaming and number + 1 == windows.plan.gaps.stop:
+                windows.inpainted = None
+        yield from self._unchanged(at, self.source.num_samples)
 
-    def _untouched(self, start: int, stop: int) -> Iterator[np.ndarray]:
+    def _unchanged(self, start: int, stop: int) -> Iterator[np.ndarray]:
         size = max(1, round(BLOCK_S * self.masked.rate))
         for at in range(start, stop, size):
-            yield self.masked.own(at, min(at + size, stop))
+            yield self.masked.read_native(at, min(at + size, stop))
 
-    def _done(self, number: int) -> window_inpainter.WindowInpainter:
-        """The filling of a gap, done: together with the next ones, where it is not yet."""
-        i = self._place[number]
+    def _finished_windows(self, number: int) -> window_inpainter.WindowInpainter:
+        """The windows of a gap, after they have run; if necessary runs them together with the next ones."""
+        i = self._plan_of_gap[number]
         if not self.window_inpainters[i].done:
-            now = self.window_inpainters[i : i + window_inpainter.BUCKETS[-1]]
-            window_inpainter.run(self.restorer, now, self.seconds)
-            for f in now:
-                for each in f.plan.gaps:
+            batch = self.window_inpainters[i : i + window_inpainter.BATCH_SIZES[-1]]
+            window_inpainter.run(self.restorer, batch, self.seconds)
+            for windows in batch:
+                for each in windows.plan.gaps:
                     self.gap(each)
-            if self._forgets and self.tracks:  # only now: gaps that are filled together may lie hours apart
-                self.tracks.forget(self.masked.spans[now[-1].plan.gaps[-1]][1] / self.masked.rate)
+            if self._streaming and self.tracks:  # not earlier: gaps of one batch may be hours apart
+                self.tracks.discard_before(self.masked.spans[batch[-1].plan.gaps[-1]][1] / self.masked.rate)
         return self.window_inpainters[i]
 
     def finish(self) -> tuple[tuple[InpaintedGap, ...], tuple[str, ...], dict[str, float]]:
-        """Gaps, warnings and seconds, when all is done."""
+        """(gaps, warnings, processing times in seconds), after all blocks were read."""
         self.seconds["all"] = time.perf_counter() - self.began
         gaps = tuple(self.gap(i) for i in range(len(self.masked.spans)))
-        return gaps, tuple(self._notes) + (self.tracks.warnings if self.tracks else ()), dict(self.seconds)
+        return gaps, tuple(self._warnings) + (self.tracks.warnings if self.tracks else ()), dict(self.seconds)
 
 
-def _checked_step(step):
-    """'off', 'auto', or seconds as float; ValueError for others."""
-    if isinstance(step, str):
-        if step not in ("off", "auto"):
-            raise ValueError(f"sync {step!r}: expected off, auto or seconds by which the sound comes later than its pictures")
-        return step
-    if not abs(float(step)) <= MOST_SHIFT_S:
-        raise ValueError(f"sync {step:g}: expected at most {MOST_SHIFT_S:g} s either way")
-    return float(step)
+def _checked_sync(sync: str | float) -> str | float:
+    """'off', 'auto', or seconds as float. Raises ValueError for anything else."""
+    if isinstance(sync, str):
+        if sync not in ("off", "auto"):
+            raise ValueError(f"sync {sync!r}: expected off, auto or the seconds by which the audio lags the video")
+        return sync
+    if not abs(float(sync)) <= MAX_OFFSET_S:
+        raise ValueError(f"sync {sync:g}: expected at most {MAX_OFFSET_S:g} s in either direction")
+    return float(sync)
 
 
-def check_gaps(gaps, num_samples: int, rate: int) -> list[tuple[int, int]]:
-    """Seconds -> [start, end) in samples of the clip's own rate, sorted; ValueError says which gap doesn't fit and why."""
+def check_gaps(gaps: Sequence[tuple[float, float]], num_samples: int, rate: int) -> list[tuple[int, int]]:
+    """(start, end) pairs in seconds -> [start, end) in samples of the clip's own rate, sorted, overlapping gaps merged.
+
+    Raises ValueError that names the gap that does not fit and the reason.
+    """
     duration = num_samples / rate
     spans = []
     for start, end in sorted(gaps):
         if not 0 <= start < end:
             raise ValueError(f"gap {start:g}-{end:g}: expected START-END in seconds with 0 <= START < END")
         if start >= duration or end > duration + 0.5 / rate:
-            raise ValueError(f"gap {start:g}-{end:g} s leaves the clip, whose sound is {duration:.3f} s long")
+            raise ValueError(f"gap {start:g}-{end:g} s is not inside the clip, whose audio is {duration:.3f} s long")
         spans.append((round(start * rate), min(round(end * rate), num_samples)))
         if spans[-1][0] == spans[-1][1]:
-            raise ValueError(f"gap {start:g}-{end:g} s holds no sample at {rate} Hz")
+            raise ValueError(f"gap {start:g}-{end:g} s contains no sample at {rate} Hz")
     if not spans:
         raise ValueError("no gap given; expected at least one, such as --gap 0.93-1.73")
     merged = [spans[0]]
@@ -206,15 +222,15 @@ def check_gaps(gaps, num_samples: int, rate: int) -> list[tuple[int, int]]:
 
 
 def detected_gaps(source: Source) -> list[tuple[int, int]]:
-    """The holes that nobody named, in samples of the clip's own rate; ValueError where there are none."""
+    """The gaps detected in a clip, [start, end) in samples of its own rate. Raises NoGapFoundError if there are none."""
     from avsi_jax.audio import gap_detection
 
-    finder = gap_detection.GapDetector(source.rate)
-    found = [gap for _, block in source.blocks(max(1, round(BLOCK_S * source.rate))) for gap in finder.feed(block)]
-    spans = [(gap.start, gap.end) for gap in (*found, *finder.end())]
+    detector = gap_detection.GapDetector(source.rate)
+    detected = [gap for _, block in source.blocks(max(1, round(BLOCK_S * source.rate))) for gap in detector.feed(block)]
+    spans = [(gap.start, gap.end) for gap in (*detected, *detector.end())]
     if not spans:
-        raise ValueError(
-            f"{source.path}: no hole found; expected digital silence, lost or repeated packets or clipped bursts in speech; "
-            "name it with --gap START-END"
+        raise NoGapFoundError(
+            f"{source.path}: no gap detected; expected digital silence, lost or repeated packets or clipped bursts in speech; "
+            "give it with --gap START-END"
         )
     return spans

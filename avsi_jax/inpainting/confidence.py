@@ -1,8 +1,8 @@
-"""How well a gap is probably filled, 0 to 1: the STOI around gaps of its length that was measured when the weights were evaluated.
+"""Confidence of a restored gap, 0 to 1: the STOI measured in gaps of its length when the weights were evaluated.
 
-By what there was to go by, interpolated over the gap's length, mixed by the share of the gap whose pictures show the mouth; 0 where
-there was nothing. Weights that nobody evaluated have no such numbers: then it is FALLBACK_S / (FALLBACK_S + length), which tells a
-short gap from a long one and nothing more.
+The measurement depends on the inputs (audio, video or both), is interpolated over the length of the gap, and weighted by the share
+of the gap in which the mouth is visible. It is 0 without any input. For weights without measurements it is FALLBACK_S /
+(FALLBACK_S + length), which only reflects that longer gaps are harder.
 """
 
 from __future__ import annotations
@@ -11,43 +11,45 @@ from collections.abc import Mapping
 
 import numpy as np
 
-BOTH, AUDIO, LIPS = "sound and lips", "sound", "lips"
+BOTH, AUDIO, VIDEO = "audio and video", "audio", "video"
 METRIC = "stoi_gap"
 FALLBACK_S = 1.0
-BEYOND_S = 1.5  # behind the longest gap measured, quality halves in this time
-SEEN = 0.25  # of a gap, from which on lips are said to have helped
+HALVING_S = 1.5  # beyond the longest measured gap, the value halves every so many seconds
+MIN_VISIBLE_SHARE = 0.25  # of a gap: with a visible mouth in less of it, the video does not count as an input
 
 
-def by(heard: bool, share_seen: float) -> str:
-    """What there was to go by; 'sound' too where there was nothing."""
-    if share_seen >= SEEN:
-        return BOTH if heard else LIPS
+def inputs_used(has_audio: bool, visible_share: float) -> str:
+    """The inputs of a restored gap: 'audio and video', 'audio' or 'video'; 'audio' also if there was neither."""
+    if visible_share >= MIN_VISIBLE_SHARE:
+        return BOTH if has_audio else VIDEO
     return AUDIO
 
 
-def confidence(length_s: float, heard: bool, share_seen: float, measured: Mapping) -> float:
-    """0..1 of a gap of length_s; measured: facts['measured'] of the weights, or {}."""
-    lips = BOTH if heard else LIPS
-    found = share_seen * _of(length_s, lips, measured) + (1 - share_seen) * (_of(length_s, AUDIO, measured) if heard else 0.0)
-    return float(np.clip(found, 0.0, 1.0))
+def confidence(length_s: float, has_audio: bool, visible_share: float, measured: Mapping) -> float:
+    """Confidence, 0 to 1, of a gap of length_s. measured: facts['measured'] of the weights, or {}."""
+    with_video = _quality(length_s, BOTH if has_audio else VIDEO, measured)
+    without_video = _quality(length_s, AUDIO, measured) if has_audio else 0.0
+    return float(np.clip(visible_share * with_video + (1 - visible_share) * without_video, 0.0, 1.0))
 
 
-def longest_s(measured: Mapping, of: str) -> float | None:
-    """Seconds of the longest gap that quality was measured at; None where it wasn't."""
-    lengths = [int(ms) for ms, found in measured.get(of, {}).items() if METRIC in found]
+def longest_s(measured: Mapping, inputs: str) -> float | None:
+    """Length in seconds of the longest gap that was measured with these inputs, or None."""
+    lengths = [int(ms) for ms, metrics in measured.get(inputs, {}).items() if METRIC in metrics]
     return max(lengths) / 1000 if lengths else None
 
 
-def at_longest(measured: Mapping, of: str) -> float:
-    """The STOI there."""
-    return float(measured[of][str(round(longest_s(measured, of) * 1000))][METRIC])
+def quality_at_longest(measured: Mapping, inputs: str) -> float:
+    """STOI measured for the longest gap with these inputs."""
+    return float(measured[inputs][str(round(longest_s(measured, inputs) * 1000))][METRIC])
 
 
-def _of(length_s: float, of: str, measured: Mapping) -> float:
-    """By one kind of what was there; where that was not measured by the nearest that was."""
-    for kind in dict.fromkeys((of, BOTH, AUDIO, LIPS)):
-        known = sorted((int(ms) / 1000, found[METRIC]) for ms, found in measured.get(kind, {}).items() if METRIC in found)
+def _quality(length_s: float, inputs: str, measured: Mapping) -> float:
+    """STOI for a gap of length_s with these inputs, or with the nearest inputs that were measured."""
+    for candidate in dict.fromkeys((inputs, BOTH, AUDIO, VIDEO)):
+        known = sorted(
+            (int(ms) / 1000, metrics[METRIC]) for ms, metrics in measured.get(candidate, {}).items() if METRIC in metrics
+        )
         if known:
             lengths, quality = zip(*known)
-            return float(np.interp(length_s, lengths, quality)) * 0.5 ** (max(0.0, length_s - lengths[-1]) / BEYOND_S)
+            return float(np.interp(length_s, lengths, quality)) * 0.5 ** (max(0.0, length_s - lengths[-1]) / HALVING_S)
     return FALLBACK_S / (FALLBACK_S + length_s)

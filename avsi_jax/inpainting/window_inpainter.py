@@ -1,12 +1,13 @@
-"""Windows through a Restorer, many at once: the gaps of clips are filled, each plan's windows one after another.
+"""Runs windows of clips through a Restorer in batches; the windows of one plan run one after another.
 
-Windows of any clips share a batch, filled up to one of BUCKETS, for which a program each is compiled. In a long gap a window hears
-what the one before it filled in, and takes over from its levels by a cross-fade; the sound of the overlap is made anew from them.
+Windows of any clips share a batch, which is padded to one of BATCH_SIZES, each a compiled program. In a long gap a window reads
+what the window before it restored; in their overlap the levels are cross-faded and the audio is generated again from them.
 """
 
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,74 +16,84 @@ from avsi_jax.inpainting.masked_audio import InpaintedSpan, MaskedAudio, window_
 from avsi_jax.media import channels, clip_io
 from avsi_jax.presets import RECORD_RATE, Spec
 
-BUCKETS = (1, 2, 4, 8)  # windows at once
-GAP_ROWS = 8  # a window's gaps are filled up to this, twice this, ...
+if TYPE_CHECKING:
+    from avsi_jax.inference.restorer import Restorer
+
+BATCH_SIZES = (1, 2, 4, 8)  # windows
+GAP_ROWS = 8  # the gaps of a window are padded to this, twice this, ... rows
 
 
 class WindowInpainter:
-    """One plan at work. `fill`: what was made up so far; `said`: the sentences read, one a window; `heard`: whether there was sound
-    beside the gaps; `cancelled`: whether its channels cancel each other in their mean; `done`: nothing is left to do."""
+    """Carries out one plan.
+
+    inpainted: the restored audio so far. transcript: predicted texts, one per window. has_audio: whether any window had audio
+    beside its gaps. channels_cancel: whether the channels cancel each other in their mean. done: whether all windows have run.
+    """
 
     def __init__(self, plan: window_plan.Plan, masked: MaskedAudio, tracks: face_tracks.FaceTracks | None, spec: Spec):
-        self.plan, self.tracks, self._damaged, self._spec = plan, tracks, masked, spec
+        self.plan, self.tracks, self._masked, self._spec = plan, tracks, masked, spec
         self._hop = spec.hop * spec.decimation
-        missing = masked.missing[plan.gaps.start : plan.gaps.stop]
-        self.fill = InpaintedSpan(int(missing[0, 0]), int(missing[-1, 1]))
+        gaps = masked.record_gaps[plan.gaps.start : plan.gaps.stop]
+        self.inpainted = InpaintedSpan(int(gaps[0, 0]), int(gaps[-1, 1]))
         self.transcript: list[str] = []
-        self.heard = self.cancelled = False
-        self._at, self._level, self._gain = 0, None, 1.0
+        self.has_audio = self.channels_cancel = False
+        self._index, self._level, self._gain = 0, None, 1.0
 
     @property
     def done(self) -> bool:
-        return self._at == len(self.plan.steps)
+        """Whether all windows have run."""
+        return self._index == len(self.plan.windows)
 
     @property
-    def step(self) -> window_plan.Step:
-        return self.plan.steps[self._at]
+    def window(self) -> window_plan.Window:
+        """The next window."""
+        return self.plan.windows[self._index]
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The next window, in seconds of the sound."""
-        return self.step.first / RECORD_RATE, (self.step.first + self._spec.record_samples) / RECORD_RATE
+        """The next window, in seconds of the audio."""
+        return self.window.first / RECORD_RATE, (self.window.first + self._spec.record_samples) / RECORD_RATE
 
-    def row(self) -> tuple[dict, np.ndarray]:
-        """The next window: its row of a raw batch, as loud as networks know sound, and what of it is lost, (G, 2)."""
-        first, size = self.step.first, self._spec.record_samples
-        if not self._at:
-            self._listen()
-        masked, length = self._damaged, min(size, self._damaged.length - self.step.first)
-        audio = masked.record(first, size, self.fill.weights)
-        audio = self.fill.laid_over(audio, first) if self._at else audio
-        missing = masked.missing.copy()
-        if self._at:
-            own = missing[self.plan.gaps.start]  # a plan of several windows has one gap
-            own[:] = (own[0], self.step.end) if self.plan.backwards else (self.step.start, own[1])
-        missing = np.clip(missing - first, 0, length)
-        missing = missing[missing[:, 0] < missing[:, 1]]
-        self.heard |= _is_heard(audio, missing)
-        row = face_tracks.window(self.tracks, *self.interval)
+    def batch_row(self) -> tuple[dict, np.ndarray]:
+        """The next window: its row of a raw batch, at a level that networks were trained on, and its gaps (G, 2) in samples."""
+        first, size = self.window.first, self._spec.record_samples
+        if not self._index:
+            self._measure_context()
+        masked, length = self._masked, min(size, self._masked.length - self.window.first)
+        audio = masked.read_mono(first, size, self.inpainted.weights)
+        audio = self.inpainted.overlaid_on(audio, first) if self._index else audio
+        gaps = masked.record_gaps.copy()
+        if self._index:
+            own = gaps[self.plan.gaps.start]  # a plan with several windows has one gap
+            own[:] = (own[0], self.window.end) if self.plan.backwards else (self.window.start, own[1])
+        gaps = np.clip(gaps - first, 0, length)
+        gaps = gaps[gaps[:, 0] < gaps[:, 1]]
+        self.has_audio |= _has_audio(audio, gaps)
+        row = face_tracks.batch_row(self.tracks, *self.interval)
         return row | {
             "audio": clip_io.to_int16(audio * self._gain),
             "audio_length": np.int32(length),
             "id_hash": np.uint32(0),
-        }, missing
+        }, gaps
 
-    def _listen(self) -> None:
-        """Settles by what is known around the gaps how the channels are heard, and how loud."""
-        span = self.fill.start, self.fill.start + len(self.fill.samples)
-        known = self._damaged.known(*span)
-        self.fill.weights, self.cancelled = channels.weights_of(known), channels.cancel(known)
-        self._gain = self._damaged.gain(*span, self.fill.weights)
+    def _measure_context(self) -> None:
+        """Chooses the weights of the channels and the gain from the known audio around the gaps."""
+        span = self.inpainted.start, self.inpainted.start + len(self.inpainted.samples)
+        known = self._masked.native_context(*span)
+        self.inpainted.weights, self.channels_cancel = channels.downmix_weights(known), channels.cancel_in_mean(known)
+        self._gain = self._masked.gain(*span, self.inpainted.weights)
 
-    def blend(self, level: np.ndarray) -> np.ndarray:
-        """The window's levels (F, K), in its overlap with the one before by and by instead of that one's."""
-        if self._at:
-            before, step = self.plan.steps[self._at - 1], self.step
-            shift = (step.first - before.first) // self._hop
+    def cross_faded(self, level: np.ndarray) -> np.ndarray:
+        """The window's levels (F, K), cross-faded with those of the window before in their overlap."""
+        if self._index:
+            before, window = self.plan.windows[self._index - 1], self.window
+            shift = (window.first - before.first) // self._hop
             frames = np.arange(len(level))
-            centre = frames * self._hop + step.first + (0 if self._spec.centred else self._spec.window * self._spec.decimation // 2)
-            since = step.end - centre if self.plan.backwards else centre - step.start
-            reach = self._spec.window * self._spec.decimation  # frames before the overlap see some of it
+            centre = (
+                frames * self._hop + window.first + (0 if self._spec.centred else self._spec.window * self._spec.decimation // 2)
+            )
+            since = window.end - centre if self.plan.backwards else centre - window.start
+            reach = self._spec.window * self._spec.decimation  # frames before the overlap include some of it
             both = (since > -reach) & (since < window_plan.OVERLAP) & (frames + shift >= 0) & (frames + shift < len(level))
             new = (since[both] / window_plan.OVERLAP).clip(0, 1)[:, None]
             level = level.copy()
@@ -90,71 +101,71 @@ class WindowInpainter:
         self._level = level
         return level
 
-    def take(self, audio: np.ndarray, said: str) -> None:
-        """The window's sound (record_samples,), filled in, and the sentence read in it."""
-        first, start, end = self.step
-        self.fill.put(start, window_of(audio, start - first, end - start) / np.float32(self._gain))
-        self.transcript.append(said)
-        self._at += 1
+    def add_result(self, audio: np.ndarray, transcript: str) -> None:
+        """Stores the restored audio (record_samples,) and the predicted text of the next window, and moves on to the one after."""
+        first, start, end = self.window
+        self.inpainted.put(start, window_of(audio, start - first, end - start) / np.float32(self._gain))
+        self.transcript.append(transcript)
+        self._index += 1
 
 
-def _is_heard(audio: np.ndarray, missing: np.ndarray) -> bool:
-    """Whether a window holds any sound beside its gaps: 50 ms that are no digital silence."""
+def _has_audio(audio: np.ndarray, gaps: np.ndarray) -> bool:
+    """Whether a window has audio outside its gaps: 50 ms that are not digital silence."""
     known = np.ones(len(audio), bool)
-    for a, b in missing:
+    for a, b in gaps:
         known[a:b] = False
     return int((np.abs(audio[known]) > 1e-4).sum()) > RECORD_RATE // 20
 
 
-def run(restorer, window_inpainters: list[WindowInpainter], seconds: dict[str, float]) -> None:
-    """Works all of them to their end; adds the time to seconds['model'] and ['vocoder']."""
-    waiting = [filling for filling in window_inpainters if not filling.done]
+def run(restorer: Restorer, window_inpainters: list[WindowInpainter], seconds: dict[str, float]) -> None:
+    """Runs all of them until they are done; adds the time to seconds['model'] and seconds['vocoder']."""
+    waiting = [inpainter for inpainter in window_inpainters if not inpainter.done]
     while waiting:
-        look(waiting[: BUCKETS[-1]])
-        batch = [(filling, *filling.row()) for filling in waiting[: BUCKETS[-1]]]
-        for alike in _alike(batch):
-            _restore(restorer, alike, seconds)
-        waiting = [filling for filling in waiting if not filling.done]
+        track_faces(waiting[: BATCH_SIZES[-1]])
+        batch = [(inpainter, *inpainter.batch_row()) for inpainter in waiting[: BATCH_SIZES[-1]]]
+        for group in _group_by_shape(batch):
+            _restore(restorer, group, seconds)
+        waiting = [inpainter for inpainter in waiting if not inpainter.done]
 
 
-def look(window_inpainters: list[WindowInpainter]) -> None:
-    """Has the pictures of their next windows looked at, those of one clip at once."""
-    for tracks in {id(f.tracks): f.tracks for f in window_inpainters if f.tracks is not None}.values():
-        tracks.look([tracks.interval(*f.interval) for f in window_inpainters if f.tracks is tracks])
+def track_faces(window_inpainters: list[WindowInpainter]) -> None:
+    """Tracks the face in the video of their next windows, those of one clip together."""
+    for tracks in {id(w.tracks): w.tracks for w in window_inpainters if w.tracks is not None}.values():
+        tracks.track([tracks.interval(*w.interval) for w in window_inpainters if w.tracks is tracks])
 
 
-def _alike(batch) -> list[list]:
-    """Windows with equally many pictures and room for gaps, together."""
-    kinds: dict[tuple, list] = {}
-    for filling, row, missing in batch:
-        kinds.setdefault((row["landmarks"].shape, _rows(len(missing))), []).append((filling, row, missing))
-    return list(kinds.values())
+def _group_by_shape(batch: list[tuple]) -> list[list[tuple]]:
+    """Windows whose video frames and gaps are padded to the same size, together."""
+    groups: dict[tuple, list] = {}
+    for inpainter, row, gaps in batch:
+        groups.setdefault((row["landmarks"].shape, _padded_rows(len(gaps))), []).append((inpainter, row, gaps))
+    return list(groups.values())
 
 
-def _rows(count: int) -> int:
+def _padded_rows(count: int) -> int:
     rows = GAP_ROWS
     while rows < count:
         rows *= 2
     return rows
 
 
-def _restore(restorer, batch: list, seconds: dict[str, float]) -> None:
-    """One pass: a batch's windows, filled up by copies of the first to a bucket."""
+def _restore(restorer: Restorer, batch: list[tuple], seconds: dict[str, float]) -> None:
+    """One pass: the windows of a batch, padded with copies of the first to one of BATCH_SIZES."""
     import jax
 
-    count = next(size for size in BUCKETS if size >= len(batch))
-    filled_up = batch + batch[:1] * (count - len(batch))
-    raw = {key: np.stack([row[key] for _, row, _ in filled_up]) for key in batch[0][1]}
-    rows = _rows(max(len(missing) for *_, missing in batch))
-    gap = np.stack([np.pad(missing, ((0, rows - len(missing)), (0, 0))) for *_, missing in filled_up])
+    count = next(size for size in BATCH_SIZES if size >= len(batch))
+    padded = batch + batch[:1] * (count - len(batch))
+    raw = {key: np.stack([row[key] for _, row, _ in padded]) for key in batch[0][1]}
+    rows = _padded_rows(max(len(gaps) for *_, gaps in batch))
+    gaps = np.stack([np.pad(own, ((0, rows - len(own)), (0, 0))) for *_, own in padded])
     began = time.perf_counter()
-    restored = jax.block_until_ready(restorer.restore(raw, gap))
-    said = restorer.sentences(restored)
+    restored = jax.block_until_ready(restorer.restore(raw, gaps))
+    transcripts = restorer.sentences(restored)
     level = np.asarray(restored.level)
     seconds["model"] += time.perf_counter() - began
-    level = np.stack([filling.blend(of) for (filling, *_), of in zip(batch, level)] + [*level[len(batch) :]])
+    level = np.stack([inpainter.cross_faded(own) for (inpainter, *_), own in zip(batch, level)] + [*level[len(batch) :]])
     began = time.perf_counter()
-    audio = restorer.to_audio(level, raw, gap)
+    audio = restorer.to_audio(level, raw, gaps)
     seconds["vocoder"] += time.perf_counter() - began
-    for (filling, *_), made, text in zip(batch, audio, said):
-        filling.take(made, text)
+    for (inpainter, *_), own, transcript in zip(batch, audio, transcripts):
+        inpainter.add_result(own, transcript)

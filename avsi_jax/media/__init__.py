@@ -1,1 +1,1 @@
-"""Clip files in and out: decoding, writing, channels, and plots of waveforms."""
+"""Clip files in and out: decoding, writing, downmixing of channels, and plots of audio."""

@@ -1,8 +1,9 @@
-"""Clip files <-> pictures and waveforms; with media/grid_mpeg.py, which writes clips, the only importer of av and soundfile.
+"""Decodes clip files into video frames and audio samples, and writes audio files.
 
-Video files (.mpg .mpeg .mp4 .avi .mov .mkv) are decoded by PyAV in one pass, sound files (.wav .flac) by libsndfile. A clip keeps
-its own frame count, sound length, rate and channels: nothing is padded, cut, mixed or resampled on the way in. Times are seconds
-from the presentation times of the file. Not done here: pictures come as stored, without rotation flags or pixels made square.
+Video files (.mpg .mpeg .mp4 .avi .mov .mkv) are decoded by PyAV in one pass, audio files (.wav .flac) by libsndfile. A clip keeps
+its own frame count, audio length, sample rate and channels: nothing is padded, cut, mixed or resampled. Times are in seconds, from
+the presentation times of the file. Frames are returned as stored: rotation flags and the pixel aspect ratio are ignored. Only the
+package avsi_jax.media imports av and soundfile. Letters: T video frames, H and W their height and width, N samples, C channels.
 """
 
 from __future__ import annotations
@@ -10,29 +11,37 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from avsi_jax import presets
 
+if TYPE_CHECKING:
+    import av
+    import soundfile
+
 VIDEO_SUFFIXES = (".mpg", ".mpeg", ".mp4", ".avi", ".mov", ".mkv")
 AUDIO_SUFFIXES = (".wav", ".flac")
-MOST_POINTS = 4096 * 2304  # of a picture; few bytes can hold a film of pictures that take gigabytes
-MAX_VIDEO_BYTES = 6 * 2**30  # decoded; 75 Grid pictures take 23 MB, one minute of 1080p 9 GB
+MAX_FRAME_PIXELS = 4096 * 2304  # a file of few bytes can hold frames that take gigabytes
+MAX_VIDEO_BYTES = 6 * 2**30  # decoded; 75 Grid frames take 23 MB, one minute of 1080p 9 GB
 PCM_BITS = {"PCM_U8": 8, "PCM_S8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
-MAX_SAMPLES_A_BYTE = 65_535  # FLAC's longest block, of silence, takes more than a byte
-SAME_START_S = 1e-4  # two streams start together within this
-# What is looked for inside a file, whatever its suffix: a play list (concat, hls, dash, sdp) would open what it names.
+MAX_SAMPLES_PER_BYTE = 65_535  # FLAC's longest block, of silence, takes more than a byte
+SAME_START_S = 1e-4  # two streams that start within this time count as starting together
+# Formats that are accepted inside a file, whatever its suffix: a playlist (concat, hls, dash, sdp) could open other files.
 VIDEO_FORMATS = "mpeg,mpegts,mpegvideo,m4v,h264,hevc,mov,matroska,avi,flv,asf,ogg"
 IMAGE_FORMATS = "image2,png_pipe,jpeg_pipe,bmp_pipe,tiff_pipe,webp_pipe,gif_pipe,pgm_pipe,ppm_pipe"
 
 
 class MediaError(ValueError):
-    """A clip cannot be read or written; one line: found, expected, what mends it."""
+    """A clip cannot be read or written. The message is one line: what was found, what was expected, how to fix it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Video:
+    """Decoded video frames."""
+
     rgb: np.ndarray  # (T, H, W, 3) uint8
     fps: float
     start_s: float  # time of the first frame in the container
@@ -41,24 +50,29 @@ class Video:
 
 @dataclasses.dataclass(frozen=True)
 class Audio:
-    samples: np.ndarray  # (N, C) float32 as decoded (16-bit / 32768); lossy codecs may pass 1.0
+    """Decoded audio."""
+
+    samples: np.ndarray  # (N, C) float32 as decoded (16-bit / 32768); lossy codecs may exceed 1.0
     rate: int  # Hz
     start_s: float  # time of the first sample in the container
-    subtype: str  # what `write_sound` takes to write it back: PCM_16, PCM_24, FLOAT, ...
-    codec: str
+    subtype: str  # libsndfile subtype with which `write_audio` writes it back: PCM_16, PCM_24, FLOAT, ...
+    codec: str  # canonical name of the codec, e.g. mp2
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
+    """A decoded clip file; a part that is absent or was not requested is None."""
+
     path: str
     video: Video | None
     audio: Audio | None
 
 
-def read_clip(path, *, video: bool = True, audio: bool = True, max_bytes: int = MAX_VIDEO_BYTES) -> Clip:
-    """Decodes a clip; what is not asked for, or not in the file, is None. max_bytes: of all pictures, decoded.
+def read_clip(path: os.PathLike | str, *, video: bool = True, audio: bool = True, max_bytes: int = MAX_VIDEO_BYTES) -> Clip:
+    """Decodes a clip; `video` and `audio` say which parts are wanted. `max_bytes`: limit for all decoded frames together.
 
-    FileNotFoundError; MediaError where the suffix is unknown, or the file can't be decoded, holds nothing asked for or too much.
+    Raises FileNotFoundError; MediaError where the suffix is unknown, the file cannot be decoded, it holds none of the wanted
+    parts, or its frames exceed a limit.
     """
     file = check_file(path)
     if file.suffix.lower() in AUDIO_SUFFIXES:
@@ -66,12 +80,12 @@ def read_clip(path, *, video: bool = True, audio: bool = True, max_bytes: int = 
     clip = _read_video_file(file, video, audio, max_bytes)
     wanted = (video and clip.video is not None) or (audio and clip.audio is not None)
     if (video or audio) and not wanted:
-        raise nothing_in(file, video, audio)
+        raise no_stream_error(file, video, audio)
     return clip
 
 
-def check_file(path) -> pathlib.Path:
-    """A clip's path; FileNotFoundError, or MediaError for a folder or a suffix that is not known."""
+def check_file(path: os.PathLike | str) -> pathlib.Path:
+    """The path of an existing clip file; FileNotFoundError, or MediaError for a folder or an unknown suffix."""
     file, known = pathlib.Path(path), " ".join(VIDEO_SUFFIXES + AUDIO_SUFFIXES)
     suffix = file.suffix.lower()
     if suffix not in VIDEO_SUFFIXES + AUDIO_SUFFIXES:
@@ -83,14 +97,14 @@ def check_file(path) -> pathlib.Path:
     return file
 
 
-def nothing_in(file, video: bool, audio: bool) -> MediaError:
-    """What to raise where nothing that was asked for can be decoded."""
-    asked = " or ".join(name for name, on in (("pictures", video), ("sound", audio)) if on)
-    return MediaError(f"{file}: found no {asked} that can be decoded; check that the file plays, or fetch it again")
+def no_stream_error(file: os.PathLike | str, video: bool, audio: bool) -> MediaError:
+    """The error for a file in which none of the wanted streams can be decoded."""
+    wanted = " or ".join(name for name, is_wanted in (("video", video), ("audio", audio)) if is_wanted)
+    return MediaError(f"{file}: found no {wanted} that can be decoded; check that the file plays, or download it again")
 
 
-def open_container(file, formats: str = VIDEO_FORMATS):
-    """PyAV's container of a local file of the known kinds, closed by its `with`; MediaError for a play list and others."""
+def open_container(file: os.PathLike | str, formats: str = VIDEO_FORMATS) -> av.container.InputContainer:
+    """Opens a local file with PyAV; to be used in a `with` statement. MediaError for playlists and other unknown formats."""
     import av
 
     path, options = str(pathlib.Path(file).absolute()), {"format_whitelist": formats, "protocol_whitelist": "file"}
@@ -100,13 +114,19 @@ def open_container(file, formats: str = VIDEO_FORMATS):
         except TypeError:  # PyAV 19 has no such keyword: metadata that is not UTF-8 is no error there
             return av.open(path, options=options)
     except av.ArgumentError as e:
-        raise MediaError(f"{file}: found a play list or another unknown kind of file inside, expected a clip; convert it") from e
+        raise MediaError(f"{file}: found a playlist or another unknown format, expected a clip; convert it") from e
 
 
-def read_frames(paths, numbers=None, fps: float = presets.GRID_FPS, *, max_bytes: int = MAX_VIDEO_BYTES) -> Video:
-    """Single pictures (.png .jpg ...), in this order, as a film of `fps`; MediaError as read_clip.
+def read_frames(
+    paths: Sequence[os.PathLike | str],
+    numbers: Sequence[int] | None = None,
+    fps: float = presets.GRID_FPS,
+    *,
+    max_bytes: int = MAX_VIDEO_BYTES,
+) -> Video:
+    """Reads image files (.png .jpg ...), in this order, as a video of `fps`; MediaError as read_clip.
 
-    numbers: of each picture, ascending, where some are missing: a missing one leaves its time free.
+    numbers: the frame number of each image, ascending. A number that is absent leaves a jump in `times`. None: 0, 1, 2, ...
     """
     import av
 
@@ -118,17 +138,17 @@ def read_frames(paths, numbers=None, fps: float = presets.GRID_FPS, *, max_bytes
                 reader.check_size(container.streams.video[0])
                 reader.add(next(container.decode(video=0)), seconds=(number - numbers[0]) / fps)
         except (av.FFmpegError, IndexError, StopIteration) as e:
-            raise MediaError(f"{path}: cannot be decoded as a picture ({one_line(e)}); fetch it again") from e
+            raise MediaError(f"{path}: cannot be decoded as an image ({one_line(e)}); download it again") from e
     return Video(np.stack(reader.rgb), fps, 0.0, np.array(reader.seconds))
 
 
 def mono(samples: np.ndarray) -> np.ndarray:
-    """(N, C) -> (N,) float32, the mean of the channels (a decoder's own downmix scales by 1.41 and clips)."""
+    """Mean of the channels, (N, C) -> (N,) float32 (a decoder's own downmix scales by 1.41 and clips)."""
     return np.asarray(samples, np.float32).mean(axis=1, dtype=np.float64).astype(np.float32)
 
 
 def resample(x: np.ndarray, rate_from: int, rate_to: int) -> np.ndarray:
-    """(N,) or (N, C) at `rate_from` Hz -> float32 at `rate_to` Hz, soxr HQ."""
+    """Resamples (N,) or (N, C) from `rate_from` to `rate_to`, both in Hz, with soxr HQ; float32."""
     x = np.asarray(x, np.float32)
     if rate_from == rate_to or not len(x):
         return x.copy()
@@ -138,61 +158,62 @@ def resample(x: np.ndarray, rate_from: int, rate_to: int) -> np.ndarray:
 
 
 def to_int16(x: np.ndarray) -> np.ndarray:
-    """Float sound -> int16, clip(round(32768 x)): the one rule for what leaves the program as 16 bit."""
+    """Float samples -> int16, clip(round(32768 x)). All 16-bit output of the package uses this rule."""
     return (_quantise(x, 16) >> 16).astype(np.int16)
 
 
 def from_int16(x: np.ndarray) -> np.ndarray:
-    """int16 -> float32, x / 32768."""
+    """int16 samples -> float32, x / 32768."""
     return np.asarray(x, np.float32) / np.float32(32768)
 
 
 def audio_lag_s(clip: Clip) -> float:
-    """Seconds by which sound lags the pictures: what is seen t after the first frame is heard t + lag after the first sample.
+    """Seconds by which the audio lags the video; 0 where the clip has only one of the two.
 
-    Presentation times do not show the delay of Grid's MP2 encoder (presets.MPEG_SOUND_LAG_S); it is added where the sound is as
-    Grid made it: MP2 at 44.1 kHz that starts with the pictures, also where it was copied into an .mp4 (whose MPEG sound ffmpeg
-    reads as MP3) or written anew without loss: Grid's own length tells those. 0 where the clip has only one of the two.
+    A frame at time t after the first frame belongs to the audio at t + lag after the first sample. Presentation times do not show
+    the delay of Grid's MP2 encoder (presets.MPEG_AUDIO_LAG_S). It is added where the audio is Grid's own: MP2 at 44.1 kHz that
+    starts together with the video. Where the audio was copied into an .mp4 (ffmpeg reports its MP2 as MP3) or converted without
+    loss, it is recognised by the length of Grid's clips.
     """
     if clip.video is None or clip.audio is None:
         return 0.0
-    return lag_between(clip.video.start_s, clip.audio, len(clip.audio.samples))
+    return audio_lag_from_times(clip.video.start_s, clip.audio, len(clip.audio.samples))
 
 
-def lag_between(video_start_s: float, audio: Audio, num_samples: int) -> float:
-    """sound_lag_s of a clip that has both; the samples themselves are not looked at."""
+def audio_lag_from_times(video_start_s: float, audio: Audio, num_samples: int) -> float:
+    """As `audio_lag_s`, for a clip with video and audio, without access to `audio.samples`."""
     lag = video_start_s - audio.start_s
-    copied = audio.codec.startswith(("mp3", "flac", "alac", "pcm_")) and num_samples == presets.GRID_MPEG_SAMPLES
-    of_grid = (audio.codec == "mp2" or copied) and audio.rate == 44_100 and abs(lag) < SAME_START_S
-    return lag + presets.MPEG_AUDIO_LAG_S if of_grid else lag
+    is_copy = audio.codec.startswith(("mp3", "flac", "alac", "pcm_")) and num_samples == presets.GRID_MPEG_SAMPLES
+    is_grid = (audio.codec == "mp2" or is_copy) and audio.rate == 44_100 and abs(lag) < SAME_START_S
+    return lag + presets.MPEG_AUDIO_LAG_S if is_grid else lag
 
 
-def write_audio(path, samples: np.ndarray, rate: int, subtype: str = "PCM_16") -> None:
-    """Writes (N,) or (N, C), float or int16, as .wav or .flac; integer subtypes get clip(round(2^(bits-1) x)).
+def write_audio(path: os.PathLike | str, samples: np.ndarray, rate: int, subtype: str = "PCM_16") -> None:
+    """Writes (N,) or (N, C), float or int16, as .wav or .flac; for integer subtypes as clip(round(2^(bits-1) x)).
 
-    Raises MediaError for another suffix, a subtype the format cannot hold, or sound that is not finite.
+    Raises MediaError for another suffix, a subtype that the format cannot hold, samples that are not finite, or a failed write.
     """
     import soundfile
 
     file, samples = pathlib.Path(path), np.asarray(samples)
     kind = file.suffix.lower().lstrip(".")
     if f".{kind}" not in AUDIO_SUFFIXES:
-        raise MediaError(f"{file}: found suffix {file.suffix!r}, expected {' or '.join(AUDIO_SUFFIXES)} to write sound")
+        raise MediaError(f"{file}: found suffix {file.suffix!r}, expected {' or '.join(AUDIO_SUFFIXES)}")
     if not soundfile.check_format(kind, subtype):
-        raise MediaError(f"{file}: {kind} cannot hold subtype {subtype}; name the file .wav, or write PCM_16 or PCM_24")
+        raise MediaError(f"{file}: {kind} cannot hold subtype {subtype}; use a .wav file, or write PCM_16 or PCM_24")
     if not np.isfinite(samples).all():
-        raise MediaError(f"{file}: the sound holds NaN or infinite samples; nothing is written")
+        raise MediaError(f"{file}: the audio holds NaN or infinite samples; nothing is written")
     try:
-        soundfile.write(file, as_written(samples, subtype), rate, subtype=subtype, format=kind)
+        soundfile.write(file, to_subtype(samples, subtype), rate, subtype=subtype, format=kind)
     except (soundfile.SoundFileError, OSError) as e:
         raise MediaError(
-            f"{file}: cannot be written ({one_line(e)}); expected an existing folder with room, and {rate} Hz to be "
-            "a rate the format takes"
+            f"{file}: cannot be written ({one_line(e)}); expected an existing folder with free space, and a sample rate that "
+            f"the format supports, found {rate} Hz"
         ) from e
 
 
-def as_written(samples: np.ndarray, subtype: str) -> np.ndarray:
-    """What libsndfile and PyAV store as meant: int32 with the sample in the upper bits, or float for the other subtypes."""
+def to_subtype(samples: np.ndarray, subtype: str) -> np.ndarray:
+    """Samples as libsndfile and PyAV need them for a subtype: int32 with the value in the upper bits, float for float subtypes."""
     if samples.dtype == np.int16:
         if subtype == "PCM_16":
             return samples
@@ -203,10 +224,10 @@ def as_written(samples: np.ndarray, subtype: str) -> np.ndarray:
 
 
 def _quantise(x: np.ndarray, bits: int) -> np.ndarray:
-    """Float sound -> int32 that carries clip(round(2^(bits-1) x)) in its upper bits."""
-    full = 2 ** (bits - 1)
-    whole = np.clip(np.rint(np.asarray(x, np.float64) * full), -full, full - 1).astype(np.int64)
-    return (whole << (32 - bits)).astype(np.int32)
+    """Float samples -> int32 with clip(round(2^(bits-1) x)) in the upper bits."""
+    full_scale = 2 ** (bits - 1)
+    values = np.clip(np.rint(np.asarray(x, np.float64) * full_scale), -full_scale, full_scale - 1).astype(np.int64)
+    return (values << (32 - bits)).astype(np.int32)
 
 
 def _read_audio_file(file: pathlib.Path) -> Audio:
@@ -214,32 +235,32 @@ def _read_audio_file(file: pathlib.Path) -> Audio:
 
     try:
         with soundfile.SoundFile(os.fsencode(file)) as f:  # as bytes: names need not be UTF-8
-            dtype, subtype, codec = audio_file_kind(f)
+            dtype, subtype, codec = audio_file_format(f)
             audio = Audio(f.read(dtype=dtype, always_2d=True), f.samplerate, 0.0, subtype, codec)
     except (soundfile.SoundFileError, OSError) as e:
         raise MediaError(f"{file}: cannot be decoded as {file.suffix[1:].lower()} ({one_line(e)}); check that it plays") from e
     if not len(audio.samples):
-        raise MediaError(f"{file}: found 0 samples, expected sound")
+        raise MediaError(f"{file}: found 0 samples, expected audio")
     return audio
 
 
-def audio_file_kind(f) -> tuple[str, str, str]:
-    """(numbers it is read as: float64 where a float32 holds too few bits; subtype it is written back as; codec)."""
+def audio_file_format(f: soundfile.SoundFile) -> tuple[str, str, str]:
+    """(dtype to read it as: float64 where float32 has too few bits; subtype to write it back as; codec) of an open file."""
     file = pathlib.Path(os.fsdecode(f.name))
-    if f.frames > MAX_SAMPLES_A_BYTE * file.stat().st_size:  # a lie, or a .flac that does not tell
-        raise MediaError(f"{file}: its header tells of {f.frames} samples, more than the file can hold; write it anew")
+    if f.frames > MAX_SAMPLES_PER_BYTE * file.stat().st_size:  # a wrong header, or a .flac of unknown length
+        raise MediaError(f"{file}: its header claims {f.frames} samples, more than the file can hold; convert it again")
     subtype = f.subtype if f.subtype in (*PCM_BITS, "FLOAT", "DOUBLE") else "PCM_16"
     return "float64" if subtype in ("PCM_32", "DOUBLE") else "float32", subtype, f"{f.format} {f.subtype}".lower()
 
 
-def _read_video_file(file: pathlib.Path, want_frames: bool, want_audio: bool, max_bytes: int) -> Clip:
+def _read_video_file(file: pathlib.Path, want_video: bool, want_audio: bool, max_bytes: int) -> Clip:
     import av
 
     try:
         with open_container(file) as container:
-            video, audio = streams_of(container, want_frames, want_audio)
-            pair = ((video, FrameReader(file, max_bytes)), (audio, AudioReader(file)))
-            readers = {stream.index: reader for stream, reader in pair if stream is not None}
+            video, audio = select_streams(container, want_video, want_audio)
+            pairs = ((video, FrameReader(file, max_bytes)), (audio, AudioReader(file)))
+            readers = {stream.index: reader for stream, reader in pairs if stream is not None}
             if video is not None:
                 readers[video.index].check_size(video)
             for packet in container.demux([s for s in (video, audio) if s is not None]) if readers else ():
@@ -250,22 +271,24 @@ def _read_video_file(file: pathlib.Path, want_frames: bool, want_audio: bool, ma
                 readers[audio.index].result(audio) if audio is not None else None,
             )
     except av.FFmpegError as e:
-        raise MediaError(f"{file}: cannot be decoded ({one_line(e)}); check that it plays, or fetch it again") from e
+        raise MediaError(f"{file}: cannot be decoded ({one_line(e)}); check that it plays, or download it again") from e
 
 
-def streams_of(container, video: bool = True, audio: bool = True) -> tuple:
-    """The (video, audio) streams a clip's pictures and sound come from; None without one of a known codec, or where not wanted."""
+def select_streams(
+    container: av.container.InputContainer, video: bool = True, audio: bool = True
+) -> tuple[av.VideoStream | None, av.AudioStream | None]:
+    """The first video and the first audio stream of a known codec; None where there is none, or where it is not wanted."""
     from av.stream import Disposition
 
-    known = [s for s in container.streams if s.codec_context and not s.disposition & Disposition.attached_pic]  # no cover picture
+    known = [s for s in container.streams if s.codec_context and not s.disposition & Disposition.attached_pic]  # no cover image
     videos, audios = ([s for s in known if s.type == kind] for kind in ("video", "audio"))
     if video_stream := videos[0] if video and videos else None:
-        video_stream.codec_context.options = {"max_pixels": str(MOST_POINTS)}  # also where the header told of smaller ones
+        video_stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # also where the header claims a smaller size
     return video_stream, audios[0] if audio and audios else None
 
 
-def decode_packet(packet, reader) -> None:
-    """Gives the packet's frames to reader.add; one that cannot be decoded is left out and noted with its reader."""
+def decode_packet(packet: av.Packet, reader: FrameReader | AudioReader) -> None:
+    """Passes the packet's frames to reader.add; a packet that cannot be decoded is skipped and reported to reader.note_missing."""
     import av
 
     try:
@@ -278,37 +301,41 @@ def decode_packet(packet, reader) -> None:
 
 
 class FrameReader:
-    """Collects pictures; lost ones only leave a hole in `times`."""
+    """Collects the frames of a video. Packets that cannot be decoded leave a jump in `times`."""
 
-    def __init__(self, file, max_bytes):
+    def __init__(self, file: os.PathLike | str, max_bytes: int):
         self.file, self.max_bytes, self.rgb, self.seconds, self.num_bytes = file, max_bytes, [], [], 0
 
-    def check_size(self, stream):
-        """Refuses pictures that are too large, before one is decoded."""
+    def check_size(self, stream: av.VideoStream) -> None:
+        """Raises MediaError for frames that are too large, before one is decoded."""
         width, height = stream.codec_context.width, stream.codec_context.height
-        if width * height > MOST_POINTS:
-            raise MediaError(f"{self.file}: a picture of {width}x{height}, more points than 4096x2304; scale its pictures down")
+        if width * height > MAX_FRAME_PIXELS:
+            raise MediaError(
+                f"{self.file}: found frames of {width}x{height}, expected at most 4096x2304 pixels; scale the video down"
+            )
 
-    def note_missing(self):
-        pass
+    def note_missing(self) -> None:
+        """A packet could not be decoded; nothing to do, since frames carry their times."""
 
-    def add(self, frame, seconds=None):
-        self.num_bytes += 3 * frame.width * frame.height  # known before any memory is taken
+    def add(self, frame: av.VideoFrame, seconds: float | None = None) -> None:
+        """Adds a frame, at `seconds` or at its own presentation time; MediaError for too many bytes or another size."""
+        self.num_bytes += 3 * frame.width * frame.height  # known before any memory is allocated
         if self.num_bytes > self.max_bytes:
             raise MediaError(
-                f"{self.file}: its pictures take more than {self.max_bytes / 2**30:g} GiB decoded; "
-                "cut the clip around the damage or scale its pictures down"
+                f"{self.file}: the decoded frames take more than {self.max_bytes / 2**30:g} GiB; "
+                "cut the clip around the gap or scale the video down"
             )
         rgb = frame.to_ndarray(format="rgb24")
         if self.rgb and rgb.shape != self.rgb[0].shape:
             raise MediaError(
-                f"{self.file}: the picture size changes from {self.rgb[0].shape[1::-1]} to {rgb.shape[1::-1]}; "
+                f"{self.file}: the frame size changes from {self.rgb[0].shape[1::-1]} to {rgb.shape[1::-1]}; "
                 "expected one size, re-encode the clip"
             )
         self.rgb.append(rgb)
         self.seconds.append(frame_time(frame) if seconds is None else seconds)
 
-    def result(self, stream) -> Video | None:
+    def result(self, stream: av.VideoStream) -> Video | None:
+        """The frames in the order of their times; None where there are none."""
         if not self.rgb:
             return None
         fps = frame_rate(stream)
@@ -319,58 +346,62 @@ class FrameReader:
 
 
 class AudioReader:
-    """Collects sound in `parts`, a list or what stands for one; a packet lost between others would shift all that follows,
-    so it is an error."""
+    """Collects audio in `parts`, a list or an object with its `append` and `len`.
 
-    def __init__(self, file, parts=None):
-        self.file, self.parts, self.start_s, self.losses = file, [] if parts is None else parts, np.nan, []
+    A packet that cannot be decoded would shift all audio after it, so between others it is an error.
+    """
+
+    def __init__(self, file: os.PathLike | str, parts: Any = None):
+        self.file, self.parts, self.start_s, self.missing_at = file, [] if parts is None else parts, np.nan, []
         self.rate = self.channels = self.num_samples = 0
 
-    def note_missing(self):
-        self.losses.append(len(self.parts))
+    def note_missing(self) -> None:
+        """Records that a packet could not be decoded."""
+        self.missing_at.append(len(self.parts))
 
-    def add(self, frame):
+    def add(self, frame: av.AudioFrame) -> None:
+        """Adds an audio frame; MediaError where its rate or channels differ from those before it."""
         x = _frame_samples(frame)
         if len(self.parts) and (x.shape[1] != self.channels or frame.sample_rate != self.rate):
-            raise MediaError(f"{self.file}: the sound's rate or channels change inside the file; expected one, re-encode it")
+            raise MediaError(f"{self.file}: the sample rate or the channels change inside the file; re-encode the audio")
         if not len(self.parts):
             self.start_s, self.rate, self.channels = frame_time(frame), frame.sample_rate, x.shape[1]
         self.parts.append(x)
         self.num_samples += len(x)
 
-    def result(self, stream, whole=np.concatenate) -> Audio | None:
-        """What was read, its samples whole(parts); None for no sample."""
+    def result(self, stream: av.AudioStream, join: Callable = np.concatenate) -> Audio | None:
+        """The audio, with join(parts) as its samples; None without samples. MediaError where packets between others are missing."""
         if not self.num_samples:
             return None
-        if any(0 < n < len(self.parts) for n in self.losses):
-            raise MediaError(f"{self.file}: {len(self.losses)} sound packets cannot be decoded; fetch the file again")
+        if any(0 < n < len(self.parts) for n in self.missing_at):
+            raise MediaError(f"{self.file}: {len(self.missing_at)} audio packets cannot be decoded; download the file again")
         start, context = 0.0 if np.isnan(self.start_s) else self.start_s, stream.codec_context
-        return Audio(whole(self.parts), self.rate, start, _subtype(context), context.codec.canonical_name)
+        return Audio(join(self.parts), self.rate, start, _subtype(context), context.codec.canonical_name)
 
 
-def frame_rate(stream) -> float:
-    """Pictures a second as the file says, else Grid's."""
+def frame_rate(stream: av.VideoStream) -> float:
+    """Frames per second according to the file; Grid's frame rate where the file has none."""
     rate = stream.average_rate or stream.guessed_rate or stream.base_rate
     return float(rate) if rate else presets.GRID_FPS
 
 
-def frame_time(frame) -> float:
-    """Seconds in the container, NaN where the file does not say."""
+def frame_time(frame: av.VideoFrame | av.AudioFrame) -> float:
+    """Presentation time in the container, seconds; NaN where the file has none."""
     stamp = frame.pts if frame.pts is not None else frame.dts
     return float(stamp * frame.time_base) if stamp is not None and frame.time_base else np.nan
 
 
 def fill_times(seconds: np.ndarray, fps: float) -> np.ndarray:
-    """Times (T,) with the missing ones put on the clip's own frame raster, from its first known time (else 0)."""
+    """Replaces missing times (NaN) of (T,) by those of a regular grid of `fps` through the first known time (or from 0)."""
     known = np.flatnonzero(~np.isnan(seconds))
-    raster = np.arange(len(seconds)) / fps
+    regular = np.arange(len(seconds)) / fps
     if len(known):
-        raster += seconds[known[0]] - raster[known[0]]
-    return np.where(np.isnan(seconds), raster, seconds)
+        regular += seconds[known[0]] - regular[known[0]]
+    return np.where(np.isnan(seconds), regular, seconds)
 
 
-def _frame_samples(frame) -> np.ndarray:
-    """One audio frame -> (n, C) float32; integers by their full scale."""
+def _frame_samples(frame: av.AudioFrame) -> np.ndarray:
+    """One audio frame -> (n, C) float32; integers divided by their full scale."""
     x = frame.to_ndarray()
     channels = frame.layout.nb_channels
     x = x.T if frame.format.is_planar else x.reshape(-1, channels)
@@ -381,8 +412,8 @@ def _frame_samples(frame) -> np.ndarray:
     return x.astype(np.float32)
 
 
-def _subtype(context) -> str:
-    """soundfile subtype that holds what the codec holds; lossy codecs decode to float and go back as PCM_16."""
+def _subtype(context: av.AudioCodecContext) -> str:
+    """The libsndfile subtype that holds the codec's samples exactly; PCM_16 for lossy codecs."""
     name = context.codec.canonical_name
     if name.startswith("pcm_f"):
         return "DOUBLE" if "64" in name else "FLOAT"
@@ -391,10 +422,10 @@ def _subtype(context) -> str:
     lossless = name.startswith("pcm_s") or name in ("flac", "alac")
     if not lossless or context.format.bytes <= 2:
         return "PCM_16"
-    # 24 bits arrive in the upper part of 32-bit frames; only plain 32-bit PCM fills them
+    # 24-bit samples are decoded into the upper bits of 32-bit frames; only plain 32-bit PCM uses all of them
     return "PCM_32" if name.startswith("pcm_s32") else "PCM_24"
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, without line breaks and, where a library puts them before it, number and path."""
+    """The message of an error without line breaks, and without the number and path that some libraries put before it."""
     return " ".join(str(getattr(error, "strerror", None) or getattr(error, "error_string", None) or error).split())

@@ -1,1 +1,1 @@
-"""Networks and what they are trained with: LSTM cells, the systems of the paper, losses, CTC decoding."""
+"""Networks, losses and CTC decoding: LSTM layers, every system of the registry, and how to build one from a config."""

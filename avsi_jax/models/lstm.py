@@ -1,14 +1,14 @@
-"""The scanned LSTM layer, its fast gradient, and the ways to run it.
+"""Bidirectional LSTM layer with a custom gradient and three implementations.
 
-One parameter tree, that of flax's `LSTMCell` (kernels `ii if ig io`, kernels and biases `hi hf hg ho`), and three ways:
-  separate  four gate products a step, one scan a direction: fastest on a CPU, where XLA pays for splitting a joined product
-  joined    one gate product a step, both directions in one scan: fewest, largest operations, for GPU and TPU
+The parameter tree is that of flax's `LSTMCell`: kernels `ii if ig io`, kernels and biases `hi hf hg ho`. Implementations:
+  separate  four gate products per time step, one scan per direction: fastest on a CPU, where splitting a joined product is slow
+  joined    one gate product per time step, both directions in one scan: few large operations, for GPU and TPU
   cudnn     NVIDIA's fused kernel, both directions in one call; float32 only
-The scans have a gradient of their own: the backward scan does only the product with the recurrent weights, every weight gradient
-comes after it as one product over all steps. (Hochreiter & Schmidhuber 1997; gates as in Gers et al. 2000: i, f, o sigmoid, g tanh,
-c = f c + i g, h = o tanh c.) docs/performance.md says what each choice was worth.
-Padding: gates i, f, o are shut where a clip has ended, so the state is 0 there, whichever side a scan comes from; nothing is moved.
-Shapes: T steps, B clips, I inputs, H units; time is the leading axis inside, the second one in the public layer.
+The scans have a custom gradient: the backward scan computes only the product with the recurrent weights, and every weight gradient
+follows as one product over all time steps. docs/performance.md has the measured gains.
+Cell (Hochreiter & Schmidhuber 1997; gates as in Gers et al. 2000): i, f, o sigmoid, g tanh, c = f c + i g, h = o tanh c.
+Padding: the gates i, f and o are closed after the end of a clip, so the state is 0 there in both directions and no data is moved.
+Letters: T time steps, B clips, I inputs, H units, D directions. Time is the first axis inside, the second one in the public layer.
 """
 
 from __future__ import annotations
@@ -20,66 +20,70 @@ import jax
 import jax.numpy as jnp
 
 GATES = "ifgo"
-WAYS = ("auto", "separate", "joined", "cudnn")
+IMPLEMENTATIONS = ("auto", "separate", "joined", "cudnn")
 DTYPES = ("float32", "bfloat16")
-CLOSED = -1e9  # a sigmoid of it is exactly 0
+CLOSED = -1e9  # its sigmoid is exactly 0
 
 
-def resolve_way(way: str, dtype: str = "float32") -> str:
-    """'auto' -> the way for this process's backend; ValueError for one that is unknown or cannot be had here.
+def resolve_implementation(name: str, dtype: str = "float32") -> str:
+    """Replaces 'auto' by the implementation for this process's backend; ValueError for one that is unknown or not available.
 
-    On a GPU 'auto' is 'joined': 'cudnn' has not been measured there yet (benchmarks/speed/train_step.py does it).
+    On a GPU 'auto' is 'joined': 'cudnn' has not been compared with it there yet (benchmarks/speed/train_step.py does it).
     """
-    if way not in WAYS:
-        raise ValueError(f"lstm: found {way!r}, expected one of {', '.join(WAYS)}")
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"lstm: found {name!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
     if dtype not in DTYPES:
         raise ValueError(f"lstm dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
-    if way == "cudnn" and dtype != "float32":
-        raise ValueError(f"lstm 'cudnn': found dtype {dtype!r}, expected 'float32', all that it takes; or lstm 'joined'")
-    if way == "cudnn" and not has_cudnn():
-        raise ValueError(f"lstm 'cudnn': found {jax.devices()[0].device_kind}, expected an NVIDIA GPU; or lstm 'auto'")
-    return ("separate" if jax.default_backend() == "cpu" else "joined") if way == "auto" else way
+    if name == "cudnn" and dtype != "float32":
+        raise ValueError(f"lstm 'cudnn': found dtype {dtype!r}, expected 'float32', the only one it supports; or use lstm 'joined'")
+    if name == "cudnn" and not has_cudnn():
+        raise ValueError(f"lstm 'cudnn': found {jax.devices()[0].device_kind}, expected an NVIDIA GPU; or use lstm 'auto'")
+    return ("separate" if jax.default_backend() == "cpu" else "joined") if name == "auto" else name
 
 
 def has_cudnn() -> bool:
-    """Whether this process computes on NVIDIA GPUs."""
+    """Whether the default backend of this process is an NVIDIA GPU."""
     return jax.default_backend() == "gpu" and "nvidia" in jax.devices()[0].device_kind.lower()
 
 
 class BidirectionalLSTM(nn.Module):
     """x (B, T, I), lengths (B,) or None -> (B, T, 2 units): forward outputs, then backward ones, in the type of x.
 
-    With lengths the backward direction starts at each clip's last valid step, and outputs at padding are 0, so padding changes
-    no valid output. Kernels: Glorot uniform, recurrent: orthogonal, biases 0 but 1 for the forget gate (Keras' choices).
-    dtype 'bfloat16': products of bfloat16 factors, added up in float32; parameters, gates and the carried c stay float32.
-    'float32': everything in the type of x and the parameters (float64 under x64).
+    With lengths, the backward direction starts at the last valid time step of each clip, and outputs at padding are 0; padding does
+    not change any valid output. Initial values (those of Keras): kernels Glorot uniform, recurrent kernels orthogonal, biases 0,
+    those of the forget gate 1.
+    dtype 'bfloat16': factors of the products in bfloat16, sums in float32; parameters, gates and c stay float32.
+    dtype 'float32': everything in the type of x and the parameters (float64 under x64).
     """
 
     units: int
-    way: str = "auto"
+    implementation: str = "auto"
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-        way = resolve_way(self.way, self.dtype)
+        implementation = resolve_implementation(self.implementation, self.dtype)
         forward = CellParameters(self.units, name="forward")(x.shape[-1])
         backward = CellParameters(self.units, name="backward")(x.shape[-1])
-        if way == "cudnn":
+        if implementation == "cudnn":
             return run_cudnn(x, lengths, forward, backward)
-        seen = jnp.moveaxis(x, 1, 0)  # (T, B, I)
-        seen = seen.astype(jnp.bfloat16) if self.dtype == "bfloat16" else seen
+        inputs = jnp.moveaxis(x, 1, 0)  # (T, B, I)
+        inputs = inputs.astype(jnp.bfloat16) if self.dtype == "bfloat16" else inputs
         ended = None if lengths is None else (jnp.arange(x.shape[1])[:, None] >= lengths[None])[..., None]  # (T, B, 1)
-        run = run_separate if way == "separate" else run_joined
-        return jnp.moveaxis(jnp.concatenate(run(seen, ended, forward, backward), -1), 0, 1).astype(x.dtype)
+        run = run_separate if implementation == "separate" else run_joined
+        return jnp.moveaxis(jnp.concatenate(run(inputs, ended, forward, backward), -1), 0, 1).astype(x.dtype)
 
 
-def run_separate(x, ended, forward, backward) -> list[jax.Array]:
+Weights = tuple[jax.Array, jax.Array, jax.Array]  # Wx (4, I, H), Wh (4, H, H), b (4, H) of one direction
+
+
+def run_separate(x: jax.Array, ended: jax.Array | None, forward: Weights, backward: Weights) -> list[jax.Array]:
     """x (T, B, I), ended (T, B, 1) or None, weights of both directions -> [h (T, B, H) forward, backward]."""
-    return [scan_separate(backwards, x, *w, ended) for backwards, w in ((False, forward), (True, backward))]
+    return [scan_separate(reverse, x, *w, ended) for reverse, w in ((False, forward), (True, backward))]
 
 
-def run_joined(x, ended, forward, backward) -> list[jax.Array]:
-    """As `run_separate`."""
+def run_joined(x: jax.Array, ended: jax.Array | None, forward: Weights, backward: Weights) -> list[jax.Array]:
+    """As `run_separate`, both directions in one scan."""
     weights = [jnp.stack(w) for w in zip(forward, backward, strict=True)]
     pair = lambda a: None if a is None else jnp.stack([a, jnp.flip(a, 0)], 1)
     out = scan_joined(pair(x), *weights, pair(ended))
@@ -87,12 +91,12 @@ def run_joined(x, ended, forward, backward) -> list[jax.Array]:
 
 
 class CellParameters(nn.Module):
-    """The weights of one direction, named as flax's LSTMCell does: returns Wx (4, I, H), Wh (4, H, H), b (4, H) in order ifgo."""
+    """Weights of one direction, named as in flax's LSTMCell; returns Wx (4, I, H), Wh (4, H, H), b (4, H), gates in order ifgo."""
 
     units: int
 
     @nn.compact
-    def __call__(self, num_inputs: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def __call__(self, num_inputs: int) -> Weights:
         h = self.units
         gate = lambda g: nn.initializers.ones if g == "f" else nn.initializers.zeros
         wx = [Affine((num_inputs, h), nn.initializers.glorot_uniform(), name=f"i{g}")()[0] for g in GATES]
@@ -101,68 +105,68 @@ class CellParameters(nn.Module):
 
 
 class Affine(nn.Module):
-    """A named kernel and, where `bias_init` is given, a bias; returns both (bias None without)."""
+    """A named kernel and, if `bias_init` is given, a bias; returns both, None for a missing bias."""
 
     shape: tuple[int, int]
     kernel_init: nn.initializers.Initializer
     bias_init: nn.initializers.Initializer | None = None
 
     @nn.compact
-    def __call__(self):
+    def __call__(self) -> tuple[jax.Array, jax.Array | None]:
         kernel = self.param("kernel", self.kernel_init, self.shape)
         return kernel, None if self.bias_init is None else self.param("bias", self.bias_init, self.shape[1:])
 
 
-# ---- what both scans share -----------------------------------------------------------------------------------------------------
+# ---- shared by both scans ------------------------------------------------------------------------------------------------------
 
 
 def _sum_type(x):
-    """The type in which products are added up, gates are computed and c is carried."""
+    """The type of sums of products, gates and c."""
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _product(form, a, b):
-    """einsum of `a` with `b` brought to its type, added up in `_sum_type`."""
+    """einsum of `a` with `b` cast to the type of `a`, accumulated in `_sum_type`."""
     exact = lambda a, b: jnp.einsum(form, a, b, preferred_element_type=_sum_type(a))
     if a.dtype != jnp.bfloat16:
         return exact(a, b.astype(a.dtype))
-    # XLA's CPU lacks products of bfloat16 into float32 in some forms: there the same numbers go in as float32.
+    # XLA lacks some products of bfloat16 into float32 on the CPU: there the same values are multiplied as float32.
     widened = lambda a, b: jnp.einsum(form, a.astype(jnp.float32), b.astype(jnp.float32))
     return jax.lax.platform_dependent(a, b.astype(a.dtype), cpu=widened, default=exact)
 
 
-def _shut(gates, ended):
-    """Pre-activations of the four gates with i, f, o closed, and g 0, where a clip has ended: the state is 0 there."""
+def _close_gates(gates, ended):
+    """Pre-activations of the four gates with i, f, o closed and g 0 after the end of a clip, so that the state is 0 there."""
     if ended is None:
         return gates
     return [jnp.where(ended, 0.0 if name == "g" else CLOSED, gate) for name, gate in zip(GATES, gates, strict=True)]
 
 
-def _cell(gates, carry, small):
-    """One step from the gates' pre-activations: the new carry (c, h) and what the gradient needs, h and gates in type `small`."""
-    before, _ = carry
+def _cell(gates, carry, dtype):
+    """One time step from the gates' pre-activations: the new carry (c, h), and what the gradient needs; h and gates in `dtype`."""
+    previous_c, _ = carry
     i, f, g, o = jax.nn.sigmoid(gates[0]), jax.nn.sigmoid(gates[1]), jnp.tanh(gates[2]), jax.nn.sigmoid(gates[3])
-    c = f * before + i * g
-    h = (o * jnp.tanh(c)).astype(small)
-    return (c, h), (h, before, *(a.astype(small) for a in (i, f, g, o)))
+    c = f * previous_c + i * g
+    h = (o * jnp.tanh(c)).astype(dtype)
+    return (c, h), (h, previous_c, *(a.astype(dtype) for a in (i, f, g, o)))
 
 
-def _slopes(before, i, f, g, o):
-    """Of one step or of all: d(c, gates' pre-activations)/d(c or h), in the order that `_gate_gradients` takes."""
-    i, f, g, o = (a.astype(before.dtype) for a in (i, f, g, o))
-    tanh_c = jnp.tanh(f * before + i * g)
-    return f, g * i * (1 - i), before * f * (1 - f), i * (1 - g**2), tanh_c * o * (1 - o), o * (1 - tanh_c**2)
+def _derivatives(previous_c, i, f, g, o):
+    """Derivatives of one time step or of all: (dc/dprevious_c, dc/d(pre-activation of i, f, g), dh/d(that of o), dh/dc)."""
+    i, f, g, o = (a.astype(previous_c.dtype) for a in (i, f, g, o))
+    tanh_c = jnp.tanh(f * previous_c + i * g)
+    return f, g * i * (1 - i), previous_c * f * (1 - f), i * (1 - g**2), tanh_c * o * (1 - o), o * (1 - tanh_c**2)
 
 
-def _gate_gradients(saved, dy, to_previous_h, *, slopes_of, reverse):
-    """Gradients by the four gates' pre-activations, (T, ..., 4H) in the type of dy, by the scan against the direction of the first.
+def _gate_gradients(saved, dy, to_previous_h, *, derivatives_of, reverse):
+    """Gradients with respect to the gates' pre-activations, (T, ..., 4H) in the type of dy, by a scan in the opposite direction.
 
-    `slopes_of` makes slopes of what was `saved` a step; `to_previous_h` is the product with the recurrent weights.
+    `derivatives_of` computes the derivatives of a time step from the `saved` values; `to_previous_h` applies the recurrent weights.
     """
 
     def step(carry, t):
         dc, dh = carry
-        f, by_i, by_f, by_g, by_o, by_c = slopes_of(*t[1])
+        f, by_i, by_f, by_g, by_o, by_c = derivatives_of(*t[1])
         dh = dh + t[0]
         dc = dc + dh * by_c
         d = jnp.concatenate([dc * by_i, dc * by_f, dc * by_g, dh * by_o], -1).astype(dy.dtype)
@@ -172,18 +176,18 @@ def _gate_gradients(saved, dy, to_previous_h, *, slopes_of, reverse):
     return jax.lax.scan(step, (zero, zero), (dy, saved), reverse=reverse)[1]
 
 
-def _before(h, backwards):
-    """What the step before held, (T, ..., H): shifted by one along time, zero at the start."""
+def _previous(h, backwards):
+    """The states of the previous time step, (T, ..., H): shifted by one along time, zero at the start."""
     zero = jnp.zeros_like(h[:1])
     return jnp.concatenate([h[1:], zero] if backwards else [zero, h[:-1]])
 
 
-# ---- one direction, a product a gate -------------------------------------------------------------------------------------------
+# ---- separate: one direction, one product per gate -----------------------------------------------------------------------------
 
 
 def _scan_separate(backwards, x, wx, wh, b, ended):
-    projected = _shut([_product("tbi,ih->tbh", x, wx[k]) + b[k, None, None] for k in range(4)], ended)
-    recurrent = [wh[k].astype(x.dtype) for k in range(4)]  # cut apart here: in the loop XLA would copy them in every step
+    projected = _close_gates([_product("tbi,ih->tbh", x, wx[k]) + b[k, None, None] for k in range(4)], ended)
+    recurrent = [wh[k].astype(x.dtype) for k in range(4)]  # split here: inside the loop XLA would copy them in every time step
     step = lambda carry, p: _cell([p[k] + _product("bh,hk->bk", carry[1], recurrent[k]) for k in range(4)], carry, x.dtype)
     zero = jnp.zeros((x.shape[1], wh.shape[-1]), x.dtype)
     return jax.lax.scan(step, (zero.astype(_sum_type(x)), zero), projected, reverse=backwards)[1]
@@ -191,7 +195,7 @@ def _scan_separate(backwards, x, wx, wh, b, ended):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def scan_separate(backwards: bool, x, wx, wh, b, ended=None) -> jax.Array:
-    """x (T, B, I), Wx (4, I, H), Wh (4, H, H), b (4, H), ended (T, B, 1) bool -> h (T, B, H), from a zero state."""
+    """One direction from a zero state: x (T, B, I), Wx (4, I, H), Wh (4, H, H), b (4, H), ended (T, B, 1) bool -> h (T, B, H)."""
     return _scan_separate(backwards, x, wx, wh, b, ended)[0]
 
 
@@ -202,26 +206,26 @@ def _separate_forward(backwards, x, wx, wh, b, ended):
 
 def _separate_backward(backwards, residual, dy):
     x, wx, wh, h, saved = residual
-    across = jnp.concatenate(list(jnp.swapaxes(wh, 1, 2)))  # (4H, H)
-    back = functools.partial(_product, "bk,kh->bh", b=across.astype(dy.dtype))
-    d = _gate_gradients(saved, dy, back, slopes_of=_slopes, reverse=not backwards)  # (T, B, 4H)
+    transposed = jnp.concatenate(list(jnp.swapaxes(wh, 1, 2)))  # (4H, H)
+    to_previous_h = functools.partial(_product, "bk,kh->bh", b=transposed.astype(dy.dtype))
+    d = _gate_gradients(saved, dy, to_previous_h, derivatives_of=_derivatives, reverse=not backwards)  # (T, B, 4H)
     d = d.reshape(-1, d.shape[-1])
     dx = _product("nk,ik->ni", d, jnp.concatenate(list(wx), -1)).astype(x.dtype).reshape(x.shape)
     per_gate = lambda w: jnp.moveaxis(w.reshape(-1, 4, wh.shape[-1]), 1, 0)
-    dwx = per_gate(_product("in,nk->ik", _turned(x), d)).astype(wx.dtype)
-    dwh = per_gate(_product("hn,nk->hk", _turned(_before(h, backwards)), d)).astype(wh.dtype)
+    dwx = per_gate(_product("in,nk->ik", _transposed(x), d)).astype(wx.dtype)
+    dwh = per_gate(_product("hn,nk->hk", _transposed(_previous(h, backwards)), d)).astype(wh.dtype)
     return dx, dwx, dwh, d.sum(0, dtype=_sum_type(x)).reshape(4, -1), None
 
 
-def _turned(a):
-    """(T, B, N) -> (N, T B), in memory too: XLA's CPU products that contract the first axis of both factors run at half speed."""
+def _transposed(a):
+    """(T, B, N) -> (N, T B), copied in memory: on a CPU, products that contract the first axes of both factors are slow."""
     return jax.lax.optimization_barrier(a.reshape(-1, a.shape[-1]).T)
 
 
 scan_separate.defvjp(_separate_forward, _separate_backward)
 
 
-# ---- both directions, one product ----------------------------------------------------------------------------------------------
+# ---- joined: both directions, one product --------------------------------------------------------------------------------------
 
 
 def _joined_weights(w):
@@ -231,10 +235,10 @@ def _joined_weights(w):
 
 def _scan_joined(x, wx, wh, b, ended):
     split = lambda a: jnp.split(a, 4, axis=-1)
-    # A product a direction: of one for both, a TPU would bring every step's slice to another layout (docs/tpu.md).
+    # One product per direction: with a single one a TPU would change the layout of every time step's slice (docs/tpu.md).
     projected = [_product("tbi,ik->tbk", x[:, d], w) + b[d].reshape(1, 1, -1) for d, w in enumerate(_joined_weights(wx))]
     if ended is not None:
-        projected = [jnp.concatenate(_shut(split(p), ended[:, d]), -1) for d, p in enumerate(projected)]
+        projected = [jnp.concatenate(_close_gates(split(p), ended[:, d]), -1) for d, p in enumerate(projected)]
     projected = jnp.stack(projected, 1)
     recurrent = _joined_weights(wh).astype(x.dtype)
     step = lambda carry, p: _cell(split(p + _product("dbh,dhk->dbk", carry[1], recurrent)), carry, x.dtype)
@@ -244,9 +248,9 @@ def _scan_joined(x, wx, wh, b, ended):
 
 @jax.custom_vjp
 def scan_joined(x: jax.Array, wx: jax.Array, wh: jax.Array, b: jax.Array, ended: jax.Array | None = None) -> jax.Array:
-    """x (T, D, B, I), Wx (D, 4, I, H), Wh (D, 4, H, H), b (D, 4, H), ended (T, D, B, 1) bool -> h (T, D, B, H).
+    """LSTMs side by side: x (T, D, B, I), Wx (D, 4, I, H), Wh (D, 4, H, H), b (D, 4, H), ended (T, D, B, 1) bool -> h (T, D, B, H).
 
-    D directions side by side, each from a zero state at step 0: the backward one is given flipped.
+    Each of the D directions starts from a zero state at time step 0; the input of the backward one is flipped in time.
     """
     return _scan_joined(x, wx, wh, b, ended)[0]
 
@@ -258,11 +262,11 @@ def _joined_forward(x, wx, wh, b, ended):
 
 def _joined_backward(residual, dy):
     x, wx, wh, h, saved = residual
-    back = functools.partial(_product, "dbk,dhk->dbh", b=_joined_weights(wh).astype(dy.dtype))
-    d = _gate_gradients(_slopes(*saved), dy, back, slopes_of=lambda *slopes: slopes, reverse=True)
+    to_previous_h = functools.partial(_product, "dbk,dhk->dbh", b=_joined_weights(wh).astype(dy.dtype))
+    d = _gate_gradients(_derivatives(*saved), dy, to_previous_h, derivatives_of=lambda *given: given, reverse=True)
     split = lambda w: jnp.moveaxis(w.reshape(*w.shape[:-1], 4, wh.shape[-1]), 2, 1).astype(wh.dtype)  # (D, I, 4H) -> (D, 4, I, H)
     dwx = split(_product("tdbi,tdbk->dik", x, d))
-    dwh = split(_product("tdbh,tdbk->dhk", _before(h, False), d))
+    dwh = split(_product("tdbh,tdbk->dhk", _previous(h, False), d))
     dx = _product("tdbk,dik->tdbi", d, _joined_weights(wx)).astype(x.dtype)
     return dx, dwx, dwh, d.sum((0, 2), dtype=_sum_type(x)).reshape(wh.shape[0], 4, -1), None
 
@@ -270,32 +274,34 @@ def _joined_backward(residual, dy):
 scan_joined.defvjp(_joined_forward, _joined_backward)
 
 
-# ---- NVIDIA's kernel -----------------------------------------------------------------------------------------------------------
+# ---- cudnn: NVIDIA's kernel ----------------------------------------------------------------------------------------------------
 
 
-def run_cudnn(x, lengths, forward, backward) -> jax.Array:
+def run_cudnn(x: jax.Array, lengths: jax.Array | None, forward: Weights, backward: Weights) -> jax.Array:
     """x (B, T, I) float32, lengths (B,) or None, weights of both directions -> (B, T, 2H).
 
-    Products in TF32 unless jax.default_matmul_precision says 'highest', as all others on such a GPU.
+    Products are in TF32 unless jax.default_matmul_precision is 'highest', as all products on such a GPU.
     """
     from jax.experimental import rnn
 
     if x.dtype != jnp.float32:
-        raise ValueError(f"lstm 'cudnn': found inputs of {x.dtype}, expected float32, all that it takes; or lstm 'joined'")
+        raise ValueError(
+            f"lstm 'cudnn': found inputs of {x.dtype}, expected float32, the only type it supports; or use lstm 'joined'"
+        )
     clips, steps, inputs = x.shape
     units = forward[1].shape[-1]
     lengths = jnp.full((clips,), steps) if lengths is None else lengths
     zero = jnp.zeros((2, clips, units), x.dtype)
-    # cuDNN takes no clip of length 0; what it makes of a step of padding is put to 0 with the rest.
-    run = rnn.lstm(x, zero, zero, flat_weights(forward, backward), jnp.maximum(lengths, 1).astype(jnp.int32),
-                   inputs, units, 1, 0.0, True)  # fmt: skip
-    return jnp.where((jnp.arange(steps)[None] < lengths[:, None])[..., None], run[0], 0.0)
+    # cuDNN rejects clips of length 0; their one time step of padding is set to 0 with all other padding below.
+    result = rnn.lstm(x, zero, zero, flat_weights(forward, backward), jnp.maximum(lengths, 1).astype(jnp.int32),
+                      inputs, units, 1, 0.0, True)  # fmt: skip
+    return jnp.where((jnp.arange(steps)[None] < lengths[:, None])[..., None], result[0], 0.0)
 
 
-def flat_weights(*directions) -> jax.Array:
-    """cuDNN's one vector: the kernels of every direction, outputs first (4H, I) and (4H, H), then every direction's two biases.
+def flat_weights(*directions: Weights) -> jax.Array:
+    """The weights as cuDNN's one vector: the kernels (4H, I) and (4H, H) of each direction, then the two biases of each direction.
 
-    We have one bias a gate, at the recurrent product; the input's is 0.
+    Our cells have one bias per gate, that of the recurrent product; cuDNN's second bias, that of the input, is 0.
     """
     kernels = [jnp.swapaxes(w, 1, 2).ravel() for wx, wh, _ in directions for w in (wx, wh)]
     biases = [a.ravel() for _, _, b in directions for a in (jnp.zeros_like(b), b)]

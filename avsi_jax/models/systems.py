@@ -1,15 +1,17 @@
-"""Every system as a small Flax module, and one registry.
+"""The networks of all systems, as Flax modules, and the registry of systems.
 
-A network maps Features (the damaged spectrogram (B, F, K), what describes the lips (B, S, V), valid lengths) to a restored level
-(B, F, K) and, where it reads, CTC logits. "Sequence-to-sequence" in the paper's sense: an encoder and a decoder of the same length,
-no attention, nothing said fed back. docs/systems.md has a drawing of each, and where it departs from its source.
+A network maps Features (masked spectrogram (B, F, K), visual features (B, S, V), valid lengths) to a restored spectrogram
+(B, F, K) and, with a CTC head, to logits. "Sequence-to-sequence" is meant as in the paper: an encoder and a decoder of the same
+length, without attention or autoregression. docs/systems.md has a drawing of each network and its departures from the source.
+
+Letters: B clips, F spectrogram frames, S time steps, K bands, V visual features, L labels, I inputs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,31 +22,29 @@ from avsi_jax.models.lstm import BidirectionalLSTM
 
 
 class Output(NamedTuple):
-    """level (B, F, K): the restored spectrogram, or None of a recogniser; logits (B, S, L) of the CTC head, or None, and the steps
-    (B,) of them that are the clip's.
-    """
+    """What a network returns."""
 
-    level: jax.Array | None
-    logits: jax.Array | None = None
-    num_steps: jax.Array | None = None
+    level: jax.Array | None  # (B, F, K) restored spectrogram; None for a recogniser
+    logits: jax.Array | None = None  # (B, S, L) of the CTC head; None without one
+    num_steps: jax.Array | None = None  # (B,) valid time steps of the logits
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What a config says of a network; not every system has a use for every field."""
+    """The fields of a config that define a network (configs/base.py explains them); not every system uses every field."""
 
     bands: int  # K
-    labels: int = 42  # outputs of the CTC head, blank included
+    labels: int = 42  # L, outputs of the CTC head, blank included
     layers: int = 3  # of each stack of bidirectional LSTMs
-    units: int = 256  # a direction
-    bottleneck: int = 136  # width of the encoder's last layer; 0: none, the LSTMs' outputs are joined as they are
+    units: int = 256  # per direction
+    bottleneck: int = 136  # units of the layer after the encoder; 0: none
     bottleneck_relu: bool = True
-    skip: bool = False  # the lips' features go round the encoder too
+    skip: bool = False  # visual features also go directly to the decoder
     output: str = "linear"  # or 'relu'
-    mask_input: bool = False
-    stack: int = 1  # frames a step of the LSTMs
-    video_layers: int = 0  # av_unified: layers that look at the lips alone, beside the direct way
-    feedback: int = 0  # av_unified: after so many layers what was read so far is told to the layers after; 0: never
+    mask_input: bool = False  # the gap mask is an input
+    stack: int = 1  # spectrogram frames per LSTM time step
+    video_layers: int = 0  # av_unified: layers on the visual features alone
+    feedback: int = 0  # av_unified: layers after which the CTC output is fed to the following ones; 0: off
     dropout: float = 0.0
     video_rate: str = "audio"
     lstm: str = "auto"
@@ -55,9 +55,9 @@ class Sizes:
 
 
 class Stack(nn.Module):
-    """`layers` bidirectional LSTM layers of `units` a direction: (B, S, I) -> (B, S, 2 units).
+    """`layers` bidirectional LSTM layers of `units` per direction: (B, S, I) -> (B, S, 2 units).
 
-    `drop` (B,), in training: the numbers of the clips, by which `dropout` of the values after each layer are dropped.
+    dropout_ids: (B,) id hashes of the clips in training, None otherwise; they seed the dropout after each layer.
     """
 
     layers: int
@@ -67,145 +67,153 @@ class Stack(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x: jax.Array, lengths: jax.Array, drop: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, lengths: jax.Array, dropout_ids: jax.Array | None = None) -> jax.Array:
         for i in range(self.layers):
             x = BidirectionalLSTM(self.units, self.lstm, self.dtype, name=f"blstm_{i + 1}")(x, lengths)
-            if self.dropout and drop is not None:
-                x = dropped(x, self.dropout, self.make_rng("dropout"), drop)
+            if self.dropout and dropout_ids is not None:
+                x = apply_dropout(x, self.dropout, self.make_rng("dropout"), dropout_ids)
         return x
 
 
-def dropped(x: jax.Array, rate: float, key: jax.Array, clips: jax.Array) -> jax.Array:
-    """(B, S, I) with `rate` of the values 0, the same ones in every step of a clip (Gal & Ghahramani 2016), the others larger.
+def apply_dropout(x: jax.Array, rate: float, key: jax.Array, clip_ids: jax.Array) -> jax.Array:
+    """Sets `rate` of the values of (B, S, I) to 0 and scales the others, with the same mask in every time step of a clip.
 
-    Drawn by the clip's number, (B,): the same whatever the batch or the devices.
+    (Gal & Ghahramani 2016.) The masks are drawn from the key and clip_ids (B,): they do not depend on the batch or the devices.
     """
-    one = lambda clip: jax.random.bernoulli(jax.random.fold_in(key, clip), 1 - rate, x.shape[-1:])
-    return jnp.where(jax.vmap(one)(clips)[:, None], x / (1 - rate), 0.0)
+    keep = lambda clip_id: jax.random.bernoulli(jax.random.fold_in(key, clip_id), 1 - rate, x.shape[-1:])
+    return jnp.where(jax.vmap(keep)(clip_ids)[:, None], x / (1 - rate), 0.0)
 
 
-def stack_of(sizes: Sizes, name: str, layers: int | None = None) -> Stack:
+def make_stack(sizes: Sizes, name: str, layers: int | None = None) -> Stack:
+    """A Stack of `layers` layers (default: sizes.layers), as a submodule `name` of the module that calls it."""
     layers = sizes.layers if layers is None else layers
     return Stack(layers, sizes.units, sizes.lstm, sizes.dropout, sizes.dtype, name=name)
 
 
-def heard(features: Features, sizes: Sizes) -> list[jax.Array]:
-    """What a network hears: the spectrogram and, where it is told so, which frames are touched by a gap."""
+def audio_inputs(features: Features, sizes: Sizes) -> list[jax.Array]:
+    """The audio inputs of a network: the masked spectrogram (B, F, K) and, with sizes.mask_input, the gap mask (B, F, 1)."""
     mask = [features.mask[..., None].astype(features.spectrogram.dtype)] if sizes.mask_input else []
     return [features.spectrogram, *mask]
 
 
-def bands_of(x: jax.Array, sizes: Sizes) -> jax.Array:
-    """The last layer, in the module that calls it."""
+def output_layer(x: jax.Array, sizes: Sizes) -> jax.Array:
+    """The output layer (B, S, I) -> (B, S, K), as submodule `output` of the module that calls it."""
     bands = nn.Dense(sizes.bands, name="output")(x)
     return nn.relu(bands) if sizes.output == "relu" else bands
 
 
-def fold(x: jax.Array, count: int) -> jax.Array:
-    """(B, F, I) -> (B, ceil(F / count), count * I): so many frames become one step, the last one filled up with zeros."""
+def stack_frames(x: jax.Array, count: int) -> jax.Array:
+    """Joins each `count` frames to one time step: (B, F, I) -> (B, ceil(F / count), count * I), the last one padded with zeros."""
     if count == 1:
         return x
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % count), (0, 0)))
     return x.reshape(x.shape[0], -1, count * x.shape[2])
 
 
-def unfold(x: jax.Array, num_frames: int, count: int) -> jax.Array:
-    """(B, S, count * K) -> (B, num_frames, K): the inverse of `fold`."""
+def unstack_frames(x: jax.Array, num_frames: int, count: int) -> jax.Array:
+    """The inverse of `stack_frames`: (B, S, count * K) -> (B, num_frames, K)."""
     return x if count == 1 else x.reshape(x.shape[0], -1, x.shape[2] // count)[:, :num_frames]
 
 
-# ---- the paper's systems, and Morrone's ----------------------------------------------------------------------------------------
+# ---- networks of the paper and of Morrone et al. -------------------------------------------------------------------------------
 
 
 class SingleStage(nn.Module):
-    """Sound, or sound and lips joined -> BLSTMs -> bands: a_si, av_si; with a CTC head behind the LSTMs a_mtl_si, av_mtl_si
-    ('hidden': behind a ReLU layer of `bottleneck`, the paper's code) and morrone_av_mtl ('linear').
+    """Audio, or audio and video joined -> BLSTMs -> output layer: a_si, av_si.
+
+    ctc='hidden' (a_mtl_si, av_mtl_si, the paper's code): a CTC head behind a ReLU layer of `bottleneck` units after the BLSTMs.
+    ctc='linear' (morrone_av_mtl): a CTC head directly after the BLSTMs.
     """
 
     sizes: Sizes
-    sees: bool = True
+    uses_video: bool = True
     ctc: str = ""
 
     @nn.compact
     def __call__(self, features: Features, train: bool = False) -> Output:
-        drop = features.id_hash if train else None
-        x = jnp.concatenate(heard(features, self.sizes) + [features.video] * self.sees, -1)
-        x = stack_of(self.sizes, "decoder")(x, features.num_frames, drop)
-        level = bands_of(x, self.sizes)
+        dropout_ids = features.id_hash if train else None
+        x = jnp.concatenate(audio_inputs(features, self.sizes) + [features.video] * self.uses_video, -1)
+        x = make_stack(self.sizes, "decoder")(x, features.num_frames, dropout_ids)
+        level = output_layer(x, self.sizes)
         if not self.ctc:
             return Output(level)
-        narrow = self.ctc == "hidden" and self.sizes.bottleneck
-        read = nn.Dense(self.sizes.bottleneck, name="bottleneck")(x) if narrow else x
-        read = nn.relu(read) if narrow and self.sizes.bottleneck_relu else read
-        return Output(level, nn.Dense(self.sizes.labels, name="ctc")(read), features.num_frames)
+        has_bottleneck = self.ctc == "hidden" and self.sizes.bottleneck
+        ctc_input = nn.Dense(self.sizes.bottleneck, name="bottleneck")(x) if has_bottleneck else x
+        ctc_input = nn.relu(ctc_input) if has_bottleneck and self.sizes.bottleneck_relu else ctc_input
+        return Output(level, nn.Dense(self.sizes.labels, name="ctc")(ctc_input), features.num_frames)
 
 
 class Seq2Seq(nn.Module):
-    """Lips -> BLSTMs (the encoder) [-> FC ReLU of `bottleneck`], joined with the sound -> BLSTMs (the decoder) -> bands: av_s2s,
-    v_s2s (hears nothing) and, with a CTC head on what the encoder says, av_mtl_s2s. At video rate the encoder takes a step a
-    picture.
+    """Video -> BLSTMs (encoder) [-> ReLU layer of `bottleneck` units], joined with audio -> BLSTMs (decoder) -> output layer.
+
+    av_s2s; v_s2s without audio; av_mtl_s2s with a CTC head on the output of the encoder. With video_rate='video' the encoder has
+    one time step per video frame, and its output is interpolated to the spectrogram frames.
     """
 
     sizes: Sizes
-    hears: bool = True
+    uses_audio: bool = True
     ctc: bool = False
 
     @nn.compact
     def __call__(self, features: Features, train: bool = False) -> Output:
-        drop = features.id_hash if train else None
+        dropout_ids = features.id_hash if train else None
         sizes, at_video_rate = self.sizes, self.sizes.video_rate == "video"
         steps = features.num_video_frames if at_video_rate else features.num_frames
-        lips = stack_of(sizes, "encoder")(features.video, steps, drop)
+        encoded = make_stack(sizes, "encoder")(features.video, steps, dropout_ids)
         if sizes.bottleneck:
-            lips = nn.Dense(sizes.bottleneck, name="bottleneck")(lips)
-            lips = nn.relu(lips) if sizes.bottleneck_relu else lips
-        up = (lambda a: interpolate(a, features.positions)) if at_video_rate else lambda a: a
-        lips = up(lips)
+            encoded = nn.Dense(sizes.bottleneck, name="bottleneck")(encoded)
+            encoded = nn.relu(encoded) if sizes.bottleneck_relu else encoded
+        to_audio_rate = (lambda a: interpolate(a, features.positions)) if at_video_rate else lambda a: a
+        encoded = to_audio_rate(encoded)
         he = nn.initializers.he_normal()
-        logits = nn.Dense(sizes.labels, kernel_init=he, name="ctc")(lips) if self.ctc else None
-        x = jnp.concatenate(heard(features, sizes) * self.hears + [lips] + [up(features.video)] * sizes.skip, -1)
-        x = stack_of(sizes, "decoder")(x, features.num_frames, drop)
-        return Output(bands_of(x, sizes), logits, features.num_frames if self.ctc else None)
+        logits = nn.Dense(sizes.labels, kernel_init=he, name="ctc")(encoded) if self.ctc else None
+        skipped = [to_audio_rate(features.video)] * sizes.skip
+        x = jnp.concatenate(audio_inputs(features, sizes) * self.uses_audio + [encoded] + skipped, -1)
+        x = make_stack(sizes, "decoder")(x, features.num_frames, dropout_ids)
+        return Output(output_layer(x, sizes), logits, features.num_frames if self.ctc else None)
 
 
-# ---- ours ----------------------------------------------------------------------------------------------------------------------
+# ---- our networks --------------------------------------------------------------------------------------------------------------
 
 
 class Unified(nn.Module):
-    """av_unified: one network for sound and lips, sound alone (a clip without a face) and lips alone (no sound left).
+    """av_unified: one network for audio and video, audio only (no face in the clip) and video only (all audio masked).
 
-    Every `stack` frames become a step; sound, which of it is lost, lips and whether they are seen go straight to one stack of
-    BLSTMs, whose last layer says the bands and the text. `video_layers` BLSTMs may look at the lips first, beside the direct way;
-    `feedback` tells the layers after so many what was read by then (self-conditioned CTC, Nozaki & Komatsu 2021).
+    Each `stack` frames are one time step. Masked spectrogram, gap mask, visual features and their visibility are joined and go to
+    one stack of BLSTMs, followed by the output layer and the CTC head. With `video_layers`, the output of that many BLSTMs on the
+    visual features is joined as well. With `feedback`, the softmax of the CTC head after that many layers goes through a linear
+    layer and is added to the input of the following layers (self-conditioned CTC, Nozaki & Komatsu 2021).
     """
 
     sizes: Sizes
 
     @nn.compact
     def __call__(self, features: Features, train: bool = False) -> Output:
-        drop = features.id_hash if train else None
+        dropout_ids = features.id_hash if train else None
         sizes, count = self.sizes, self.sizes.stack
         steps = -(-features.num_frames // count)
-        valid, seen = features.valid[..., None], (features.seen & features.valid)[..., None]
-        lips = jnp.concatenate([jnp.where(seen, features.video, 0.0), seen.astype(features.video.dtype)], -1)
-        lips = fold(lips, count).reshape(lips.shape[0], -1, count, lips.shape[2]).mean(2)  # lips move slower than sound
-        parts = [fold(jnp.where(valid, jnp.concatenate(heard(features, sizes), -1), 0.0), count), lips]
+        valid, visible = features.valid[..., None], (features.seen & features.valid)[..., None]
+        video = jnp.concatenate([jnp.where(visible, features.video, 0.0), visible.astype(features.video.dtype)], -1)
+        # The mean over a time step: lips move slowly compared with the frame rate of the spectrogram.
+        video = stack_frames(video, count).reshape(video.shape[0], -1, count, video.shape[2]).mean(2)
+        audio = jnp.where(valid, jnp.concatenate(audio_inputs(features, sizes), -1), 0.0)
+        inputs = [stack_frames(audio, count), video]
         if sizes.video_layers:
-            parts.append(stack_of(sizes, "encoder", sizes.video_layers)(lips, steps, drop))
-        x, read = jnp.concatenate(parts, -1), nn.Dense(sizes.labels, name="ctc")
+            inputs.append(make_stack(sizes, "encoder", sizes.video_layers)(video, steps, dropout_ids))
+        x, ctc_head = jnp.concatenate(inputs, -1), nn.Dense(sizes.labels, name="ctc")
         if sizes.feedback:
-            x = stack_of(sizes, "reader", sizes.feedback)(x, steps, drop)
-            x = x + nn.Dense(x.shape[-1], name="feedback")(nn.softmax(read(x)))
-        x = stack_of(sizes, "decoder", sizes.layers - sizes.feedback)(x, steps, drop)
+            x = make_stack(sizes, "reader", sizes.feedback)(x, steps, dropout_ids)
+            x = x + nn.Dense(x.shape[-1], name="feedback")(nn.softmax(ctc_head(x)))
+        x = make_stack(sizes, "decoder", sizes.layers - sizes.feedback)(x, steps, dropout_ids)
         bands = nn.Dense(count * sizes.bands, name="output")(x)
-        return Output(unfold(bands, features.mask.shape[1], count), read(x), steps)
+        return Output(unstack_frames(bands, features.mask.shape[1], count), ctc_head(x), steps)
 
 
 class RecognizerNetwork(nn.Module):
-    """asr: sound alone -> convolutions over time -> CTC. The judge of restored words; it restores nothing.
+    """asr: audio -> convolutions over time -> CTC. It scores restored words and restores nothing.
 
-    A layer sees two steps on either side of its own, so that a phone is said where it is heard and a fault in one word is not heard
-    in another: BLSTMs, which see the whole clip, came to say words half a second away from where they are.
+    A layer covers two time steps on either side, so a phone is detected where it is spoken and an error in one word does not affect
+    others. With BLSTMs, which cover the whole clip, words were detected up to half a second away from where they are.
     """
 
     sizes: Sizes
@@ -213,12 +221,12 @@ class RecognizerNetwork(nn.Module):
     @nn.compact
     def __call__(self, features: Features, train: bool = False) -> Output:
         sizes, steps = self.sizes, -(-features.num_frames // self.sizes.stack)
-        x = fold(jnp.where(features.valid[..., None], features.spectrogram, 0.0), sizes.stack)
+        x = stack_frames(jnp.where(features.valid[..., None], features.spectrogram, 0.0), sizes.stack)
         inside = (jnp.arange(x.shape[1])[None] < steps[:, None])[..., None]
         for i in range(sizes.layers):
             y = nn.relu(nn.LayerNorm(name=f"norm_{i + 1}")(nn.Conv(sizes.units, (5,), name=f"conv_{i + 1}")(x)))
             if sizes.dropout and train:
-                y = dropped(y, sizes.dropout, self.make_rng("dropout"), features.id_hash)
+                y = apply_dropout(y, sizes.dropout, self.make_rng("dropout"), features.id_hash)
             x = jnp.where(inside, x + y if i else y, 0.0)
         return Output(None, nn.Dense(sizes.labels, name="ctc")(x), steps)
 
@@ -227,17 +235,17 @@ class RecognizerNetwork(nn.Module):
 
 
 class System(NamedTuple):
-    """What the rest of the program must know of a system."""
+    """What training, inference and evaluation need to know about a system."""
 
     build: Callable[[Sizes], nn.Module]
     uses_video: bool
-    reads: bool  # has a CTC head
-    options: frozenset[str]  # those of OPTIONS that it knows
-    restores: bool = True
-    drops: bool = False  # takes clips whose lips or whose sound are all gone
+    has_ctc_head: bool
+    options: frozenset[str]  # the fields of OPTIONS that it supports
+    restores: bool = True  # False: a recogniser
+    handles_missing_streams: bool = False  # trained with clips without a face or with all audio masked
 
 
-# Fields of a config that only some systems know -> what they may be; the first value says that there is nothing of it.
+# Config fields that only some systems support -> their values; the first value is the only one for all other systems.
 OPTIONS = {
     "output": ("linear", "relu"),
     "video_rate": ("audio", "video"),
@@ -253,30 +261,38 @@ TWO_STAGES = BLSTM | {"video_rate", "skip"}
 UNIFIED = BLSTM - {"output"} | {"stack", "video_layers", "feedback"}
 
 SYSTEMS: dict[str, System] = {
-    "a_si": System(lambda sizes: SingleStage(sizes, sees=False), uses_video=False, reads=False, options=BLSTM),
-    "a_mtl_si": System(lambda sizes: SingleStage(sizes, sees=False, ctc="hidden"), uses_video=False, reads=True, options=BLSTM),
-    "av_si": System(SingleStage, uses_video=True, reads=False, options=BLSTM),
-    "av_mtl_si": System(lambda sizes: SingleStage(sizes, ctc="hidden"), uses_video=True, reads=True, options=BLSTM),
-    "av_s2s": System(Seq2Seq, uses_video=True, reads=False, options=TWO_STAGES),
-    "av_mtl_s2s": System(lambda sizes: Seq2Seq(sizes, ctc=True), uses_video=True, reads=True, options=TWO_STAGES),
-    "v_s2s": System(lambda sizes: Seq2Seq(sizes, hears=False), uses_video=True, reads=False, options=TWO_STAGES - {"mask_input"}),
-    "morrone_av_mtl": System(lambda sizes: SingleStage(sizes, ctc="linear"), uses_video=True, reads=True, options=BLSTM),
-    "av_unified": System(Unified, uses_video=True, reads=True, options=UNIFIED, drops=True),
-    "asr": System(RecognizerNetwork, uses_video=False, reads=True, options=frozenset({"stack"}), restores=False),
+    "a_si": System(lambda sizes: SingleStage(sizes, uses_video=False), uses_video=False, has_ctc_head=False, options=BLSTM),
+    "a_mtl_si": System(
+        lambda sizes: SingleStage(sizes, uses_video=False, ctc="hidden"), uses_video=False, has_ctc_head=True, options=BLSTM
+    ),
+    "av_si": System(SingleStage, uses_video=True, has_ctc_head=False, options=BLSTM),
+    "av_mtl_si": System(lambda sizes: SingleStage(sizes, ctc="hidden"), uses_video=True, has_ctc_head=True, options=BLSTM),
+    "av_s2s": System(Seq2Seq, uses_video=True, has_ctc_head=False, options=TWO_STAGES),
+    "av_mtl_s2s": System(lambda sizes: Seq2Seq(sizes, ctc=True), uses_video=True, has_ctc_head=True, options=TWO_STAGES),
+    "v_s2s": System(
+        lambda sizes: Seq2Seq(sizes, uses_audio=False),
+        uses_video=True,
+        has_ctc_head=False,
+        options=TWO_STAGES - {"mask_input"},
+    ),
+    "morrone_av_mtl": System(lambda sizes: SingleStage(sizes, ctc="linear"), uses_video=True, has_ctc_head=True, options=BLSTM),
+    "av_unified": System(Unified, uses_video=True, has_ctc_head=True, options=UNIFIED, handles_missing_streams=True),
+    "asr": System(RecognizerNetwork, uses_video=False, has_ctc_head=True, options=frozenset({"stack"}), restores=False),
 }
 
 
 def get(name: str) -> System:
-    """The system of that name; ValueError names those there are."""
+    """The system of that name; ValueError lists the known names."""
     if name not in SYSTEMS:
         raise ValueError(f"unknown system {name!r}; expected one of {', '.join(SYSTEMS)}")
     return SYSTEMS[name]
 
 
 def composite(output: jax.Array, features: Features) -> jax.Array:
-    """The prediction where the sound is lost, what was heard elsewhere: (B, F, K)."""
+    """(B, F, K): the prediction in the gaps, the input elsewhere."""
     return jnp.where(features.mask[..., None], output, features.spectrogram)
 
 
-def count_parameters(params) -> int:
+def count_parameters(params: Any) -> int:
+    """Number of values in a parameter tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

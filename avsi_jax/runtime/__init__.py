@@ -1,1 +1,1 @@
-"""What the machine provides: files on disk or in a bucket, processes, devices, signals, time accounting."""
+"""Services of the machine: files on disk or in a bucket, child processes, devices, signals and time accounting."""

@@ -1,4 +1,4 @@
-"""Keeps what native libraries say for no reason off stderr. Nothing else is kept off: other lines, threads and child processes."""
+"""Removes known useless lines that native libraries write to stderr; other lines, threads and child processes are unaffected."""
 
 from __future__ import annotations
 
@@ -9,40 +9,43 @@ import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
-CLONE_FILES = 0x400  # of Linux' unshare
+CLONE_FILES = 0x400  # for Linux' unshare(2)
 STDERR = 2
 
+T = TypeVar("T")
 
-def made(make: Callable, unwanted: str):
-    """make(), run in a thread of its own whose stderr is a file; when it is through, or has failed, what it said goes to stderr,
-    but for lines that hold `unwanted`.
 
-    That thread alone has its own table of open files, so others, and children that they start meanwhile, keep their stderr. Where
-    the system knows no such tables (Linux does), everything is said as ever.
+def call_filtered(function: Callable[[], T], unwanted: str) -> T:
+    """Calls function() and removes the lines that contain `unwanted` from what it writes to stderr.
+
+    The function runs in a thread whose stderr is a temporary file; after it has returned or failed, the other lines are written
+    to the real stderr. Only that thread has its own table of open files, so other threads, and child processes that they start
+    meanwhile, keep their stderr. On systems without such tables (Linux has them) nothing is filtered.
     """
-    with tempfile.TemporaryFile() as said, concurrent.futures.ThreadPoolExecutor(1) as apart:
+    with tempfile.TemporaryFile() as output, concurrent.futures.ThreadPoolExecutor(1) as executor:
         try:
-            with _nothing_collected():
-                return apart.submit(_made_apart, make, said.fileno()).result()
+            with _garbage_collection_disabled():
+                return executor.submit(_call_redirected, function, output.fileno()).result()
         finally:
-            said.seek(0)
-            told = b"".join(line for line in said if unwanted.encode() not in line)
-            if told:
-                os.write(STDERR, told)
+            output.seek(0)
+            kept = b"".join(line for line in output if unwanted.encode() not in line)
+            if kept:
+                os.write(STDERR, kept)
 
 
-def _made_apart(make: Callable, said: int):
-    """In a thread that ends after this."""
+def _call_redirected(function: Callable[[], T], output_fd: int) -> T:
+    """Redirects stderr of the current thread, which must end after this call."""
     with contextlib.suppress(OSError, AttributeError):
         if ctypes.CDLL(None).unshare(CLONE_FILES) == 0:
-            os.dup2(said, STDERR)
-    return make()
+            os.dup2(output_fd, STDERR)
+    return function()
 
 
 @contextlib.contextmanager
-def _nothing_collected() -> Iterator[None]:
-    """A file that were collected in that thread would be closed in its table alone."""
+def _garbage_collection_disabled() -> Iterator[None]:
+    """A file object collected in that thread would be closed in the thread's own table only."""
     if not gc.isenabled():
         yield
         return

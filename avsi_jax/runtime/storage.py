@@ -1,8 +1,9 @@
-"""Files that may lie on a disk or in a bucket (gs://): written whole or not at all.
+"""Atomic writes, appends and listings for files on a disk or in a bucket (gs://).
 
-Paths are etils.epath's; its own read_text, exists, iterdir and unlink do as they are. What they do not promise is here: a write
-that leaves the old file whole, a line added in a bucket (which has no appending: gcsfs writes the line over the file), and a
-listing of a bucket that shows what other processes have written since. Every error is an OSError of one line.
+Paths are those of etils.epath, and its own read_text, exists, iterdir and unlink work as they are. This module adds what they do
+not guarantee: a write that leaves the old file intact when it fails, a line appended to a file in a bucket (buckets cannot append:
+gcsfs would overwrite the file with the line), and a listing of a bucket that shows what other processes have written since.
+Every error is an OSError with a message of one line.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-# Where tensorflow is installed, epath would import it for gs://: seconds and hundreds of MB. gcsfs does as well.
+# Where tensorflow is installed, epath would import it for gs://, which takes seconds and hundreds of MB. gcsfs is enough.
 os.environ.setdefault("EPATH_USE_TF", "false")
 
 from etils import epath  # noqa: E402
@@ -26,8 +28,8 @@ class StorageError(OSError):
     """A file could not be read, written or copied."""
 
 
-def folder(path) -> epath.Path:
-    """A folder or file as an epath.Path: absolute on a disk, gs:// as it is; ValueError for other schemes."""
+def as_path(path: os.PathLike | str) -> epath.Path:
+    """The path of a folder or file as an epath.Path: absolute on a disk, gs:// unchanged; ValueError for other schemes."""
     path = epath.Path(path)
     scheme, _, rest = os.fspath(path).partition("://")
     if not rest:
@@ -36,25 +38,26 @@ def folder(path) -> epath.Path:
         raise ValueError(f"{path}: found {scheme}://, expected a folder or gs://BUCKET/FOLDER")
     if not importlib.util.find_spec("gcsfs"):
         raise StorageError(f"{path}: gs:// needs gcsfs; pip install 'avsi_jax[gcs]'")
-    _look_afresh()
+    _disable_listings_cache()
     return path
 
 
-def in_bucket(path) -> bool:
+def in_bucket(path: os.PathLike | str) -> bool:
+    """Whether a path is in a bucket."""
     return os.fspath(path).startswith("gs://")
 
 
-def _look_afresh() -> None:
-    """gcsfs keeps listings for ever: without this, a process never sees the files that others add to a folder it has listed."""
+def _disable_listings_cache() -> None:
+    """gcsfs caches listings for ever, so a process would never see files that others add to a folder it has listed."""
     import fsspec.config
 
     fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
 
 
-def names(path) -> list[str]:
-    """The names in a folder, in order; none where it is missing: in a bucket a folder is there while a file is in it."""
+def list_names(path: os.PathLike | str) -> list[str]:
+    """The sorted names in a folder; [] where it does not exist (in a bucket a folder exists only while it holds a file)."""
     try:
-        return sorted(p.name for p in folder(path).iterdir())
+        return sorted(p.name for p in as_path(path).iterdir())
     except FileNotFoundError:
         return []
 
@@ -62,17 +65,18 @@ def names(path) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_text(path, text: str) -> None:
-    """Writes a file whole or not at all, as `write_bytes`."""
+def write_text(path: os.PathLike | str, text: str) -> None:
+    """Writes a text file atomically, as `write_bytes`."""
     write_bytes(path, text.encode())
 
 
-def write_bytes(path, data: bytes) -> None:
-    """Writes a file whole or not at all: a failed write, or a machine that loses power, leaves the old one as it was.
+def write_bytes(path: os.PathLike | str, data: bytes) -> None:
+    """Writes a file atomically: a failed write, or a machine that loses power, leaves the old file unchanged.
 
-    On a disk a file beside it is written, brought to the disk and renamed; in a bucket it is one object. Folders are made.
+    On a disk a temporary file beside it is written, synchronised and renamed; in a bucket it is one object. Missing folders are
+    created. StorageError where the file cannot be written.
     """
-    path = folder(path)
+    path = as_path(path)
     with write_errors(path, len(data)):
         if in_bucket(path):
             path.write_bytes(data)
@@ -83,87 +87,90 @@ def write_bytes(path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator:
-    """A new file, open for bytes, that becomes `path` where the block ends well and is gone where it does not."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A temporary file, open for bytes, that replaces `path` when the block succeeds and is deleted when it does not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        with beside.open("wb") as file:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
 
 
 def _sync_folder(path: Path) -> None:
-    """Brings a folder's list of files to the disk: a rename is not safe before."""
-    opened = os.open(path, os.O_RDONLY)
+    """Synchronises a folder's entries with the disk: a rename is not durable before."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(opened)
-    except OSError as error:  # some network disks can't, and need not
+        os.fsync(descriptor)
+    except OSError as error:  # some network file systems do not support it, and do not need it
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
-def append_line(path, line: str) -> None:
-    """Adds a line to a text file, made where it is missing, as `append_bytes`."""
+def append_line(path: os.PathLike | str, line: str) -> None:
+    """Appends a line to a text file, as `append_bytes`."""
     append_bytes(path, f"{line}\n".encode())
 
 
-def append_bytes(path, data: bytes) -> None:
-    """Adds to the end of a file, made where it is missing, and hands it to the system; a failed write takes back what it added.
+def append_bytes(path: os.PathLike | str, data: bytes) -> None:
+    """Appends to a file, created where it does not exist, and synchronises it; a failed write removes what it appended.
 
-    In a bucket the whole file is read and written: for small files, and for one writer, since of two at once one would be lost.
+    In a bucket the whole file is read and written again: for small files with a single writer, since of two simultaneous appends
+    one would be overwritten. StorageError where the file cannot be written.
     """
-    path = folder(path)
+    path = as_path(path)
     with write_errors(path, len(data)):
         if in_bucket(path):
             path.write_bytes((path.read_bytes() if path.exists() else b"") + data)
             return
         with open(path, "ab", buffering=0) as file:
-            before = os.fstat(file.fileno()).st_size
+            old_size = os.fstat(file.fileno()).st_size
             try:
                 _write_all(file, data)
-                os.fsync(file.fileno())  # a row of a table is not to be lost beside a checkpoint that isn't
+                os.fsync(file.fileno())  # a row of a table must be as durable as the checkpoint written after it
             except OSError:
                 with contextlib.suppress(OSError):
-                    os.ftruncate(file.fileno(), before)
+                    os.ftruncate(file.fileno(), old_size)
                 raise
 
 
 def _write_all(file, data: bytes) -> None:
-    """An unbuffered file may take less than it is given, and does so on a disk that is nearly full."""
+    """Writes all of `data` to an unbuffered file, whose write() may take only a part, e.g. on a disk that is nearly full."""
     rest = memoryview(data)
     while rest:
         rest = rest[file.write(rest) :]
 
 
 @contextlib.contextmanager
-def write_errors(path, num_bytes: int, source="") -> Iterator[None]:
-    """Whatever goes wrong with a file, as a StorageError of one line that names it, the bytes and the room there is."""
+def write_errors(path: os.PathLike | str, num_bytes: int, source: os.PathLike | str = "") -> Iterator[None]:
+    """Turns an error of the block into a StorageError of one line with the path, the bytes and, on a full disk, the free space."""
     try:
         yield
     except StorageError:
         raise
-    except Exception as error:  # gcsfs has errors of its own, of its network and of its credentials
+    except Exception as error:  # gcsfs has its own errors for network and credentials
         if not isinstance(error, OSError) and not (in_bucket(path) or in_bucket(source)):
             raise
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(disk_full(path, num_bytes)) from error
-        said = getattr(error, "strerror", None) or (str(error) or repr(error)).splitlines()[0][:200]
-        raise StorageError(f"{path}: {num_bytes:,} bytes could not be written: {said}") from error
+            raise StorageError(disk_full_message(path, num_bytes)) from error
+        reason = getattr(error, "strerror", None) or (str(error) or repr(error)).splitlines()[0][:200]
+        raise StorageError(f"{path}: {num_bytes:,} bytes could not be written: {reason}") from error
 
 
-def disk_full(path, needed: int) -> str:
-    return f"{path}: the disk is full: {needed:,} bytes needed, {free_bytes(path):,} free; make room there or name another disk"
+def disk_full_message(path: os.PathLike | str, needed_bytes: int) -> str:
+    """The message for a disk that has no space for `needed_bytes`."""
+    free = free_bytes(path)
+    return f"{path}: the disk is full: {needed_bytes:,} bytes needed, {free:,} free; free some space or choose another disk"
 
 
-def free_bytes(path) -> int:
-    """Bytes free on the disk of a path, which need not be there yet."""
-    there = next(p for p in (Path(path), *Path(path).parents) if p.exists())
-    return shutil.disk_usage(there).free
+def free_bytes(path: os.PathLike | str) -> int:
+    """Free bytes of the disk of a path, which need not exist yet."""
+    existing = next(p for p in (Path(path), *Path(path).parents) if p.exists())
+    return shutil.disk_usage(existing).free

@@ -1,4 +1,4 @@
-"""Exceptions that no code here expects, such as a dependency's new release without a keyword: one line instead of a traceback.
+"""Reports unexpected exceptions in one line instead of a traceback, e.g. where a new release of a dependency lacks a keyword.
 
 The line names the exception, where it was raised, the library with its installed version where one is clearly involved, and what
 to do. AVSI_DEBUG=1 in the environment adds the traceback.
@@ -16,13 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, ModuleType, TracebackType
 
-OURS = ("avsi_jax", "configs", "tfds_grid", "__main__", "__mp_main__")
+OWN_PACKAGES = ("avsi_jax", "configs", "tfds_grid", "__main__", "__mp_main__")
 ADVICE = "the tested versions: pip install . -c constraints/tests.txt in the checkout; AVSI_DEBUG=1 shows the traceback"
 MAX_CHARS = 300  # of the exception's own message
 
 
 def reported(name: str) -> Callable:
-    """Decorates the function of the command `name`: an exception that leaves it becomes a line on stderr and exit code 1."""
+    """Decorator for the main function of the command `name`: an uncaught exception becomes a line on stderr and exit code 1."""
 
     def decorate(main: Callable) -> Callable:
         @functools.wraps(main)
@@ -39,13 +39,13 @@ def reported(name: str) -> Callable:
 
 
 def explain(error: BaseException) -> str:
-    """'unexpected TypeError at media.py:98 (av 19.0.2): ...', and what to do; prints the traceback where AVSI_DEBUG asks for it."""
+    """'unexpected TypeError at clip_io.py:98 (av 19.0.2): ...' and what to do; with AVSI_DEBUG set, also prints the traceback."""
     if os.environ.get("AVSI_DEBUG", "0") not in ("", "0"):
         traceback.print_exception(error)
-    last, library = _origin(error.__traceback__)
+    location, library = _origin(error.__traceback__)
     with_library = f" ({library})" if library else ""
     message = " ".join(str(error).split())[:MAX_CHARS]
-    return f"unexpected {type(error).__name__} at {last}{with_library}: {message}; {ADVICE}"
+    return f"unexpected {type(error).__name__} at {location}{with_library}: {message}; {ADVICE}"
 
 
 def _origin(trace: TracebackType | None) -> tuple[str, str | None]:
@@ -54,27 +54,27 @@ def _origin(trace: TracebackType | None) -> tuple[str, str | None]:
     if not frames:
         return "?", None
     frame, line = frames[-1]
-    where = f"{Path(frame.f_code.co_filename).name}:{line}"
+    location = f"{Path(frame.f_code.co_filename).name}:{line}"
     for frame, line in reversed(frames):
         package = _package(frame.f_globals.get("__name__") or frame.f_code.co_filename.replace("/", "."))
-        if package in OURS:
-            return where, _version(_called(frame, line))
+        if package in OWN_PACKAGES:
+            return location, _version(_packages_in_line(frame, line))
         if package not in sys.stdlib_module_names:
-            return where, _version({package})
-    return where, None
+            return location, _version({package})
+    return location, None
 
 
-def _called(frame: FrameType, line: int) -> set[str]:
-    """Packages outside the standard library and this one whose modules, functions or classes a line of code names.
+def _packages_in_line(frame: FrameType, line: int) -> set[str]:
+    """Third-party packages whose modules, functions or classes a line of code names.
 
-    A function that refuses its arguments leaves no frame of its own.
+    Needed because a function that rejects its arguments leaves no frame of its own in the traceback.
     """
     names = set(re.findall(r"[A-Za-z_]\w*", linecache.getline(frame.f_code.co_filename, line)))
     values = [frame.f_locals.get(name, frame.f_globals.get(name)) for name in names]
     modules = [v.__name__ if isinstance(v, ModuleType) else getattr(v, "__module__", None) for v in values
                if isinstance(v, ModuleType) or callable(v)]  # fmt: skip
     packages = {_package(m) for m in modules if isinstance(m, str)}
-    return packages - {*OURS, *sys.stdlib_module_names}
+    return packages - {*OWN_PACKAGES, *sys.stdlib_module_names}
 
 
 def _package(module: str) -> str:
@@ -82,7 +82,7 @@ def _package(module: str) -> str:
 
 
 def _version(packages: set[str]) -> str | None:
-    """'av 19.0.2' where there is exactly one package, and it was installed; 'numpy, av' says nothing about either."""
+    """'av 19.0.2' for exactly one package that is installed; None for several: any of them may be the cause."""
     from importlib import metadata
 
     if len(packages) != 1:

@@ -1,1 +1,1 @@
-"""The command avsi-train: objective, training step, loop, checkpoints, run directory."""
+"""The command avsi-train: objective, training step, loop, checkpoints and run directory."""

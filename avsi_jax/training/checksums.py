@@ -1,12 +1,13 @@
-"""The sha256 of every file of a folder, kept beside them: what was copied badly, cut or changed is found and named.
+"""Manifests: the sha256 of every file of a folder, stored beside the files, to detect truncated, changed and badly copied files.
 
-Written before the folder gets its final name; files that the one who renames it writes while doing so follow in a seal.
+The manifest is written before the folder gets its final name. Files written while the folder is renamed are listed in a seal.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -14,20 +15,20 @@ MANIFEST = "manifest.json"
 SEAL = "seal.json"
 
 
-def write(folder, besides: tuple[str, ...] = ()) -> None:
-    """manifest.json of all files under a folder but those; their names are paths in it."""
+def write(folder: epath.Path, excluded: tuple[str, ...] = ()) -> None:
+    """Writes manifest.json: {path in the folder: sha256} of all files except the excluded paths."""
     names = sorted(_relative(path, folder) for path in _files(folder))
-    _write(folder / MANIFEST, {name: _hash(folder / name) for name in names if name not in (*besides, MANIFEST, SEAL)})
+    _write(folder / MANIFEST, {name: _hash(folder / name) for name in names if name not in (*excluded, MANIFEST, SEAL)})
 
 
-def seal(folder, names: tuple[str, ...]) -> None:
-    """seal.json of those files, where there are any; without effect on a folder that has no manifest."""
+def seal(folder: epath.Path, names: tuple[str, ...]) -> None:
+    """Writes seal.json: the same for those of the named files that exist. Does nothing in a folder without a manifest."""
     if (folder / MANIFEST).exists():
         _write(folder / SEAL, {name: _hash(folder / name) for name in names if (folder / name).exists()})
 
 
-def find_fault(folder) -> str | None:
-    """What is wrong with the files of a folder, in a few words; None where all are as they were written, or it has no manifest."""
+def find_fault(folder: epath.PathLike) -> str | None:
+    """What is wrong with the files of a folder, in a few words; None if all are as written, or if there is no manifest."""
     folder = epath.Path(folder)
     if not (folder / MANIFEST).exists():
         return None
@@ -44,16 +45,17 @@ def find_fault(folder) -> str | None:
     return None
 
 
-def is_sealed(folder) -> bool:
+def is_sealed(folder: epath.PathLike) -> bool:
+    """Whether the folder has a seal."""
     return (epath.Path(folder) / SEAL).exists()
 
 
-def _write(path, hashes: dict[str, str]) -> None:
+def _write(path: epath.Path, hashes: dict[str, str]) -> None:
     path.write_text(_text(hashes))
 
 
-def _read(path) -> dict[str, str]:
-    """ValueError where it isn't to the letter what `_write` writes: no byte of it may change unseen."""
+def _read(path: epath.Path) -> dict[str, str]:
+    """The hashes; ValueError if the file differs in any byte from what `_write` writes, so that no change goes unnoticed."""
     text = path.read_bytes().decode(errors="replace")
     try:
         hashes = json.loads(text)
@@ -68,8 +70,8 @@ def _text(hashes: dict[str, str]) -> str:
     return json.dumps(hashes, indent=1, sort_keys=True) + "\n"
 
 
-def _files(folder):
-    """Every file under a folder."""
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    """Every file in a folder and its subfolders."""
     for path in folder.iterdir():
         if path.is_dir():
             yield from _files(path)
@@ -77,10 +79,10 @@ def _files(folder):
             yield path
 
 
-def _relative(path, folder) -> str:
+def _relative(path: epath.Path, folder: epath.Path) -> str:
     return str(path)[len(str(folder)) :].lstrip("/")
 
 
-def _hash(path) -> str:
+def _hash(path: epath.Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,7 @@
-"""avsi-train: the command. The loop is in training/loop.py, the step in training/train_step.py.
+"""The command avsi-train: arguments, errors and exit codes. The training loop is in training/loop.py.
 
-Exit codes: 0 the training is finished, 2 something to mend, 75 a process is stuck or missing, 130 Ctrl-C, 143 SIGTERM; after the
-last three the same command goes on from the newest checkpoint.
+Exit codes: 0 training finished, 1 unexpected error, 2 error that the user can fix, 75 a process is stuck or has ended, 130 Ctrl-C,
+143 SIGTERM. After the last three the same command resumes from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import traceback
+from typing import TYPE_CHECKING, Any
 
 from avsi_jax import configs
 from avsi_jax.runtime import distributed, unexpected_errors
@@ -17,9 +18,12 @@ from avsi_jax.runtime.goodput import PhaseTimer
 from avsi_jax.runtime.signals import Stopped, StopSignals
 from avsi_jax.training.progress_log import Console
 
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
-def __getattr__(name: str):
-    """The loop's train and Progress, loaded when they are asked for: --help is to answer at once."""
+
+def __getattr__(name: str) -> Any:
+    """`train` and `Progress` of training/loop.py, imported on first use so that --help answers at once."""
     if name in ("Progress", "train"):
         from avsi_jax.training import loop
 
@@ -27,53 +31,56 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def show(config) -> None:
-    """What `--show` prints: the config, the signal, the network's table, its shapes. Needs no data."""
+def show(config: ConfigDict) -> None:
+    """Prints the config, the signal preset, the network's layers and its number of parameters; needs no data."""
     import dataclasses
 
     import flax.linen as nn
     import jax
 
     from avsi_jax import presets
-    from avsi_jax.models.build import count_of, example_features, make_model
+    from avsi_jax.models.build import example_features, make_model, parameter_count
 
     signal = [f"{k}: {v}" for k, v in dataclasses.asdict(presets.get(config.preset)).items()]
     table = nn.tabulate(make_model(config), jax.random.key(0), depth=2, console_kwargs={"width": 160})(example_features(config))
-    print(config, *signal, table, f"parameters: {count_of(config)}", sep="\n")
+    print(config, *signal, table, f"parameters: {parameter_count(config)}", sep="\n")
 
 
-def parse(argv: list[str] | None):
-    """(arguments, overrides of the config)."""
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """(options, remaining arguments, which override config fields)."""
     names = [n for n in configs.names() if n != "eval"]
-    parser = argparse.ArgumentParser("avsi-train", description="Train a system of avsi_jax; resumes by itself from its workdir.")
+    parser = argparse.ArgumentParser("avsi-train", description="Train a system of avsi_jax; resumes from its workdir.")
     parser.add_argument("--config", default="av_mtl_s2s", help=f"a name ({', '.join(names)}) or a .py file; default %(default)s")
-    parser.add_argument("--workdir", help="where the run lives, a folder or gs://; an earlier run there is gone on with")
-    parser.add_argument("--show", action="store_true", help="print config, signal, network and parameters, and leave")
-    parser.add_argument("--replay", type=int, metavar="STEP", help="do this step of the run again and say what isn't finite")
-    parser.add_argument("--parallel", choices=("pmap", "shard_map"), default="pmap", help="what maps the step over devices")
-    parser.add_argument("--cache_dir", default="", help="copy the dataset here first, once a host (for gs:// or a slow disk)")
-    hosts = parser.add_argument_group("several processes", "all with the same command and a workdir that all share")
+    parser.add_argument("--workdir", help="folder of the run, local or gs://; an earlier run in it is resumed")
+    parser.add_argument("--show", action="store_true", help="print config, signal preset, network and parameter count, and exit")
+    parser.add_argument(
+        "--replay", type=int, metavar="STEP", help="repeat this training step of the run and report what is not finite"
+    )
+    parser.add_argument("--parallel", choices=("pmap", "shard_map"), default="pmap", help="how steps are mapped over devices")
+    parser.add_argument("--cache_dir", default="", help="copy the dataset here first, once per host (for gs:// or a slow disk)")
+    hosts = parser.add_argument_group("several processes", "all with the same command and a shared workdir")
     hosts.add_argument("--distributed", choices=("auto", "on", "off"), default="auto",
                        help="auto: by the environment (TPU pod, SLURM step, Open MPI, Kubernetes, JAX_* variables)")  # fmt: skip
-    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, where the environment doesn't say")
-    hosts.add_argument("--num_processes", type=int, help="how many there must be; another number is refused")
-    hosts.add_argument("--process_id", type=int, help="which one this is, from 0")
+    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, if the environment does not define it")
+    hosts.add_argument("--num_processes", type=int, help="number of processes; any other number is an error")
+    hosts.add_argument("--process_id", type=int, help="index of this process, from 0")
     parser.epilog = "Fields: --config.FIELD=VALUE, e.g. --config.data_dir=DATA --config.batch_size=64 --config.loss.gap=1"
     return parser.parse_known_args(argv)
 
 
 @unexpected_errors.reported("avsi-train")
 def main(argv: list[str] | None = None) -> int:
-    known, rest = parse(argv)
+    """Runs the command; returns its exit code."""
+    options, overrides = parse(argv)
     console = Console()
     try:
-        config = configs.load(known.config, configs.split_overrides(rest), like="base")
-        if known.show:
+        config = configs.load(options.config, configs.split_overrides(overrides), like="base")
+        if options.show:
             show(config)
             return 0
-        if not known.workdir:
+        if not options.workdir:
             raise ValueError("no --workdir given; expected a folder for checkpoints and metrics")
-        code = run(config, known, console)
+        code = run(config, options, console)
     except Stopped as stopped:
         console.warn(f"avsi-train: {stopped}")
         code = stopped.exit_code
@@ -81,40 +88,42 @@ def main(argv: list[str] | None = None) -> int:
         console.warn(f"avsi-train: {error}")
         code = getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
-        console.warn("\navsi-train: stopped; the same command goes on from the last checkpoint")
+        console.warn("\navsi-train: stopped; run the same command to continue from the last checkpoint")
         code = 130
     except Exception as error:
-        code = alone_or_left(error, console)
+        code = exit_code_of(error, console)
     distributed.leave(code)
     return code
 
 
-def alone_or_left(error: Exception, console: Console) -> int:
-    """The exit code where another process is gone: what jax says of a broken collective differs by device. Else 1 for an error
-    that nobody expected: a line on stderr, the traceback in train.log.
+def exit_code_of(error: Exception, console: Console) -> int:
+    """Reports an unexpected error in one line, with the traceback in train.log, and returns the exit code.
+
+    jax reports a broken collective differently on each device: any of its errors in a run of several processes is taken as the end
+    of another process.
     """
     import jax
 
     from avsi_jax.runtime import watchdog
 
-    said = (str(error).strip().splitlines() or [""])[0][:200]
-    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in said:
-        console.warn(f"avsi-train: out of memory ({said}); expected room for a step: a smaller --config.batch_size, or "
-                     "--config.accumulate=2")  # fmt: skip
+    message = (str(error).strip().splitlines() or [""])[0][:200]
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in message:
+        console.warn(f"avsi-train: out of memory ({message}); expected memory for a training step: use a smaller "
+                     "--config.batch_size, or --config.accumulate=2")  # fmt: skip
         return 2
     if distributed.is_joined() and isinstance(error, jax.errors.JaxRuntimeError):
-        console.warn(f"avsi-train: another process is gone ({said}); the same command goes on")
+        console.warn(f"avsi-train: another process has ended ({message}); run the same command to continue")
         return watchdog.EXIT_CODE
-    console.record("".join(traceback.format_exception(error)))
+    console.log("".join(traceback.format_exception(error)))
     console.warn(f"avsi-train: {unexpected_errors.explain(error)}")
     return 1
 
 
-def run(config, known, console: Console) -> int:
-    """Joins the other processes, trains or replays; the command's exit code."""
+def run(config: ConfigDict, options: argparse.Namespace, console: Console) -> int:
+    """Joins the other processes, then trains or replays a step; returns the exit code."""
     phases, stop_signals = PhaseTimer(), StopSignals(console.warn).install()
     try:
-        topology = distributed.start(known.distributed, known.coordinator, known.num_processes, known.process_id)
+        topology = distributed.start(options.distributed, options.coordinator, options.num_processes, options.process_id)
         import jax
 
         from avsi_jax.runtime import devices
@@ -124,17 +133,17 @@ def run(config, known, console: Console) -> int:
         topology.check()
         console.rank = jax.process_index()
         if jax.process_count() > 1:
-            console.say(str(topology))
-        options = {"how": known.parallel, "cache_dir": known.cache_dir, "console": console}
-        if known.replay is not None:
+            console.info(str(topology))
+        shared = {"parallel": options.parallel, "cache_dir": options.cache_dir, "console": console}
+        if options.replay is not None:
             from avsi_jax.training.replay_step import replay
 
-            replay(config, known.workdir, known.replay, **options)
+            replay(config, options.workdir, options.replay, **shared)
         else:
             with jax.debug_nans(config.debug_nans):
-                loop.train(config, known.workdir, stop_signals=stop_signals, phases=phases, **options)
+                loop.train(config, options.workdir, stop_signals=stop_signals, phases=phases, **shared)
     except FloatingPointError:
-        if config.debug_nans:  # the line that made it is what one looks for
+        if config.debug_nans:  # the traceback shows the operation that produced the NaN
             traceback.print_exc()
         raise
     finally:
@@ -143,7 +152,7 @@ def run(config, known, console: Console) -> int:
 
 
 def command() -> None:
-    """What the shell runs. A training that failed leaves at once: libraries in the middle of a save would say so for pages."""
+    """Console script. A failed training exits at once: libraries interrupted during a save would print pages of errors."""
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,69 +1,74 @@
-"""A config -> the parts of a training: optimiser, learning rate and objective (network and features: models/build.py).
+"""Optimiser, learning rate and objective of a config, the same for training, validation and replay.
 
-Training, restoring and evaluating make them here, so that a checkpoint means the same everywhere.
+Network and features are built by models/build.py.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import optax
+    from ml_collections import ConfigDict
+
+    from avsi_jax.data.features import Features, Normalisation
+    from avsi_jax.models.systems import Output
 
 
-def make_optimiser(config, steps_per_epoch: int):
-    """Adam at learning rate 1 x schedule; the plateau's factor comes from the state."""
+def make_optimiser(config: ConfigDict, steps_per_epoch: int) -> optax.GradientTransformation:
+    """Adam with the config's schedule and gradient clipping; the factor of the plateau schedule is part of the TrainState."""
     import optax
 
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     return optax.chain(*clip, optax.adam(_schedule(config, steps_per_epoch)))
 
 
-def learning_rate(config, steps_per_epoch: int) -> Callable[[int], float]:
-    """step -> Adam's learning rate in it, steps counted from 0, before the plateau's factor (Progress.lr_scale)."""
+def learning_rate(config: ConfigDict, steps_per_epoch: int) -> Callable[[int], float]:
+    """Function from the training step, counted from 0, to Adam's learning rate before the plateau factor (Progress.lr_scale)."""
     rate = _schedule(config, steps_per_epoch)
     return lambda step: float(rate(step)) if callable(rate) else rate
 
 
-def _schedule(config, steps_per_epoch: int):
+def _schedule(config: ConfigDict, steps_per_epoch: int) -> optax.ScalarOrSchedule:
     """A number, or an optax schedule."""
     import optax
 
     total = max(1, config.epochs * steps_per_epoch)
     if config.schedule == "cosine":
-        warm = min(int(config.warmup_epochs * steps_per_epoch), total - 1)
-        return optax.warmup_cosine_decay_schedule(config.learning_rate if not warm else 0.0, config.learning_rate, warm, total)
+        warmup = min(int(config.warmup_epochs * steps_per_epoch), total - 1)
+        return optax.warmup_cosine_decay_schedule(config.learning_rate if not warmup else 0.0, config.learning_rate, warmup, total)
     if config.schedule == "plateau":
         return config.learning_rate
     raise ValueError(f"config.schedule: found {config.schedule!r}, expected 'plateau' or 'cosine'")
 
 
 class Objective(NamedTuple):
-    """total: the scalar that is learned from, this device's share of the whole batch's. terms: a (sum, count) of each of its parts
-    and of what is shown beside them. features, output: what the network saw and said.
-    """
+    """Result of the objective function."""
 
-    total: Any
-    terms: dict
-    features: Any
-    output: Any
+    total: Any  # scalar that is minimised: this device's share of the value for the global batch
+    terms: dict  # {name: (sum, count)} of its parts and of metrics that are only reported
+    features: Features
+    output: Output
 
 
-def make_loss(config, normalisation=None, train: bool = True):
-    """loss(params, batch, key, step=0, counts=None) -> (total, terms) of the Objective."""
+def make_loss(config: ConfigDict, normalisation: Normalisation | None = None, train: bool = True) -> Callable:
+    """loss(params, batch, key, step=0, counts=None) -> (total, terms) of `make_objective`."""
     objective = make_objective(config, normalisation, train)
 
     def loss(params, batch, key, step=0, counts=None):
-        found = objective(params, batch, key, step, counts)
-        return found.total, found.terms
+        result = objective(params, batch, key, step, counts)
+        return result.total, result.terms
 
     return loss
 
 
-def make_objective(config, normalisation=None, train: bool = True):
+def make_objective(config: ConfigDict, normalisation: Normalisation | None = None, train: bool = True) -> Callable:
     """objective(params, batch, key, step=0, counts=None) -> Objective.
 
-    `train`: whether clips are augmented, streams and values dropped, and gaps short at first (gaps.curriculum_steps).
-    `counts`: {term: count} of the whole batch, where `batch` is only a part of this device's share of it.
+    train: apply augmentation, dropout and the gap curriculum (gaps.curriculum_steps).
+    counts: {term: count} of the global batch, needed if `batch` is only a part of this device's share.
     """
     import jax
     import jax.numpy as jnp
@@ -77,22 +82,22 @@ def make_objective(config, normalisation=None, train: bool = True):
     model, feature_config = build.make_model(config), build.make_feature_config(config, normalisation)
     system = systems.get(config.system)
     changes = {k: v for k, v in config.augment.items() if k != "drop_audio"}
-    if not system.drops and (config.augment.drop_video or config.augment.drop_audio):
-        raise ValueError(f"config.augment: {config.system} can't lose a stream; expected drop_video and drop_audio 0")
-    for name, share in config.augment.items():
-        most = {"speed": 0.5, "stretch": 1, "mirror": 1, "drop_video": 1, "drop_audio": 1, "trim": 1}.get(name, math.inf)
-        if not 0 <= share <= most:
-            raise ValueError(f"config.augment.{name}: found {share}, expected 0 to {most}")
-    labels = ("phones", "phone_length") if config.ctc_units == "phones" else ("labels", "label_length")
+    if not system.handles_missing_streams and (config.augment.drop_video or config.augment.drop_audio):
+        raise ValueError(f"config.augment: {config.system} does not support missing streams; expected drop_video and drop_audio 0")
+    for name, value in config.augment.items():
+        maximum = {"speed": 0.5, "stretch": 1, "mirror": 1, "drop_video": 1, "drop_audio": 1, "trim": 1}.get(name, math.inf)
+        if not 0 <= value <= maximum:
+            raise ValueError(f"config.augment.{name}: found {value}, expected 0 to {maximum}")
+    label_fields = ("phones", "phone_length") if config.ctc_units == "phones" else ("labels", "label_length")
 
     def objective(params, batch, key, step=0, counts=None):
-        # Gaps are drawn by the key itself: the same ones whatever else is done.
-        changing, dropping, losing = jax.random.split(key, 3)
+        # Gaps are drawn from the key itself, so they do not depend on augmentation or dropout.
+        augment_key, dropout_key, drop_audio_key = jax.random.split(key, 3)
         if train and any(changes.values()):
-            batch = augmentation.augment(changing, batch, **changes)
-        drawn = draw(key, losing, batch, step)
-        features = features_lib.make_features(batch, drawn, feature_config)
-        output = model.apply({"params": params}, features, train, rngs={"dropout": dropping} if train else None)
+            batch = augmentation.augment(augment_key, batch, **changes)
+        gaps = draw_gaps(key, drop_audio_key, batch, step)
+        features = features_lib.make_features(batch, gaps, feature_config)
+        output = model.apply({"params": params}, features, train, rngs={"dropout": dropout_key} if train else None)
         weight = batch["weight"]
         whole = features.valid * weight[:, None]
         gap = features.mask * whole
@@ -101,37 +106,37 @@ def make_objective(config, normalisation=None, train: bool = True):
         if system.restores:
             terms["whole"] = losses.spectrogram_error(output.level, features.target, whole, config.loss.kind)
             terms["gap"] = losses.spectrogram_error(output.level, features.target, near, config.loss.kind)
-        if system.reads:
-            said, length = (batch[k] for k in labels)
-            terms["ctc"] = losses.ctc(output.logits, output.num_steps, said, length, weight)
-        # A mean of means is wrong as soon as gaps differ between devices: every sum is divided by the count of the whole batch.
-        of_all = lambda k, n: devices.sum_over_devices(n) if counts is None else counts[k]
-        means = {k: s / jnp.maximum(of_all(k, n), 1.0) for k, (s, n) in terms.items()}
+        if system.has_ctc_head:
+            labels, length = (batch[k] for k in label_fields)
+            terms["ctc"] = losses.ctc(output.logits, output.num_steps, labels, length, weight)
+        # Every sum is divided by the count of the global batch: the mean of the devices' means would be wrong, since gaps differ.
+        global_count = lambda k, n: devices.sum_over_devices(n) if counts is None else counts[k]
+        means = {k: s / jnp.maximum(global_count(k, n), 1.0) for k, (s, n) in terms.items()}
         total = sum(config.loss[k] * m for k, m in means.items())
-        if system.reads:  # shown, not learned from
-            terms["ctc_infeasible"] = (losses.infeasible(output.num_steps, said, length) @ weight, (length > 0) @ weight)
+        if system.has_ctc_head:  # reported only
+            terms["ctc_infeasible"] = (losses.infeasible(output.num_steps, labels, length) @ weight, (length > 0) @ weight)
         if system.restores:
             restored = systems.composite(output.level, features)
             levels = (features_lib.to_level(x, feature_config) for x in (restored, features.target))
-            terms["gap_l1"] = losses.spectrogram_error(*levels, gap, "l1")  # Means.result turns levels into dB
+            terms["gap_l1"] = losses.spectrogram_error(*levels, gap, "l1")  # Means.result converts levels to dB
         return Objective(total, terms, features, output)
 
-    def draw(key, losing, batch, step):
-        """Gaps of training; of a recogniser none."""
-        how = {k: v for k, v in config.gaps.items() if k not in ("protocol", "curriculum_steps")}
+    def draw_gaps(key, drop_audio_key, batch, step):
+        """Gaps (B, G, 2) of the batch; none for a recogniser."""
         if not system.restores:
             return jnp.zeros((len(batch["audio"]), 1, 2), jnp.int32)
+        options = {k: v for k, v in config.gaps.items() if k not in ("protocol", "curriculum_steps")}
         if train and config.gaps.curriculum_steps:
-            grown = jnp.minimum((step + 1) / config.gaps.curriculum_steps, 1.0)
-            how |= {k: how[k] * grown for k in ("total_mean_ms", "total_std_ms", "total_min_ms", "total_max_ms")}
-        drawn = gap_masks.draw_batch(key, batch["id_hash"], batch["audio_length"], **how)
+            share = jnp.minimum((step + 1) / config.gaps.curriculum_steps, 1.0)
+            durations = ("total_mean_ms", "total_std_ms", "total_min_ms", "total_max_ms")
+            options |= {k: options[k] * share for k in durations}
+        gaps = gap_masks.draw_batch(key, batch["id_hash"], batch["audio_length"], **options)
         if not (train and config.augment.drop_audio):
-            return drawn
-        missing = jax.vmap(lambda h: jax.random.uniform(jax.random.fold_in(losing, h)))(batch["id_hash"])
-        missing = (missing < config.augment.drop_audio) & batch["landmarks_valid"].any(
-            -1
-        )  # a clip that lost its lips keeps its sound
-        everything = jnp.zeros_like(drawn).at[:, 0, 1].set(batch["audio_length"])
-        return jnp.where(missing[:, None, None], everything, drawn)
+            return gaps
+        draws = jax.vmap(lambda h: jax.random.uniform(jax.random.fold_in(drop_audio_key, h)))(batch["id_hash"])
+        # A clip without a visible face keeps its audio.
+        dropped = (draws < config.augment.drop_audio) & batch["landmarks_valid"].any(-1)
+        whole_clip = jnp.zeros_like(gaps).at[:, 0, 1].set(batch["audio_length"])
+        return jnp.where(dropped[:, None, None], whole_clip, gaps)
 
     return objective

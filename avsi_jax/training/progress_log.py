@@ -1,4 +1,4 @@
-"""What a training tells who looks on: lines on stderr, kept in the workdir's train.log, and one line that rewrites itself."""
+"""Messages of a training: lines on stderr, also kept in the workdir's train.log, and a progress line that is overwritten."""
 
 from __future__ import annotations
 
@@ -6,60 +6,68 @@ import contextlib
 import datetime
 import sys
 
+from etils import epath
+
 LOG = "train.log"
 
 
 class Console:
-    """`say` prints a line and keeps it; only the first of several processes says what all would, and marks what others say."""
+    """Prints and logs the messages of one process.
+
+    rank: index of the process. Messages that are the same on all processes are printed by process 0 only; those of other processes
+    start with their rank.
+    """
 
     def __init__(self, rank: int = 0):
-        self.rank, self._path, self._waiting = rank, None, []
+        self.rank, self._path, self._buffer = rank, None, []
 
-    def keep_in(self, workdir) -> None:
-        """From now on, and with what was said until now, in the workdir's log."""
+    def log_to(self, workdir: epath.Path) -> None:
+        """Starts logging to the workdir, beginning with the messages so far."""
         self._path = workdir / (LOG if not self.rank else f"train-{self.rank}.log")
-        for line in self._waiting:
-            self._keep(line)
+        for line in self._buffer:
+            self._append(line)
 
-    def say(self, text: str, everyone: bool = False) -> None:
-        """A line; of what concerns all processes alike the first one's. `everyone`: whoever says it."""
-        if self.rank and not everyone:
+    def info(self, text: str, every_process: bool = False) -> None:
+        """Prints and logs a line; on processes other than 0 only with `every_process`."""
+        if self.rank and not every_process:
             return
         print(f"[{self.rank}] {text}" if self.rank else text, file=sys.stderr, flush=True)
-        self._keep(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {text}")
+        self._append(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {text}")
 
     def warn(self, text: str) -> None:
-        """A line of this process alone."""
-        self.say(text, everyone=True)
+        """Prints and logs a line that concerns this process."""
+        self.info(text, every_process=True)
 
-    def record(self, text: str) -> None:
-        """In the log alone."""
-        self._keep(text.rstrip())
+    def log(self, text: str) -> None:
+        """Adds text to the log without printing it."""
+        self._append(text.rstrip())
 
-    def _keep(self, line: str) -> None:
+    def _append(self, line: str) -> None:
         if self._path is None:
-            self._waiting.append(line)
+            self._buffer.append(line)
             return
         from avsi_jax.runtime import storage
 
-        with contextlib.suppress(OSError):  # a full disk is told by what has to be kept
+        with contextlib.suppress(OSError):  # a full disk is reported when a checkpoint or a metric can't be written
             storage.append_line(self._path, line)
 
-    def tick(self, epoch: int, done: int, total: int, speed: float) -> None:
-        """One line that rewrites itself, on a terminal only; speed: steps a second of this start."""
+    def progress(self, epoch: int, done: int, total: int, speed: float) -> None:
+        """Overwrites the progress line, on a terminal only. speed: training steps per second."""
         if sys.stderr.isatty() and not self.rank:
             end = "\r" if done < total else "\r\033[K"
             print(f"epoch {epoch}  step {done}/{total}  {speed:.2f} steps/s", end=end, file=sys.stderr, flush=True)
 
-    def report(self, row: dict, epochs: int, speed: float, epoch_s: float) -> None:
-        """One line an epoch: losses, the gap's error, what was misread, speed, time left."""
-        left = (epochs - row["epoch"]) * epoch_s
+    def epoch(self, row: dict[str, float], epochs: int, speed: float, epoch_s: float) -> None:
+        """Prints and logs the line of an epoch.
+
+        row: as in metrics.csv. epochs: their total number. speed: training steps per second. epoch_s: mean duration of an epoch.
+        """
         shown = "  ".join(
             f"{k} {row[k]:.4g}"
             for k in ("train_loss", "val_loss", "train_gap_l1_db", "val_gap_l1_db", "train_ctc", "val_ctc", "val_cer", "val_per")
             if k in row
         )
-        left = datetime.timedelta(seconds=round(left))
-        self.say(f"epoch {row['epoch']:.0f}/{epochs}  {shown}  {speed:.2f} steps/s  {left} left")
+        left = datetime.timedelta(seconds=round((epochs - row["epoch"]) * epoch_s))
+        self.info(f"epoch {row['epoch']:.0f}/{epochs}  {shown}  {speed:.2f} steps/s  {left} left")
         if share := row.get("train_ctc_infeasible"):
-            self.say(f"  {share:.1%} of the clips with a text have too few steps for it: the CTC left them out")
+            self.info(f"  {share:.1%} of the clips with text have too few time steps for it and were left out of the CTC loss")

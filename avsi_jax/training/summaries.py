@@ -1,61 +1,77 @@
-"""What a run shows beside its tables: curves in tensorboard/, spectrograms of what it restores by then in pictures/."""
+"""What a run shows besides its tables: curves in tensorboard/, and spectrograms of restored validation clips in images/."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from avsi_jax.runtime import storage
 from avsi_jax.training.objective import make_objective
 from avsi_jax.training.tensorboard import EventWriter, encode_png, spectrogram_image
 
-BOARD, VIDEO = "tensorboard", "pictures"
+if TYPE_CHECKING:
+    from etils import epath
+    from ml_collections import ConfigDict
+
+    from avsi_jax.data.features import Normalisation
+    from avsi_jax.data.input_pipeline import Records
+
+TENSORBOARD, IMAGES = "tensorboard", "images"
 CLIPS = 4
 
 
 class Summaries:
-    """The board and the pictures of one run, which goes on from `step`. What can't be written is told, and done without."""
+    """TensorBoard events and images of one run that starts or resumes at `step`; a failure to write them is only a warning."""
 
-    def __init__(self, config, workdir, validation, normalisation, step: int, warn: Callable[[str], None]):
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: epath.Path,
+        validation: Records,
+        normalisation: Normalisation | None,
+        step: int,
+        warn: Callable[[str], None],
+    ):
         self._config, self._workdir, self._validation, self._normalisation = config, workdir, validation, normalisation
-        self._warn, self._restore, self._board = warn, None, None
-        with self._told():
-            self._board = EventWriter(workdir / BOARD, step)
-            self._board.text("config", config.to_json(indent=2), step)
+        self._warn, self._restore, self._writer = warn, None, None
+        with self._errors_as_warnings():
+            self._writer = EventWriter(workdir / TENSORBOARD, step)
+            self._writer.text("config", config.to_json(indent=2), step)
 
     @contextlib.contextmanager
-    def _told(self):
+    def _errors_as_warnings(self) -> Iterator[None]:
         try:
             yield
         except storage.StorageError as error:
-            self._warn(f"warning: {error}; the training goes on without")
+            self._warn(f"warning: {error}; the training continues without it")
 
-    def rows(self, step: int, row: dict, times: dict) -> None:
-        """The last rows of metrics.csv and timing.csv."""
-        if self._board:
-            with self._told():
-                self._board.scalars(step, {k: v for k, v in row.items() if k not in ("step", "epoch")})
-                self._board.scalars(step, {f"timing_{k}": v for k, v in times.items() if k != "step"})
-                self._board.flush()
+    def write_rows(self, step: int, row: dict[str, float], times: dict[str, float]) -> None:
+        """Adds the last rows of metrics.csv and timing.csv to the curves."""
+        if self._writer:
+            with self._errors_as_warnings():
+                self._writer.scalars(step, {k: v for k, v in row.items() if k not in ("step", "epoch")})
+                self._writer.scalars(step, {f"timing_{k}": v for k, v in times.items() if k != "step"})
+                self._writer.flush()
 
-    def image(self, step: int, params) -> None:
-        """The first validation clips as damaged, restored and recorded, where config.images_every says so."""
+    def write_image(self, step: int, params: Any) -> None:
+        """Every config.images_every steps: an image of the first validation clips as masked, restored and original."""
         from avsi_jax.models import systems
 
         every = self._config.images_every
         if not every or step % every or not systems.get(self._config.system).restores:
             return
         if self._restore is None:
-            self._restore = self._first_clips()
+            self._restore = self._make_restore()
         image = spectrogram_image(*self._restore(params))
-        with self._told():
-            storage.write_bytes(self._workdir / VIDEO / f"{step:07d}.png", encode_png(image))
-            if self._board:
-                self._board.image(step, "restored", image)
-                self._board.flush()
+        with self._errors_as_warnings():
+            storage.write_bytes(self._workdir / IMAGES / f"{step:07d}.png", encode_png(image))
+            if self._writer:
+                self._writer.image(step, "restored", image)
+                self._writer.flush()
 
-    def _first_clips(self):
-        """params -> damaged, restored, original levels and gap frames of the first clips by id, and their ids; on one device."""
+    def _make_restore(self) -> Callable[[Any], tuple]:
+        """params -> (masked, restored, original (B, F, K), gap frames (B, F), ids) of the first clips by id, on one device."""
         import jax
         import numpy as np
 
@@ -68,18 +84,19 @@ class Summaries:
 
         @jax.jit
         def restore(params, arrays):
-            found = objective(params, arrays, jax.random.key(self._config.seed + 1))  # the validation's gaps
-            features = found.features
-            restored = systems.composite(found.output.level, features)
+            result = objective(params, arrays, jax.random.key(self._config.seed + 1))  # the gaps of the validation
+            features = result.features
+            restored = systems.composite(result.output.level, features)
             return features.spectrogram, restored, features.target, features.mask
 
         def run(params):
-            here = jax.tree.map(lambda a: np.asarray(a.addressable_data(0)), params)
-            return *map(np.asarray, restore(here, arrays)), batch["clip_id"]
+            local = jax.tree.map(lambda a: np.asarray(a.addressable_data(0)), params)
+            return *map(np.asarray, restore(local, arrays)), batch["clip_id"]
 
         return run
 
     def close(self) -> None:
-        if self._board:
-            with self._told():
-                self._board.close()
+        """Writes what is pending."""
+        if self._writer:
+            with self._errors_as_warnings():
+                self._writer.close()

@@ -1,9 +1,9 @@
-"""A trained recogniser on sound it never heard -> docs/recogniser.json and docs/recogniser.md.
+"""Measures a trained recognizer on clips that were not in its training and writes docs/asr_judge.json and docs/asr_judge.md.
 
     python -m benchmarks.quality.recognizer WORKDIR --data_dir=DATA   measures the run on test_seen and test, and writes both
-    python -m benchmarks.quality.recognizer                           writes docs/recogniser.md anew from docs/recogniser.json
+    python -m benchmarks.quality.recognizer                           writes docs/asr_judge.md again from docs/asr_judge.json
 
-The summary holds errors, counts and intervals, never a clip; every number in a table comes from it.
+The summary contains errors, counts and intervals, no data of clips; every number on the page comes from it.
 """
 
 from __future__ import annotations
@@ -22,45 +22,46 @@ from avsi_jax.inference import recognizer
 from avsi_jax.models import ctc_decoding
 from avsi_jax.presets import RECORD_RATE
 from benchmarks.results.results import training_facts
-from benchmarks.results.results_page import row
+from benchmarks.results.tables import markdown_row
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 GAP_MS = 800
-SPLITS = {"test_seen": "Speakers heard in training (test_seen)", "test": "Unseen speakers (test)"}
+SPLITS = {"test_seen": "Seen speakers (test_seen)", "test": "Unseen speakers (test)"}
 SLOTS = ("command", "colour", "preposition", "letter", "digit", "adverb")
 
 
 def measure(workdir: Path, data_dir: str) -> dict:
-    """Everything the page tells of a run."""
-    recogniser = recognizer.Recognizer.from_workdir(workdir)
-    if recogniser.units != "phones":
-        raise ValueError(f"{workdir} hears {recogniser.units}; expected a recogniser of phones (config.ctc_units)")
-    dataset = input_pipeline.find_dataset(data_dir, recogniser.config.builder_config)
+    """The summary of a run, from which `page` is made."""
+    model = recognizer.Recognizer.from_workdir(workdir)
+    if model.units != "phones":
+        raise ValueError(f"{workdir} recognizes {model.units}; expected a recognizer of phones (config.ctc_units)")
+    dataset = input_pipeline.find_dataset(data_dir, model.config.builder_config)
     return {
-        "training": training_facts(workdir) | {"best_step": recogniser.step},
+        "training": training_facts(workdir) | {"best_step": model.step},
         "gap_ms": GAP_MS,
-        "splits": {split: of_split(recogniser, input_pipeline.Records(dataset, split, mouth=False), split) for split in SPLITS},
+        "splits": {split: of_split(model, input_pipeline.Records(dataset, split, mouth=False), split) for split in SPLITS},
     }
 
 
-def of_split(recogniser, records, split: str) -> dict:
-    """Errors on the clean sound, of each speaker and slot; times; and what an emptied gap does."""
+def of_split(model: recognizer.Recognizer, records: input_pipeline.Records, split: str) -> dict:
+    """Errors on clean audio in all, by speaker and by slot; errors of word times; and the effect of a masked gap."""
     raw = [records[i] for i in range(len(records))]
-    if bare := next((r for r in raw if len(r["words"]) != len(SLOTS)), None):
-        raise SystemExit(f"recogniser.py: {split}: clip {bare['id']} of {bare['speaker']} has {len(bare['words'])} timed words; "
+    if untimed := next((r for r in raw if len(r["words"]) != len(SLOTS)), None):
+        found = f"clip {untimed['id']} of {untimed['speaker']} has {len(untimed['words'])} timed words"
+        raise SystemExit(f"recognizer.py: {split}: {found}; "
                          f"expected {len(SLOTS)}: build the dataset with the clips' .align files")  # fmt: skip
     examples = [input_pipeline.to_example(r) for r in raw]
     audio, lengths = (np.stack([e[k] for e in examples]) for k in ("audio", "audio_length"))
     true, speakers = [tuple(r["text"].split()) for r in raw], np.array([r["speaker"] for r in raw])
     groups = speakers if split in cli.UNSEEN_SPLITS else None
-    clean = recogniser.hear(audio, lengths)
+    clean = model.recognize(audio, lengths)
     phones = ctc_decoding.phone_error_rate(
-        (said, " ".join(grid_text.phones_of(r["text"]))) for said, r in zip(clean.transcript, raw)
+        (transcript, " ".join(grid_text.phones_of(r["text"]))) for transcript, r in zip(clean.transcript, raw)
     )
     wrong, one = recognizer.wrong_words(clean.words, true), np.ones(len(raw), int)
     words = wrong.sum(1), 6 * one
     span_s = np.array([[(w["start_s"], w["end_s"]) for w in r["words"]] for r in raw])
-    span_s += np.array([r["offset_s"] for r in raw])[:, None, None]  # words are timed on the picture's clock
+    span_s += np.array([r["offset_s"] for r in raw])[:, None, None]  # words are timed on the video's clock
     return {
         "clips": len(raw),
         "phones": share(*phones, groups),
@@ -72,30 +73,30 @@ def of_split(recogniser, records, split: str) -> dict:
             for s, mine in sorted(((s, speakers == s) for s in set(speakers.tolist())), key=lambda pair: int(pair[0][1:]))
         },
         "times": times(clean.span_s - span_s),
-        "gap": emptied(recogniser, examples, audio, lengths, true, span_s, wrong, groups),
+        "gap": masked_gap(model, examples, audio, lengths, true, span_s, wrong, groups),
     }
 
 
 def share(errors, counts, groups=None) -> dict:
-    """All errors over all that was to be said, with a bootstrap interval over clips, or over `groups` of them and then clips."""
+    """All errors over all units of the reference, with a bootstrap interval over clips, or over `groups` and then clips."""
     estimate = bootstrap.bootstrap_mean(np.asarray(errors) / np.mean(counts), groups=groups)
     rates = {k: round(v, 5) for k, v in zip(("rate", "low", "high"), estimate)}
     return {"errors": int(np.sum(errors)), "n": int(np.sum(counts)), **rates}
 
 
 def times(off: np.ndarray) -> dict:
-    """How far the words (B, 6, 2) are off: median of the absolute difference, and of the difference, in ms."""
+    """Errors of word times (B, 6, 2) in s: median of the absolute difference, and of the difference, in ms."""
     sides = {"start": 1000 * off[..., 0], "end": 1000 * off[..., 1]}
     return {k: {"off": round(float(np.median(abs(v))), 1), "late": round(float(np.median(v)), 1)} for k, v in sides.items()}
 
 
-def emptied(recogniser, examples, audio, lengths, true, span_s, wrong, groups) -> dict:
-    """Word error by where the words lie to a gap: of the true sound (`wrong`), of that with zeros in the gap, of guessing."""
+def masked_gap(model, examples, audio, lengths, true, span_s, wrong, groups) -> dict:
+    """Word errors by the words' position relative to a gap: of the recording (`wrong`), of masked audio, and of guessing."""
     places = [gap_masks.place_in_speech(e["clip_id"], GAP_MS, tuple(e["speech"]), int(n)) for e, n in zip(examples, lengths)]
     gap = np.array(places)[:, None]
     missing = np.asarray(gap_masks.gap_samples(gap, audio.shape[1]))
-    emptied = recogniser.hear(np.where(missing, 0, audio).astype(np.int16), lengths)
-    by_audio = {"true": wrong, "zeros": recognizer.wrong_words(emptied.words, true)}
+    masked = model.recognize(np.where(missing, 0, audio).astype(np.int16), lengths)
+    by_audio = {"true": wrong, "zeros": recognizer.wrong_words(masked.words, true)}
     inside = np.minimum(span_s[..., 1], gap[..., 1] / RECORD_RATE) - np.maximum(span_s[..., 0], gap[..., 0] / RECORD_RATE)
     touched = recognizer.touched_words(span_s, gap)
     by_place = {"touched": touched, "half": touched & (inside >= 0.5 * (span_s[..., 1] - span_s[..., 0])), "elsewhere": ~touched}
@@ -111,7 +112,7 @@ def emptied(recogniser, examples, audio, lengths, true, span_s, wrong, groups) -
 
 
 def page(summary: dict) -> str:
-    """docs/recogniser.md."""
+    """The text of docs/asr_judge.md."""
     training = summary["training"]
     config = training["config"]
     facts = {
@@ -127,7 +128,7 @@ def page(summary: dict) -> str:
 
 
 def section(split: str, s: dict, gap_ms: int) -> str:
-    """What a split came to."""
+    """The section of a split."""
     slots = [(slot, *cells(e)) for slot, e in s["slots"].items()]
     speakers = [(name, e["clips"], *cells(e["phones"]), *cells(e["words"])) for name, e in s["speakers"].items()]
     places = [(name, s["gap"][k]) for k, name in PLACES.items()]
@@ -135,13 +136,13 @@ def section(split: str, s: dict, gap_ms: int) -> str:
     sides = [(side, f"{e['off']:.0f} ms", f"{e['late']:+.0f} ms") for side, e in s["times"].items()]
     return "\n".join(
         [
-            f"## {SPLITS[split]}\n\n{s['clips']} clips of {len(s['speakers'])} speakers, their sound untouched.\n",
-            table(["", "error", "wrong / said"], [(name, *cells(s[k])) for k, name in WHAT.items()]),
-            table(["words of the slot", "error", "wrong / said"], slots),
-            table(["speaker", "clips", "phones", "wrong / said", "words", "wrong / said"], speakers),
-            table(["a word's", "median distance from the corpus' own time", "median, + for late"], sides),
-            f"Words of the same clips, a gap of {gap_ms} ms in each:\n",
-            table(["words", "true sound", "wrong / said", "zeros in the gap", "wrong / said", "guessing"], near),
+            f"## {SPLITS[split]}\n\n{s['clips']} clips of {len(s['speakers'])} speakers, original audio.\n",
+            table(["", "error", "errors / all"], [(name, *cells(s[k])) for k, name in WHAT.items()]),
+            table(["words by slot", "error", "errors / all"], slots),
+            table(["speaker", "clips", "phones", "errors / all", "words", "errors / all"], speakers),
+            table(["word", "median distance from the time in the corpus", "median difference (+ late)"], sides),
+            f"Words of the same clips with a gap of {gap_ms} ms in each:\n",
+            table(["words", "recording", "errors / all", "masked audio", "errors / all", "guessing"], near),
         ]
     )
 
@@ -151,65 +152,66 @@ def cells(e: dict) -> tuple[str, str]:
 
 
 def table(heading: list[str], rows) -> str:
-    return "\n".join([*map(row, [heading, ["---"] + ["---:"] * (len(heading) - 1), *rows]), ""])
+    return "\n".join([*map(markdown_row, [heading, ["---"] + ["---:"] * (len(heading) - 1), *rows]), ""])
 
 
 WHAT = {
     "phones": "phones, greedy",
-    "words": "words, by the grammar",
+    "words": "words, with the grammar",
     "sentences": "sentences with a wrong word",
 }
-PLACES = {"touched": "that the gap touches", "half": "at least half in it", "elsewhere": "elsewhere"}
-INTRODUCTION = """# The judge of restored words
+PLACES = {"touched": "touched by the gap", "half": "at least half inside", "elsewhere": "elsewhere"}
+INTRODUCTION = """# The ASR judge of restored words
 
-`asr` hears clean Grid sound and says phones: {layers} convolutions over time of {units} channels in steps of {step_ms} ms, CTC over
-32 phones and the blank, {parameters} parameters. What it says of a moment depends on {reach_ms} ms of sound on either side, no
-more, so that a fault is heard where it is. It restores nothing and saw no gap in training. It is there to judge others: of a
-restored sound it says which of Grid's 64,000 sentences it hears (`avsi_jax/recognise.py`), and each word that touches the gap is
-right or wrong.
+`asr` recognizes phones in clean Grid audio: {layers} convolutions over time with {units} channels in steps of {step_ms} ms, and CTC
+over 32 phones and the blank; {parameters} parameters. Its output at any time depends on only {reach_ms} ms of audio on either side,
+so that an error in the audio has a local effect. It restores nothing and was trained without gaps. It is used to evaluate other
+systems: it finds the most likely of Grid's 64,000 sentences in restored audio (`avsi_jax/inference/recognizer.py`), and each word
+that touches the gap is right or wrong.
 
     avsi-train --config=asr --workdir=RUN --config.data_dir=DATA
-    python -m benchmarks.quality.recognizer RUN --data_dir=DATA       # writes this page and recogniser.json
+    python -m benchmarks.quality.recognizer RUN --data_dir=DATA       # writes this page and asr_judge.json
 
 ```python
-from avsi_jax.inference.recognizer import Recogniser
+from avsi_jax.inference.recognizer import Recognizer
 
-heard = Recogniser.from_workdir("RUN").hear(sound, lengths)  # (B, N) at 16 kHz, (B,) -> said, words, span_s, log_probability
+result = Recognizer.from_workdir("RUN").recognize(audio, lengths)  # (B, N) at 16 kHz, (B,)
+result.transcript, result.words, result.span_s, result.log_probability
 ```
 
-Trained on the {clips} clips of `train` for {epochs} epochs; of its checkpoints the one with the least CTC error on `{decides}` is
-taken. `test_seen` and `test` took part in no training and no choice. An error is all that was wrong over all that was said; in
-brackets a 95 % bootstrap interval over clips, for unseen speakers over speakers, then clips. Guessing: what a blind guess of each
-word in its slot would come to.
+It was trained on the {clips} clips of `train` for {epochs} epochs; the checkpoint with the lowest CTC error on `{decides}` is used.
+`test_seen` and `test` had no part in training or in that choice. An error is the number of errors over the number of units in the
+reference, with a 95 % bootstrap interval over clips in brackets; for unseen speakers over speakers, then clips. Guessing is the
+expected error of a random word per slot.
 """
 
 LIMITS = """## Limits
 
-- Nine tenths of what it learned from is one speaker. Of speakers it never heard, read the error of restored words beside that of
-  the true sound, never alone.
-- It must say a sentence of the grammar, whatever it hears: where nothing is left it guesses, and some guesses are right.
-- [0.0, 0.0] means that no error was seen, not that there is none: with n words and no error, a rate of up to 3 / n is not excluded.
-- A word's time runs from its first label to its last, and CTC says labels when it is sure: after the word's beginning, and before
-  its end. Which words a gap touches is taken from the corpus' own times.
+- Nine tenths of its training data is one speaker. For unseen speakers, compare the error of restored words with that of the
+  recording; never report it alone.
+- It always outputs a sentence of the grammar: where no speech is left it guesses, and some guesses are right.
+- [0.0, 0.0] means that no error was observed, not that there is none: with n words and no error, a rate of up to 3 / n is possible.
+- A word's time spans its first to its last label. CTC emits labels when it is certain: after the beginning of the word, and before
+  its end. Which words a gap touches is determined by the word times of the corpus.
 """
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workdir", nargs="?", type=Path, help="a training of --config=asr; without it the page alone is written")
-    parser.add_argument("--data_dir", help="where avsi-prepare wrote")
+    parser.add_argument("workdir", nargs="?", type=Path, help="run directory of --config=asr; without it only the page is written")
+    parser.add_argument("--data_dir", help="folder of a dataset built by avsi-prepare")
     known = parser.parse_args(argv)
     try:
         if known.workdir:
             if not known.data_dir:
-                raise ValueError("no --data_dir given; expected the folder that avsi-prepare --data_dir=DIR wrote")
+                raise ValueError("no --data_dir given; expected the folder of a dataset built by avsi-prepare")
             summary = measure(known.workdir, known.data_dir)
-            (DOCS / "recogniser.json").write_text(json.dumps(summary, indent=1) + "\n")
-        (DOCS / "recogniser.md").write_text(page(json.loads((DOCS / "recogniser.json").read_text())))
+            (DOCS / "asr_judge.json").write_text(json.dumps(summary, indent=1) + "\n")
+        (DOCS / "asr_judge.md").write_text(page(json.loads((DOCS / "asr_judge.json").read_text())))
     except (ValueError, OSError) as error:
-        print(f"recogniser.py: {error}", file=sys.stderr)
+        print(f"recognizer.py: {error}", file=sys.stderr)
         return 2
-    print(DOCS / "recogniser.md")
+    print(DOCS / "asr_judge.md")
     return 0
 
 

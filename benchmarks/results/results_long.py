@@ -1,87 +1,109 @@
-"""Committed small summaries -> docs/results_long.md.
+"""Writes docs/results_long.md and its CSV tables from the committed summaries in docs/results/long/.
 
-    python -m benchmarks.results.results_long    writes docs/results_long.md anew from docs/results/long/
+    python -m benchmarks.results.results_long
 
-A summary holds means, intervals and counts, never a clip; every number in docs/results_long.md comes from one of them.
+A summary holds means, intervals and counts, never a clip; every number in the tables comes from one of them.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
 
-from benchmarks.results.results_page import flipped, row, show
+from benchmarks.results.runs import DOCS, SPLITS
+from benchmarks.results.tables import interval, markdown_table, negated, write_csv
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-HOME = DOCS / "results" / "long"
-METRICS = (  # name in summary.json, heading, digits
-    ("gap_l1_mel_db", "Log-mel error in the gap, dB, of the predicted spectrogram (lower is better)", 2),
-    ("gap_l1_db", "Log-mel error in the gap, dB, of the restored waveform (lower is better)", 2),
-    ("pesq_nb", "PESQ, narrow band at 8 kHz, whole clip (MOS-LQO; higher is better)", 2),
-    ("stoi", "STOI, whole clip (higher is better)", 3),
-    ("estoi", "ESTOI, whole clip (higher is better)", 3),
-    ("cer", "Character error of what was read (greedy CTC, no grammar; lower is better)", 3),
-    ("per", "Phone error of what was read (greedy CTC, no grammar; lower is better)", 3),
-)
-SPLITS = {"test_seen": "Speakers heard in training (test_seen)", "test": "Unseen speakers s30 s32 s33 s34 (test)"}
+SUMMARIES = DOCS / "results" / "long"
+METRICS = {  # name in summary.json -> heading, digits
+    "gap_l1_db": ("Log-mel error in the gap of the restored waveform, dB (lower is better)", 2),
+    "stoi": ("STOI, whole clip (higher is better)", 3),
+    "pesq_nb": ("PESQ, narrow band at 8 kHz, whole clip (MOS-LQO; higher is better)", 2),
+}
 
 
-def write() -> None:
-    """docs/results_long.md from everything in docs/results/long."""
-    summaries = {p.stem: json.loads(p.read_text()) for p in sorted(HOME.glob("*.json"))}
-    parts = ["# Longer trainings of two systems\n", (HOME / "notes.md").read_text().strip() + "\n"]
-    for split, title in SPLITS.items():
+def write(docs: Path = DOCS) -> None:
+    """Writes results_long.md and results/tables/long_*.csv in the folder `docs`."""
+    summaries = {p.stem: json.loads(p.read_text()) for p in sorted(SUMMARIES.glob("*.json"))}
+    parts = ["# Longer trainings of two systems\n", (SUMMARIES / "notes.md").read_text().strip() + "\n"]
+    for split in reversed(SPLITS):  # unseen speakers first
         of_split = {name: s for name, s in summaries.items() if s["split"] == split}
         if of_split:
-            parts.append(f"## {title}\n")
+            parts.append(f"## {SPLITS[split]}\n")
             parts += [section(name.removesuffix(f"-{split}"), s) for name, s in of_split.items()]
-    parts.append("## Trainings\n\n" + trainings(summaries))
-    (DOCS / "results_long.md").write_text("\n".join(parts).rstrip() + "\n")
-    print(DOCS / "results_long.md")
+    parts += [
+        "## All tables\n",
+        "- [long_means.csv](results/tables/long_means.csv): every system, metric and gap length, with intervals",
+        "- [long_gains.csv](results/tables/long_gains.csv): paired differences from the other systems",
+        "- [long_trainings.csv](results/tables/long_trainings.csv): what every run took",
+    ]
+    tables = docs / "results" / "tables"
+    write_csv(tables / "long_means.csv", means(summaries))
+    write_csv(tables / "long_gains.csv", gains(summaries))
+    write_csv(tables / "long_trainings.csv", trainings(summaries))
+    (docs / "results_long.md").write_text("\n".join(parts).rstrip() + "\n")
+    print(docs / "results_long.md")
 
 
 def section(name: str, summary: dict) -> str:
-    """All metrics of one evaluation, a table each, and the paired differences of the gap's error."""
+    """The tables of one evaluation, one per metric, and the gain of video."""
     unit = "speakers, then clips" if summary.get("by_speaker") else "clips"
-    out = [
-        f"### {name}\n",
-        f"{summary['num_clips']} clips, a gap of every length in each, {summary['protocol']} protocol, {summary['metric_rate']} Hz;"
-        f" mean [95 % interval, bootstrap over {unit}]; {summary['seconds']['all'] / 60:.0f} min, {summary['peak_rss_mb']} MB.\n",
+    lines = [
+        f"### {name}: {SPLITS[summary['split']].split('(')[0].strip()}\n",
+        f"{summary['num_clips']} clips, one gap of every length in each; mean [95 % interval, bootstrap over {unit}].\n",
     ]
-    names = [s["name"] for s in summary["systems"]]
-    cell = {(e["gap_ms"], e["system"], e["metric"]): e for e in summary["table"]}
-    for metric, heading, digits in METRICS:
-        shown = [n for n in names if any((g, n, metric) in cell for g in summary["gap_ms"])]
-        if shown:
-            out += [f"**{heading}**\n", row(["gap ms", *shown]), row(["---:"] * (len(shown) + 1))]
-            out += [row([g, *(show(cell.get((g, n, metric)), digits) for n in shown)]) for g in summary["gap_ms"]]
-            out.append("")
-    return "\n".join(out + paired(summary))
+    cells = {(e["system"], e["metric"], e["gap_ms"]): e for e in summary["table"]}
+    lengths = summary["gap_ms"]
+    for metric, (heading, digits) in METRICS.items():
+        systems = [s["name"] for s in summary["systems"]]
+        rows = [[s, *(interval(cells.get((s, metric, g)), digits) for g in lengths)] for s in systems]
+        lines += [f"**{heading}**\n", *markdown_table(["system", *(f"{g} ms" for g in lengths)], rows), ""]
+    twin = next(s["name"] for s in summary["systems"] if s["kind"] == "baseline")
+    pair = {e["gap_ms"]: negated(e) for e in summary["paired"] if (e["b"], e["metric"]) == (twin, "gap_l1_mel_db")}
+    rows = [[f"{summary['system']} over {twin}", *(interval(pair.get(g), 2) for g in lengths)]]
+    heads = ["paired by clip", *(f"{g} ms" for g in lengths)]
+    return "\n".join([*lines, "**Gain of video, dB of the predicted log-mel in the gap**\n", *markdown_table(heads, rows), ""])
 
 
-def paired(summary: dict) -> list[str]:
-    """How much less error in the gap the system has than each of the others: above 0 is better, on the same clips."""
-    pairs = [e for e in summary["paired"] if e["metric"] == "gap_l1_mel_db"]
-    others = list(dict.fromkeys(e["b"] for e in pairs))
-    if not others:
-        return []
-    cell = {(e["gap_ms"], e["b"]): flipped(e) for e in pairs}
-    out = [f"**Gain of {summary['system']} in the gap, dB of predicted log-mel, paired (above 0: better)**\n"]
-    out += [row(["gap ms", *(f"over {o}" for o in others)]), row(["---:"] * (len(others) + 1))]
-    return [*out, *(row([g, *(show(cell.get((g, o)), 2) for o in others)]) for g in summary["gap_ms"]), ""]
+def means(summaries: dict[str, dict]) -> list[dict]:
+    """Every cell of every summary."""
+    return [place(name, s) | e for name, s in summaries.items() for e in s["table"]]
 
 
-def trainings(summaries: dict) -> str:
-    """One row a run: what it took, and the command that repeats it."""
-    runs = {re.sub("-(test_seen|test)$", "", name): s for name, s in summaries.items()}
-    out = [row(["run", "system", "parameters", "train clips", "epochs", "hours", "steps/s", "on"]), row(["---"] * 8)]
-    for name, s in runs.items():
-        for t in s["trainings"]:
-            facts = [f"{t['parameters']:,}", t["clips"]["train"], t["epochs"], t["hours"], t["steps_per_s"]]
-            out.append(row([name, t["config"]["system"], *facts, f"{len(t['devices'])} x {t['devices'][0]}"]))
-    return "\n".join(out) + "\n"
+def gains(summaries: dict[str, dict]) -> list[dict]:
+    """Paired differences of the system from the others; for errors negated, so that above 0 means better."""
+    rows = []
+    for name, s in summaries.items():
+        for e in s["paired"]:
+            better = e if e["metric"] in ("pesq_nb", "pesq_wb", "stoi", "estoi", "stoi_gap") else negated(e)
+            pair = {"first": e["a"], "over": e["b"], "metric": e["metric"], "gap_ms": e["gap_ms"]}
+            rows.append(place(name, s) | pair | {k: better[k] for k in ("mean", "low", "high", "n", "missing")})
+    return rows
+
+
+def trainings(summaries: dict[str, dict]) -> list[dict]:
+    """One row per training."""
+    runs = {objective_of(name): s for name, s in summaries.items()}
+    return [
+        {"objective": name, "system": t["config"]["system"], "parameters": t["parameters"], "train_clips": t["clips"]["train"],
+         "epochs": t["epochs"], "hours": t["hours"], "steps_per_s": t["steps_per_s"],
+         "devices": f"{len(t['devices'])} x {t['devices'][0]}"}
+        for name, s in runs.items()
+        for t in s["trainings"]
+    ]  # fmt: skip
+
+
+def place(name: str, summary: dict) -> dict:
+    """The columns that say which evaluation a row is of."""
+    return {"objective": objective_of(name), "protocol": summary["protocol"], "split": summary["split"]}
+
+
+def objective_of(name: str) -> str:
+    """The training objective, from the name of a summary such as paper-test_seen."""
+    return re.sub("-(test_seen|test)$", "", name)
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     write()

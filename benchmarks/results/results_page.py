@@ -1,204 +1,240 @@
-"""docs/results.md from what benchmarks/results/results.py keeps: every cell a mean with its interval, worked out from the clips' scores."""
+"""The text of docs/results.md and its CSV tables, computed from the per-clip scores in docs/results/.
+
+The page shows the headline protocol and is made from the CSV tables, which hold everything.
+"""
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
+from typing import NamedTuple
 
-from benchmarks.results import results
-from benchmarks.results.results import AT_PAPER, BEST, HOME, PROTOCOLS, REFERENCES, RUNS, SEEDS, SPLITS, TWINS
+from avsi_jax.evaluation import bootstrap
+from benchmarks.results.runs import (
+    AUDIO_ONLY_TWINS,
+    BEST,
+    COMMON,
+    FOLDER,
+    PROTOCOLS,
+    REFERENCES,
+    RUNS,
+    SCORES,
+    SEEDS,
+    SPLITS,
+    facts_of,
+    missing_evaluations,
+    read_scores,
+)
+from benchmarks.results.tables import interval, markdown_table, mean, negated, read_csv, write_csv
 
-LABELS = {
-    "gap_l1_db": ("Log-mel error in the gap of the restored waveform, dB (lower is better)", 2),
-    "stoi_gap": ("STOI of the gap and 200 ms on both sides (higher is better)", 3),
-    "wer_gap": ("Share of the words that touch the gap which a recogniser of Grid hears wrong (lower is better)", 3),
-    "pesq_nb": ("PESQ, narrow band at 8 kHz, whole clip (MOS-LQO; higher is better)", 2),
-    "pesq_wb": ("PESQ, wide band at 16 kHz, whole clip (MOS-LQO; another scale; higher is better)", 2),
+ERROR = "gap_l1_db"
+HEADLINE = "waveform"
+MEANS_METRICS = (ERROR, "stoi_gap", "wer_gap", "pesq_nb", "pesq_wb", "stoi", "estoi")
+DIGITS = 6  # decimals in the CSV files
+METRICS = {  # shown on the page: heading, digits
+    ERROR: ("Log-mel error in the gap of the restored waveform, dB (lower is better)", 2),
     "stoi": ("STOI, whole clip (higher is better)", 3),
-    "estoi": ("ESTOI, whole clip (higher is better)", 3),
+    "pesq_nb": ("PESQ, narrow band at 8 kHz, whole clip (MOS-LQO; higher is better)", 2),
 }
-OF_PROTOCOL = {
-    "waveform": ("gap_l1_db", "stoi_gap", "wer_gap", "pesq_nb", "stoi", "estoi"),
-    "peer": ("pesq_wb", "stoi"),
-    "paper": ("pesq_nb", "stoi", "gap_l1_db"),
-}
-ERROR = ("gap_l1_db",)  # what seeds and pairs are compared by
-TITLES = {
-    "waveform": "Samples lost inside the words (protocol `waveform`)",
-    "peer": "As the peers' table (protocol `peer`)",
-    "paper": "As the paper's code (protocol `paper`)",
-}
+OTHER_PRESET_METRICS = {ERROR: ("error, dB", 2), "stoi": ("STOI", 3), "pesq_wb": ("PESQ wb", 2)}
+OTHER_PRESET_MS = (300, 900, 1500)
+LABELS = {"oracle_mel": "oracle mel"}
 
 
-def page() -> str:
-    """All of it; what isn't trained or evaluated yet is named and left out."""
-    there = [name for name in RUNS if (HOME / f"{name}.json").is_file()]
-    parts = ["# Results\n", (HOME / "notes.md").read_text().strip() + "\n"]
-    if missing := [name for name in RUNS if name not in there]:
-        parts.append(f"Not trained yet (`make table` does it): {', '.join(missing)}.\n")
-    if lacking := {name: lacks for name in there if (lacks := results.missing(name))}:
-        told = "; ".join(f"{name} ({', '.join(lacks)})" for name, lacks in lacking.items())
-        parts.append(f"Not evaluated yet: {told}.\n")
-    for protocol in PROTOCOLS:
-        for split, title in SPLITS.items():
-            if section := of_split(there, protocol, split):
-                parts += [f"## {TITLES[protocol]}: {title}\n", *section]
-    parts += ["## Trainings and evaluations\n", trainings(there)]
-    return "\n".join(parts).rstrip() + "\n"
+class Tables(NamedTuple):
+    """The CSV tables, each a list of rows of the same keys."""
+
+    means: list[dict]
+    gains: list[dict]
+    seeds: list[dict]
+    speakers: list[dict]
+    trainings: list[dict]
+
+    def write(self, folder: Path) -> None:
+        """Writes means.csv, gains.csv, ... into `folder`."""
+        for name, rows in self._asdict().items():
+            write_csv(folder / f"{name}.csv", rows, DIGITS)
+
+    @classmethod
+    def read(cls, folder: Path) -> Tables:
+        """The tables that `write` has written."""
+        return cls(*(read_csv(folder / f"{name}.csv") for name in cls._fields))
+
+    def headline(self, split: str, preset: str, metric: str) -> dict[tuple[str, int], dict]:
+        """(system, gap_ms) -> estimate, of the headline protocol."""
+        chosen = {"protocol": HEADLINE, "split": split, "preset": preset, "metric": metric}
+        return {(e["system"], e["gap_ms"]): e for e in self.means if chosen.items() <= e.items()}
 
 
-def of_split(there: list[str], protocol: str, split: str) -> list[str]:
-    """Tables of one protocol on one split: at preset `paper`, other presets, differences, seeds, speakers."""
-    paper = [n for n in AT_PAPER if n in there]
-    rows = chosen(["references-paper", *paper], protocol, split)
-    if not rows:
+def trained_runs() -> list[str]:
+    """The runs that have a committed summary."""
+    return [name for name in RUNS if facts_of(name)]
+
+
+def runs_by_preset() -> dict[str, list[str]]:
+    """preset -> trained runs, without the further seeds of a system."""
+    further_seeds = [name for seeds in SEEDS.values() for name in seeds[1:]]
+    presets: dict[str, list[str]] = {}
+    for name in trained_runs():
+        if name not in further_seeds:
+            presets.setdefault(facts_of(name)["config"]["preset"], []).append(name)
+    return presets
+
+
+def compute() -> Tables:
+    """All tables, from the scores in docs/results/ (half a minute)."""
+    means = [e for protocol in PROTOCOLS for split in SPLITS for e in means_of(protocol, split)]
+    gains, seeds, speakers = ([e for split in SPLITS for e in rows_of(split)] for rows_of in (gains_of, seeds_of, speakers_of))
+    return Tables(means, gains, seeds, speakers, trainings())
+
+
+def means_of(protocol: str, split: str) -> list[dict]:
+    """Estimates of every preset, system, gap length and metric."""
+    rows = []
+    for preset, names in runs_by_preset().items():
+        scores = read_scores([f"references-{preset}", *names], protocol, split)
+        for e in bootstrap.summarise(scores, MEANS_METRICS, [], by_speaker=split == "test")["table"]:
+            rows.append({"protocol": protocol, "split": split, "preset": preset} | {k: v for k, v in e.items() if k != "case"})
+    return rows
+
+
+def gains_of(split: str) -> list[dict]:
+    """Paired differences of the error in the gap at preset `paper`; above 0 means that `first` is better than `over`."""
+    present = runs_by_preset()["paper"]
+    scores = read_scores(present, HEADLINE, split)
+    pairs = [(a, b) for a, b in AUDIO_ONLY_TWINS.items() if a in present and b in present]
+    pairs += [(a, f"{a}, another clip's video") for a in AUDIO_ONLY_TWINS if a in present]
+    pairs += [(BEST, b) for b in present if BEST in present and b != BEST and (BEST, b) not in pairs]
+    averaged = [r for name in SEEDS for r in averaged_over_seeds(name, split)]
+    averages = list(dict.fromkeys(r["system"] for r in averaged))
+    best = next((name for name in averages if name.startswith(BEST)), "")
+    others = [*(n for n in present if n not in SEEDS), *(n for n in averages if n != best)]
+    pairs += [(best, b) for b in others if best]
+    rows = []
+    for e in bootstrap.summarise([*scores, *averaged], (ERROR,), pairs, by_speaker=split == "test")["paired"]:
+        place = {"protocol": HEADLINE, "split": split, "first": e["a"], "over": e["b"], "metric": ERROR, "gap_ms": e["gap_ms"]}
+        rows.append(place | {k: v for k, v in negated(e).items() if k in ("mean", "low", "high", "n", "missing")})
+    return sorted(rows, key=lambda r: (pairs.index((r["first"], r["over"])), r["gap_ms"]))
+
+
+def seeds_of(split: str) -> list[dict]:
+    """The error in the gap of every seed of a system, and of the mean over seeds."""
+    rows = []
+    for name in SEEDS:
+        if averaged := averaged_over_seeds(name, split):
+            scores = [r for run in SEEDS[name] for r in scores_of_system(run, split)] + averaged
+            for e in bootstrap.summarise(scores, (ERROR,), [], by_speaker=split == "test")["table"]:
+                rows.append({"protocol": HEADLINE, "split": split} | {k: v for k, v in e.items() if k != "case"})
+    return rows
+
+
+def averaged_over_seeds(name: str, split: str) -> list[dict]:
+    """Scores of the mean over the seeds of a system; [] where fewer than two are trained."""
+    seeds = [scores for run in SEEDS[name] if (scores := scores_of_system(run, split))]
+    if len(seeds) < 2:
         return []
-    unseen, lengths = split == "test", sorted({int(r["gap_ms"]) for r in rows})
-    pairs = [(a, b) for a, b in TWINS.items() if a in paper and b in paper]
-    pairs += [(a, f"{a}, another clip's video") for a in TWINS if a in paper]
-    pairs += [(BEST, other) for other in paper if BEST in paper and other != BEST and (BEST, other) not in pairs]
-    means = summarised(rows, [], unseen, OF_PROTOCOL[protocol])["table"]
-    clips = len({r["clip_id"] for r in rows})
-    unit = "speakers, then clips" if unseen else "clips"
-    out = [f"{clips} clips; mean [95 % interval, bootstrap over {unit}].\n"]
-    shown = [REFERENCES[0], REFERENCES[1], *paper, REFERENCES[2]]
-    for metric in OF_PROTOCOL[protocol]:
-        out += table(means, metric, shown, lengths)
-    if protocol == "waveform":
-        out += differences(rows, pairs, lengths, unseen)
-        out += seeds(there, protocol, split, lengths, unseen)
-        if unseen:
-            out += by_speaker(rows, shown, lengths)
-    for preset, names in others(there).items():
-        more = chosen([f"references-{preset}", *names], protocol, split)
-        if more:
-            out.append(f"### At preset `{preset}`\n")
-            metrics = list(dict.fromkeys((*OF_PROTOCOL[protocol], "pesq_wb")))
-            means = summarised(more, [], unseen, metrics)["table"]
-            for metric in [m for m in metrics if any(e["metric"] == m for e in means)]:
-                out += table(means, metric, [*REFERENCES[:2], *names, REFERENCES[2]], lengths)
-    return out
+    return [r | {"system": f"{name}, mean of {len(seeds)} seeds"} for r in bootstrap.mean_rows(seeds, SCORES)]
 
 
-def others(there: list[str]) -> dict[str, list[str]]:
-    """preset -> runs, of those that aren't at preset `paper`."""
-    found: dict[str, list[str]] = {}
-    for name in there:
-        preset = json.loads((HOME / f"{name}.json").read_text())["config"]["preset"]
-        if preset != "paper":
-            found.setdefault(preset, []).append(name)
-    return found
+def scores_of_system(run: str, split: str) -> list[dict]:
+    """Scores of a run with its own video, headline protocol."""
+    return [r for r in read_scores([run], HEADLINE, split) if r["kind"] == "system"]
 
 
-def chosen(names: list[str], protocol: str, split: str) -> list[dict]:
-    return [r for n in names for r in results.read(n) if (r["protocol"], r["split"]) == (protocol, split)]
+def speakers_of(split: str) -> list[dict]:
+    """The mean error in the gap of each speaker over all gap lengths, at preset `paper`."""
+    scores, rows = read_scores(["references-paper", *runs_by_preset()["paper"]], HEADLINE, split), []
+    for speaker in sorted({r["speaker"] for r in scores}, key=lambda s: int(s[1:])):
+        own = [r for r in scores if r["speaker"] == speaker and r[ERROR]]
+        place = {"protocol": HEADLINE, "split": split, "speaker": speaker, "clips": len({r["clip_id"] for r in own})}
+        for system in dict.fromkeys(r["system"] for r in own):
+            values = [float(r[ERROR]) for r in own if r["system"] == system]
+            rows.append(place | {"system": system, "metric": ERROR, "mean": sum(values) / len(values)})
+    return rows
 
 
-def summarised(rows: list[dict], pairs, by_speaker: bool, metrics) -> dict:
-    from avsi_jax.evaluation import bootstrap
-
-    return bootstrap.summarise(rows, list(metrics), pairs, by_speaker=by_speaker)
-
-
-def table(entries: list[dict], metric: str, shown: list[str], lengths: list[int]) -> list[str]:
-    """A row a system, a column a length; nothing where no system has the metric."""
-    cell = {(e["gap_ms"], e["system"]): e for e in entries if e["metric"] == metric}
-    shown = [s for s in shown if any((g, s) in cell for g in lengths)]
-    if not shown:
-        return []
-    title, digits = LABELS[metric]
-    heads = [f"{g} ms" for g in lengths] if len(lengths) > 1 else ["1 to 8 gaps"]
-    out = [f"**{title}**\n", row(["system", *heads]), row(["---"] + ["---:"] * len(lengths))]
-    return [*out, *(row([s, *(show(cell.get((g, s)), digits) for g in lengths)]) for s in shown), ""]
+def page(tables: Tables) -> str:
+    """The text of docs/results.md; runs and evaluations that are missing are named."""
+    runs = trained_runs()
+    parts = ["# Results\n", (FOLDER / "notes.md").read_text().strip() + "\n"]
+    if untrained := [name for name in RUNS if name not in runs]:
+        parts.append(f"Not trained yet (`make table` does it): {', '.join(untrained)}.\n")
+    if unfinished := [f"{name} ({', '.join(lacks)})" for name in runs if (lacks := missing_evaluations(name))]:
+        parts.append(f"Not evaluated yet: {'; '.join(unfinished)}.\n")
+    for split in reversed(SPLITS):  # unseen speakers first
+        parts += section(tables, split)
+    return "\n".join([*parts, *how_to_repeat(runs)]).rstrip() + "\n"
 
 
-def differences(rows: list[dict], pairs, lengths: list[int], unseen: bool, what: str = "clip by clip") -> list[str]:
-    """How much less error in the gap the first of each pair has, on the same clips: above 0 is better."""
-    cell = {(e["gap_ms"], e["a"], e["b"]): flipped(e) for e in summarised(rows, pairs, unseen, ERROR)["paired"]}
-    if not cell:
-        return []
-    out = [f"**Gain in the gap, dB, {what} (above 0: the first is better)**\n"]
-    out += [row(["first", "over", *(f"{g} ms" for g in lengths)]), row(["---"] * 2 + ["---:"] * len(lengths))]
-    return [*out, *(row([a, b, *(show(cell.get((g, a, b)), 2) for g in lengths)]) for a, b in pairs), ""]
+def section(tables: Tables, split: str) -> list[str]:
+    """The tables of one split."""
+    unit = "speakers, then clips" if split == "test" else "clips"
+    num_clips = next(e["n"] + e["missing"] for e in tables.headline(split, "paper", ERROR).values())
+    lines = [f"## {SPLITS[split]}\n", f"{num_clips} clips; mean [95 % interval, bootstrap over {unit}].\n"]
+    shown = [*REFERENCES[:2], *runs_by_preset()["paper"], REFERENCES[2]]
+    for metric, (title, digits) in METRICS.items():
+        cells = tables.headline(split, "paper", metric)
+        lengths = sorted({gap_ms for _, gap_ms in cells})
+        rows = [[LABELS.get(s, s), *(interval(cells.get((s, g)), digits) for g in lengths)] for s in shown]
+        lines += [f"**{title}**\n", *markdown_table(["system", *(f"{g} ms" for g in lengths)], rows), ""]
+    return lines + gains_of_video(tables, split) + other_presets(tables, split)
 
 
-def seeds(there: list[str], protocol: str, split: str, lengths: list[int], unseen: bool) -> list[str]:
-    """The error in the gap of each seed's run that is there, where one run is not all, and of their mean clip by clip."""
-    out, means = [], []
-    for name, wanted in SEEDS.items():
-        runs = [run for run in wanted if run in there]
-        if len(runs) < 2:
-            continue
-        rows = [r for r in chosen(runs, protocol, split) if r["kind"] == "system"]
-        rows += (own := averaged(rows, len(runs), mean := f"mean of the {len(runs)}"))
-        entries = summarised(rows, [], unseen, ERROR)["table"]
-        of = "" if runs == wanted else f" ({len(runs)} of {len(wanted)} so far)"
-        out += [f"**{name}, seed by seed{of}**\n", *table(entries, "gap_l1_db", [*runs, mean], lengths)[1:]]
-        means += [r | {"system": f"{name}, {mean}"} for r in own]
-    best = next((r["system"] for r in means if r["system"].startswith(BEST)), "")
-    rows = means + [r for r in chosen([n for n in AT_PAPER if n in there], protocol, split) if r["kind"] == "system"]
-    once = [n for n in AT_PAPER if n in there and n not in SEEDS]
-    pairs = [(best, other) for other in (*once, *sorted({r["system"] for r in means} - {best})) if best]
-    if pairs:
-        out += differences(rows, pairs, lengths, unseen, "clip by clip, seeds averaged")
-    return out
+def gains_of_video(tables: Tables, split: str) -> list[str]:
+    """How much lower the error of each audio-visual system is than that of its twin without video, on the same clips."""
+    cells = {(e["first"], e["over"], e["gap_ms"]): e for e in tables.gains if e["split"] == split}
+    pairs = [(a, b) for a, b in AUDIO_ONLY_TWINS.items() if any(key[:2] == (a, b) for key in cells)]
+    lengths = sorted({gap_ms for *_, gap_ms in cells})
+    rows = [[a, b, *(interval(cells.get((a, b, g)), 2) for g in lengths)] for a, b in pairs]
+    heads = ["system", "without video", *(f"{g} ms" for g in lengths)]
+    return ["**Gain of video: how much lower the error in the gap is, dB, paired by clip**\n", *markdown_table(heads, rows, 2), ""]
 
 
-def averaged(rows: list[dict], count: int, name: str) -> list[dict]:
-    """Rows of the mean over `count` runs, of every clip and length that all of them have."""
-    from avsi_jax.evaluation.bootstrap import number
-
-    same: dict = {}
-    for r in rows:
-        same.setdefault((r["clip_id"], r["gap_ms"]), []).append(r)
-    full = [group for group in same.values() if len(group) == count]
-    return [{**g[0], "system": name, **{m: sum(number(r[m]) for r in g) / count for m in LABELS}} for g in full]
-
-
-def by_speaker(rows: list[dict], shown: list[str], lengths: list[int]) -> list[str]:
-    """Mean error in the gap over all lengths, a column a speaker."""
-    speakers = sorted({r["speaker"] for r in rows}, key=lambda s: int(s[1:]))
-    clips = {s: len({r["clip_id"] for r in rows if r["speaker"] == s}) for s in speakers}
-    out = [f"**Each speaker: log-mel error in the gap, dB, all lengths of {lengths[0]} to {lengths[-1]} ms**\n"]
-    out += [row(["system", *(f"{s} ({clips[s]} clips)" for s in speakers)]), row(["---"] + ["---:"] * len(speakers))]
-    for system in shown:
-        mine = [r for r in rows if r["system"] == system and r["gap_l1_db"]]
-        means = [[float(r["gap_l1_db"]) for r in mine if r["speaker"] == s] for s in speakers]
-        out.append(row([system, *(f"{sum(m) / len(m):.2f}" if m else "" for m in means)]))
-    return [*out, ""]
+def other_presets(tables: Tables, split: str) -> list[str]:
+    """One table of means for the systems at 16 kHz, which have their own references."""
+    heads, rows = ["system"], []
+    for title, _ in OTHER_PRESET_METRICS.values():
+        heads += [f"{title}, {g} ms" for g in OTHER_PRESET_MS]
+    for preset in ("wide", "morrone"):
+        names = runs_by_preset().get(preset, [])
+        cells = {metric: tables.headline(split, preset, metric) for metric in OTHER_PRESET_METRICS}
+        for system in (*REFERENCES[:2], *names, REFERENCES[2]) if names else ():
+            label = LABELS.get(system, system) if system in names else f"{LABELS.get(system, system)} ({preset})"
+            digits = {metric: d for metric, (_, d) in OTHER_PRESET_METRICS.items()}
+            rows.append([label, *(mean(cells[m].get((system, g)), digits[m]) for m in digits for g in OTHER_PRESET_MS)])
+    return ["**Systems at 16 kHz (presets `wide` and `morrone`), means**\n", *markdown_table(heads, rows), ""] if rows else []
 
 
-def flipped(entry: dict) -> dict:
-    """a - b as b - a."""
-    return {**entry, "mean": -entry["mean"], "low": -entry["high"], "high": -entry["low"]}
+def trainings() -> list[dict]:
+    """One row per run: its config, cost and evaluations."""
+    rows = []
+    for name in trained_runs():
+        facts, (config, fields) = facts_of(name), RUNS[name]
+        evaluated = "; ".join(f"{k} {e['seconds']['all']:.0f} s" for k, e in facts["evaluations"].items())
+        rows.append({
+            "run": name, "config": config, "fields": " ".join(f"--config.{k}={v}" for k, v in fields.items()),
+            "seed": facts["config"]["seed"], "preset": facts["config"]["preset"], "parameters": facts["parameters"],
+            "train_clips": facts["clips"]["train"], "epochs": facts["epochs"], "hours": facts["hours"],
+            "steps_per_s": facts["steps_per_s"], "devices": f"{len(facts['devices'])} x {facts['devices'][0]}",
+            "evaluated": evaluated,
+        })  # fmt: skip
+    return rows
 
 
-def show(entry: dict | None, digits: int) -> str:
-    if entry is None:
-        return ""
-    missing = f" ({entry['missing']} not computable)" if entry.get("missing") else ""
-    return f"{entry['mean']:.{digits}f} [{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]{missing}"
-
-
-def row(cells: list) -> str:
-    return "| " + " | ".join(str(c) for c in cells) + " |"
-
-
-def trainings(there: list[str]) -> str:
-    """One row a run: what it took, and how it was evaluated."""
-    heads = ["run", "config", "seed", "preset", "parameters", "clips", "epochs", "hours", "steps/s", "on", "evaluated in, s"]
-    out = [row(heads), row(["---"] * 4 + ["---:"] * 5 + ["---", "---"])]
-    for name in there:
-        t = json.loads((HOME / f"{name}.json").read_text())
-        spent = "; ".join(f"{k} {e['seconds']['all']:.0f} ({e['references']} references)" for k, e in t["evaluations"].items())
-        c = t["config"]
-        facts = [f"{t['parameters']:,}", t["clips"]["train"], t["epochs"], t["hours"], t["steps_per_s"]]
-        device = f"{len(t['devices'])} x {t['devices'][0]}"
-        out.append(row([name, RUNS[name][0], c["seed"], c["preset"], *facts, device, spent]))
-    common = " ".join(f"--config.{k}={v}" for k, v in results.COMMON.items())
-    told = "    avsi-train --config=CONFIG --workdir=RUN --config.data_dir=DATA \\"
-    out += ["", "Every run:", "", told, f"        {common} FIELDS", ""]
-    out += [row(["run", "CONFIG", "FIELDS"]), row(["---"] * 3)]
-    out += [row([n, c, " ".join(f"`--config.{k}={v}`" for k, v in f.items())]) for n, (c, f) in RUNS.items()]
-    commands = [json.loads((HOME / f"{n}.json").read_text())["evaluations"] for n in there[:1]]
-    out += ["", "Evaluated by, e.g.:", "", *(f"    {e['command']}" for c in commands for e in c.values()), ""]
-    return "\n".join(out)
+def how_to_repeat(runs: list[str]) -> list[str]:
+    """The links to the CSV tables and the commands."""
+    common = " ".join(f"--config.{k}={v}" for k, v in COMMON.items())
+    example = facts_of(runs[0])["evaluations"][f"{HEADLINE}-test"]["command"]
+    return [
+        "## All tables\n",
+        "- [means.csv](results/tables/means.csv): every protocol, split, preset, system, metric and gap length, with intervals",
+        "- [gains.csv](results/tables/gains.csv): paired differences of the error in the gap, also with another clip's video",
+        "- [seeds.csv](results/tables/seeds.csv): the error in the gap of every seed",
+        "- [speakers.csv](results/tables/speakers.csv): the error in the gap of every speaker",
+        "- [trainings.csv](results/tables/trainings.csv): config, cost and evaluations of every run\n",
+        "## Commands\n",
+        "Every run, with CONFIG and FIELDS of trainings.csv:\n",
+        "    avsi-train --config=CONFIG --workdir=RUN --config.data_dir=DATA \\",
+        f"        {common} FIELDS\n",
+        "Evaluated, for example, with:\n",
+        f"    {example}",
+    ]

@@ -1,39 +1,43 @@
-"""What a step is made of on a GPU: a trace of one step by jax's or PyTorch's profiler, and its dearest kernels."""
+"""Profiles one training step on a GPU with jax's or PyTorch's profiler and summarises its most expensive kernels."""
 
 from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 
-def traced_by_jax(jax, step, folder: str) -> str:
+def trace_jax(jax: ModuleType, step: Callable[[], object], folder: str) -> str:
+    """Traces a call of `step` with jax's profiler into `folder`; returns `top_kernels` of the trace."""
     with jax.profiler.trace(folder):
         step()
     newest = max(Path(folder).rglob("*.trace.json.gz"), key=lambda f: f.stat().st_mtime)
-    return dearest(json.loads(gzip.decompress(newest.read_bytes())))
+    return top_kernels(json.loads(gzip.decompress(newest.read_bytes())))
 
 
-def traced_by_torch(torch, step, folder: str) -> str:
+def trace_torch(torch: ModuleType, step: Callable[[], object], folder: str) -> str:
+    """Traces a call of `step` with PyTorch's profiler into `folder`; returns `top_kernels` of the trace."""
     with torch.profiler.profile() as profile:
         step()
     file = Path(folder) / "torch.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     profile.export_chrome_trace(str(file))
-    return dearest(json.loads(file.read_text()))
+    return top_kernels(json.loads(file.read_text()))
 
 
-def dearest(trace: dict, most: int = 5) -> str:
-    """Of a Chrome trace with a GPU's streams: the time in all kernels, and of the dearest kinds the share and how many ran."""
+def top_kernels(trace: dict, count: int = 5) -> str:
+    """Summary of a Chrome trace with a GPU's streams: total kernel time, and share and number of the `count` top kinds."""
     events = trace["traceEvents"]
     lanes = {e["pid"] for e in events if e.get("name") == "process_name" and "/device:GPU" in str(e["args"]["name"])}
     streams = {(e["pid"], e["tid"]) for e in events if e.get("name") == "thread_name" and "Stream" in str(e["args"]["name"])}
-    spent: dict[str, list[float]] = {}
+    durations: dict[str, list[float]] = {}
     for e in events:
         if e.get("ph") == "X" and (e.get("cat") == "kernel" or (e.get("pid") in lanes and (e["pid"], e["tid"]) in streams)):
             kind = e["name"].replace("(anonymous namespace)::", "").split("(")[0]
-            spent.setdefault(kind[:60].rstrip("_0123456789."), []).append(e["dur"])
-    if not (whole := sum(map(sum, spent.values()))):
+            durations.setdefault(kind[:60].rstrip("_0123456789."), []).append(e["dur"])
+    if not (total := sum(map(sum, durations.values()))):
         return "no kernels on a GPU"
-    first = sorted(spent.items(), key=lambda kind: -sum(kind[1]))[:most]
-    return f"{whole / 1e3:.2f} ms in kernels: " + ", ".join(f"{sum(t) / whole:.0%} {name} x {len(t)}" for name, t in first)
+    top = sorted(durations.items(), key=lambda kind: -sum(kind[1]))[:count]
+    return f"{total / 1e3:.2f} ms in kernels: " + ", ".join(f"{sum(t) / total:.0%} {name} x {len(t)}" for name, t in top)

@@ -1,13 +1,13 @@
-"""An LSTM as one TPU kernel: recurrent weights and state stay in VMEM over all steps, instead of a loop of small XLA fusions.
+"""An LSTM as one TPU kernel: recurrent weights and state stay in VMEM over all time steps, instead of a loop of small XLA fusions.
 
-`scan_pallas` takes and gives what avsi_jax.models.lstm.scan_joined does, values and gradient. A grid step does `chunk` time steps of both
-directions; while it computes, Pallas fetches the next projected inputs and stores the last results. What it is for is in
-docs/tpu.md; it stays out of the package.
+`scan_pallas` has the arguments, values and gradients of avsi_jax.models.lstm.scan_joined. One step of the kernel's grid does
+`chunk` time steps of both directions; meanwhile Pallas fetches the next projected inputs and stores the last results. docs/tpu.md
+describes what it is for; it is not part of the package.
 
     python -m benchmarks.tpu.pallas_lstm [--topology=v5e:2x4] [--batch=32] [--inputs=512] [--chunk=8] [--dtype=bfloat16]
 
-compiles one layer, forward and backward, by the kernel and by scan_joined, with libtpu's compiler, and prints what each is made of.
-Shapes: T steps, D directions, B clips, I inputs, H units; gates in order ifgo.
+compiles one layer, forward and backward, with the kernel and with scan_joined, using libtpu's compiler, and prints their costs.
+Shapes: T time steps, D directions, B clips, I inputs, H units; gates in the order ifgo.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ import functools
 import os
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from benchmarks.tpu import compiled_text
+from benchmarks.tpu import hlo_cost
 
-CHUNK = 8  # time steps a grid step
+CHUNK = 8  # time steps per grid step
 VMEM_LIMIT = 64 * 2**20
 
 
@@ -36,7 +37,7 @@ def _gates(x, units):
 
 
 def _forward_kernel(projected, recurrent, h_out, c_before_out, gates_out, c, h, *, dtype):
-    """projected (chunk, D, B, 4H), recurrent (D, H, 4H) -> h, c of the step before (chunk, D, B, H), gates (chunk, D, B, 4H)."""
+    """projected (chunk, D, B, 4H), recurrent (D, H, 4H) -> h, c of the previous step (chunk, D, B, H), gates (chunk, D, B, 4H)."""
 
     @pl.when(pl.program_id(0) == 0)
     def _():
@@ -60,7 +61,10 @@ def _forward_kernel(projected, recurrent, h_out, c_before_out, gates_out, c, h, 
 
 
 def _backward_kernel(dy, c_before, gates, transposed, d_out, dc, dh, *, steps, dtype):
-    """Time backwards. dy, c_before (chunk, D, B, H), gates (chunk, D, B, 4H), transposed (D, 4H, H) -> d by pre-activations."""
+    """Runs backwards in time. dy, c_before (chunk, D, B, H), gates (chunk, D, B, 4H), transposed (D, 4H, H) -> d_out.
+
+    d_out (chunk, D, B, 4H) is the gradient of the pre-activations.
+    """
 
     @pl.when(pl.program_id(0) == 0)
     def _():
@@ -73,7 +77,7 @@ def _backward_kernel(dy, c_before, gates, transposed, d_out, dc, dh, *, steps, d
     def step(k, _):
         t = chunk - 1 - k
 
-        @pl.when(first + t < steps)  # the last chunk may reach past the end, where there is nothing to go back from
+        @pl.when(first + t < steps)  # the last chunk may extend past the end
         def _():
             for d in range(directions):
                 i, f, g, o = (gates[t, d, :, n * units : (n + 1) * units] for n in range(4))
@@ -93,7 +97,7 @@ def _backward_kernel(dy, c_before, gates, transposed, d_out, dc, dh, *, steps, d
 
 
 def _call(kernel, arrays, weights, outs, chunk, order, interpret):
-    """Runs a kernel over chunks of the arrays' first axis; `order`: grid step -> chunk."""
+    """Runs a kernel over chunks of the arrays' first axis; order: grid step -> chunk."""
     steps, directions, batch, _ = arrays[0].shape
     block = lambda a: pl.BlockSpec((chunk, *a.shape[1:]), lambda n: (order(n), 0, 0, 0))
     state = pltpu.VMEM((directions, batch, weights.shape[-1] // 4 if len(outs) > 1 else outs[0] // 4), jnp.float32)
@@ -116,7 +120,7 @@ def _joined(w):
 
 
 def _run(x, wx, wh, b, chunk, dtype, interpret):
-    """-> h, c of the step before, gates."""
+    """(h, c of the previous step, gates)."""
     units = wh.shape[-1]
     projected = jnp.einsum("tdbi,dik->tdbk", x, _joined(wx)) + b.reshape(1, b.shape[0], 1, -1)
     kernel = functools.partial(_forward_kernel, dtype=dtype)
@@ -127,7 +131,7 @@ def _run(x, wx, wh, b, chunk, dtype, interpret):
 def scan_pallas(x, wx, wh, b, chunk: int = CHUNK, dtype=jnp.float32, interpret: bool = False) -> jax.Array:
     """x (T, D, B, I), Wx (D, 4, I, H), Wh (D, 4, H, H), b (D, 4, H) -> h (T, D, B, H), from a zero state.
 
-    dtype: of the recurrent product's factors; sums and state are float32. interpret: run on any backend, slowly.
+    dtype: of the factors of the recurrent product; sums and state are float32. interpret: run on any backend, slowly.
     """
     return _run(x, wx, wh, b, chunk, dtype, interpret)[0]
 
@@ -153,11 +157,11 @@ def _backward(chunk, dtype, interpret, residual, dy):
 scan_pallas.defvjp(_forward, _backward)
 
 
-# ---- what the compiler makes of it ---------------------------------------------------------------------------------------------
+# ---- compilation ---------------------------------------------------------------------------------------------------------------
 
 
-def compile_layer(scan, args) -> dict:
-    """One layer's loss and gradient, compiled for the topology's chips, each on its own."""
+def compile_layer(scan: Callable, args: argparse.Namespace) -> dict:
+    """The cost of one layer's loss and gradient, compiled for the topology's chips, each chip independent of the others."""
     from jax.experimental import topologies
 
     from benchmarks.tpu.tpu_compile import TOPOLOGIES
@@ -169,13 +173,13 @@ def compile_layer(scan, args) -> dict:
     shapes = [jax.ShapeDtypeStruct((len(devices), *shapes[0]) if s is shapes[0] else s, jnp.float32) for s in shapes]
     gradient = jax.grad(lambda *a: (scan(*a) ** 2).sum(), argnums=(0, 1, 2, 3))
     lowered = jax.pmap(gradient, axis_name="chips", in_axes=(0, None, None, None), devices=devices).lower(*shapes)
-    began = time.perf_counter()
+    start = time.perf_counter()
     compiled = lowered.compile()
-    seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
+    seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
     if args.keep_text:
         with open(args.keep_text, "a") as file:
             file.write(compiled.as_text())
-    total = compiled_text.tally(compiled_text.parse(compiled.as_text()))
+    total = hlo_cost.tally(hlo_cost.parse(compiled.as_text()))
     return {
         "bytes": memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
@@ -186,30 +190,31 @@ def compile_layer(scan, args) -> dict:
     }
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
+    """The command `python -m benchmarks.tpu.pallas_lstm`; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--topology", default="v5e:2x4", help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=149, help="default: %(default)s")
-    parser.add_argument("--batch", type=int, default=32, help="clips a chip (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="clips per chip (default: %(default)s)")
     parser.add_argument("--inputs", type=int, default=512, help="default: %(default)s")
     parser.add_argument("--units", type=int, default=256, help="default: %(default)s")
-    parser.add_argument("--chunk", type=int, default=CHUNK, help="time steps a grid step (default: %(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", help="the recurrent product's factors: what a TPU makes of float32 itself")
-    parser.add_argument("--keep_text", metavar="FILE", help="adds the compiled programs' texts to it")
-    parser.add_argument("--only", choices=("kernel", "scan"))
+    parser.add_argument("--chunk", type=int, default=CHUNK, help="time steps per grid step (default: %(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", help="type of the recurrent product's factors (default: that of TPUs)")
+    parser.add_argument("--keep_text", metavar="FILE", help="append the texts of the compiled programs to this file")
+    parser.add_argument("--only", choices=("kernel", "scan"), help="default: both")
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
     from avsi_jax.models import lstm
 
-    ways = {"kernel": lambda *a: scan_pallas(*a, args.chunk, jnp.dtype(args.dtype)), "scan": lstm.scan_joined}
-    for name, scan in ways.items():
+    scans = {"kernel": lambda *a: scan_pallas(*a, args.chunk, jnp.dtype(args.dtype)), "scan": lstm.scan_joined}
+    for name, scan in scans.items():
         if args.only in (None, name):
             print(name, compile_layer(scan, args), flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    from benchmarks.tpu.tpu_compile import ALONE
+    from benchmarks.tpu.tpu_compile import LIBTPU_ENV
 
-    os.environ.update(ALONE)
+    os.environ.update(LIBTPU_ENV)
     sys.exit(main())

@@ -1,12 +1,11 @@
-"""How the cost of a training step grows with devices and hosts: measured on CPUs, asked of the TPU's compiler, worked out on paper.
+"""Estimates how the cost of a training step grows with devices and hosts: measured on CPUs, compiled for TPUs, and calculated.
 
-    python -m benchmarks.tpu.scaling                     # docs/scaling.md: what is on paper, anew from the page's other tables
-    python -m benchmarks.tpu.scaling --json              # the same numbers as one line
-    python -m benchmarks.tpu.scaling --measure           # the page's measured tables: 8 CPU devices, then two processes; minutes
-    python -m benchmarks.tpu.scaling --compile --cache=DIR      # its table of the compiler (needs the extra `tpu`; DIR keeps results)
+    python -m benchmarks.tpu.scaling                     # docs/scaling.md: recalculates its tables from the stored ones
+    python -m benchmarks.tpu.scaling --json              # prints the same numbers as one line
+    python -m benchmarks.tpu.scaling --measure           # updates the measured tables: 8 CPU devices, then two processes; minutes
+    python -m benchmarks.tpu.scaling --compile --cache=DIR      # updates the compiled table (needs the extra `tpu`)
 
-The page is the store of what was measured and compiled (scaling_page.py); what is on paper is in scaling_paper.py; `--markdown`
-prints what would be written.
+docs/scaling.md stores what was measured and compiled (scaling_page.py); the calculations are in scaling_estimates.py.
 """
 
 from __future__ import annotations
@@ -19,14 +18,19 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from benchmarks.tpu import compiled_text, scaling_page, scaling_paper, tpu_compile
+from benchmarks.tpu import hlo_cost, scaling_estimates, scaling_page, tpu_compile
+
+if TYPE_CHECKING:
+    from avsi_jax.training.train_step import TrainState
 
 # ---- the compiler --------------------------------------------------------------------------------------------------------------
 
 SLICES = {"v5e:4x4": "v5litepod-16", "v5e:4x8": "v5litepod-32", "v5e:16x16": "v5litepod-256"}
-WANTED = [
+COMPILATIONS = [  # system, topology, clips per chip
     ("av_mtl_s2s", "v5e:2x4", 256),
     ("av_unified", "v5e:2x4", 256),
     ("av_mtl_s2s", "v5e:2x4", 32),
@@ -41,59 +45,60 @@ WANTED = [
 ]
 
 
-def reduced(text: str) -> list[dict]:
-    """The sums over devices in a compiled program's text: how many arrays, bytes and devices each takes."""
-    program, found = compiled_text.parse(text), []
+def all_reduces(text: str) -> list[dict]:
+    """The sums over devices in a compiled program's text: number of arrays, bytes and devices of each."""
+    program, sums = hlo_cost.parse(text), []
     for computation in program.computations.values():
         for name, instruction in computation.items():
             if name == "ROOT" or instruction.op not in ("all-reduce", "all-reduce-start"):
                 continue
-            first = re.search(r"replica_groups=\{\{([\d,]*)\}|replica_groups=\[\d+,(\d+)\]", instruction.after)
-            devices = 0 if not first else int(first[2]) if first[2] else len(first[1].split(","))
-            sizes = [compiled_text.size_bytes(computation[o].shape) for o in instruction.operands]
-            found.append({"arrays": len(sizes), "bytes": sum(sizes), "devices": devices})
-    return found
+            groups = re.search(r"replica_groups=\{\{([\d,]*)\}|replica_groups=\[\d+,(\d+)\]", instruction.after)
+            devices = 0 if not groups else int(groups[2]) if groups[2] else len(groups[1].split(","))
+            sizes = [hlo_cost.size_bytes(computation[o].shape) for o in instruction.operands]
+            sums.append({"arrays": len(sizes), "bytes": sum(sizes), "devices": devices})
+    return sums
 
 
 def compile_one(system: str, topology: str, batch_per_chip: int, text: Path) -> dict:
-    """In a process of its own."""
-    os.environ.update(tpu_compile.ALONE)
+    """Compiles one training step in this process, which should do nothing else; writes the program's text to `text`."""
+    os.environ.update(tpu_compile.LIBTPU_ENV)
     clock = tpu_compile.TOPOLOGIES["v5e:2x4"][1]
     tpu_compile.TOPOLOGIES |= {name: (kind, clock, {}) for name, kind in SLICES.items()}
     args = argparse.Namespace(
         system=system, topology=topology, batch_per_chip=batch_per_chip, lstm="joined", dtype="", keep_text=text, programs=None
     )
-    return tpu_compile.measure(args) | {"sums": reduced(text.read_text())}
+    return tpu_compile.measure(args) | {"sums": all_reduces(text.read_text())}
 
 
 def compiled_rows(cache: Path, budget_s: float) -> list[dict]:
-    """Of all that is wanted; what fails, or would begin after `budget_s`, is told on stderr and left out."""
-    rows, began = [], time.monotonic()
-    for what in WANTED:
-        kept = cache / f"{'-'.join(map(str, what)).replace(':', '_')}.json"
-        if not kept.is_file() and time.monotonic() - began >= budget_s:
-            print(*what, "not compiled yet", file=sys.stderr)
+    """Rows of COMPILATIONS; failures, and those that would start after `budget_s`, are reported on stderr and left out."""
+    rows, start = [], time.monotonic()
+    for job in COMPILATIONS:
+        cached = cache / f"{'-'.join(map(str, job)).replace(':', '_')}.json"
+        if not cached.is_file() and time.monotonic() - start >= budget_s:
+            print(*job, "not compiled yet", file=sys.stderr)
             continue
-        if not kept.is_file():
-            command = [sys.executable, "-m", "benchmarks.tpu.scaling", "--one", ",".join(map(str, what)), "--cache", str(cache)]
+        if not cached.is_file():
+            command = [sys.executable, "-m", "benchmarks.tpu.scaling", "--one", ",".join(map(str, job)), "--cache", str(cache)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                print(*what, tpu_compile.reason(done.stderr), file=sys.stderr)
+                print(*job, tpu_compile.reason(done.stderr), file=sys.stderr)
                 continue
-            kept.write_text(done.stdout.splitlines()[-1])
-        rows.append(compiled_row(json.loads(kept.read_text())))
+            cached.write_text(done.stdout.splitlines()[-1])
+        rows.append(compiled_row(json.loads(cached.read_text())))
     return rows
 
 
 def compiled_row(r: dict) -> dict:
+    """The table row of a compilation."""
     loops = r["estimated_loop_cycles"]
     return {
         "system": r["system"],
         "topology": r["topology"],
         "chips": r["devices"],
-        "clips a chip": r["batch_per_chip"],
+        "clips per chip": r["batch_per_chip"],
         "global batch": r["devices"] * r["batch_per_chip"],
-        "MB a chip": round(r["bytes_per_chip"] / 1e6),
+        "MB per chip": round(r["bytes_per_chip"] / 1e6),
         "all-reduces": r["collectives"],
         "arrays in each": " + ".join(str(s["arrays"]) for s in r["sums"]),
         "MB reduced": f"{r['collective_bytes'] / 1e6:.2f}",
@@ -106,25 +111,25 @@ def compiled_row(r: dict) -> dict:
 
 # ---- measured ------------------------------------------------------------------------------------------------------------------
 
-SMALL = {"system": "a_si", "units": "32", "layers": "1", "lstm": "separate", "batch_size": "16"}  # of config tiny
+SMALL = {"system": "a_si", "units": "32", "layers": "1", "lstm": "separate", "batch_size": "16"}  # changes to config tiny
 ROUNDS = 25
 
 
-def alternate(does: dict, rounds: int = ROUNDS) -> dict:
-    """{name: median ms}: everything once to warm up, then in turns, each waited for."""
+def alternate(tasks: dict, rounds: int = ROUNDS) -> dict:
+    """{name: median ms}: each task once as warm-up, then all of them in turn, waiting for each."""
     import jax
 
-    took = {name: [] for name in does}
+    times = {name: [] for name in tasks}
     for turn in range(rounds + 1):
-        for name, do in does.items():
-            began = time.perf_counter()
-            jax.block_until_ready(do())
-            took[name] += [1e3 * (time.perf_counter() - began)] * (turn > 0)
-    return {name: statistics.median(ms) for name, ms in took.items()}
+        for name, task in tasks.items():
+            start = time.perf_counter()
+            jax.block_until_ready(task())
+            times[name] += [1e3 * (time.perf_counter() - start)] * (turn > 0)
+    return {name: statistics.median(ms) for name, ms in times.items()}
 
 
-def small_step():
-    """(the pure step, its state, a batch of 16 clips of noise)."""
+def small_step() -> tuple[Callable, TrainState, dict]:
+    """(unmapped training step, its state, a batch of 16 clips of noise)."""
     from avsi_jax import configs
     from avsi_jax.training import objective, train_step
     from benchmarks.speed import contenders
@@ -137,8 +142,8 @@ def small_step():
     )
 
 
-def stepper(step, state, batch: dict, how: str, devices=None):
-    """A function that does one step from the host's arrays; how '': mapped over nothing."""
+def stepper(step: Callable, state: TrainState, batch: dict, how: str, devices: Sequence | None = None) -> Callable:
+    """A function that does one training step from arrays on the host; how: parallel mode, '' for none."""
     import jax
 
     from avsi_jax.runtime import devices as devices_lib
@@ -153,20 +158,21 @@ def stepper(step, state, batch: dict, how: str, devices=None):
     return once
 
 
-def summer(size: int, how: str, devices=None):
+def summer(size: int, how: str, devices: Sequence | None = None) -> Callable:
     """A function that sums an array of `size` bytes over devices."""
     import numpy as np
 
     from avsi_jax.runtime import devices as devices_lib
 
-    mapped = devices_lib.map_evaluation_step(lambda x, b: devices_lib.sum_over_devices(x * b["x"].max()), how=how, devices=devices)
+    sum_step = lambda x, b: devices_lib.sum_over_devices(x * b["x"].max())
+    mapped = devices_lib.map_evaluation_step(sum_step, parallel=how, devices=devices)
     x = devices_lib.replicate(np.ones(size // 4, np.float32), how, devices)
     ones = np.ones(len(devices) if devices else devices_lib.jax.local_device_count(), np.float32)
     return lambda: mapped(x, devices_lib.split({"x": ones}, how, devices))
 
 
 def child_devices() -> dict:
-    """One process, 8 CPU devices."""
+    """Measures one process with 8 CPU devices."""
     import jax
 
     from avsi_jax import configs
@@ -180,21 +186,23 @@ def child_devices() -> dict:
     batch = {k: v for k, v in batch.items() if k != "clip_id"}
     counts = (1, 2, 4, 8)
     some = lambda n: jax.devices()[:n]
-    does = {("", 1): stepper(step, state, batch, "", some(1))}
-    does |= {(how, n): stepper(step, state, batch, how, some(n)) for n in counts for how in devices.WAYS}
-    ms = alternate(does)
+    tasks = {("", 1): stepper(step, state, batch, "", some(1))}
+    tasks |= {(how, n): stepper(step, state, batch, how, some(n)) for n in counts for how in devices.PARALLEL_MODES}
+    ms = alternate(tasks)
     sums = alternate({n: summer(32_595_236, "shard_map", some(n)) for n in counts}, 9)
     many = {k: v for k, v in contenders.raw_batch(256).items() if k != "clip_id"}
-    splits = alternate({(how, n): lambda n=n, how=how: devices.split(many, how, some(n)) for n in counts for how in devices.WAYS})
+    split = lambda n, how: lambda: devices.split(many, how, some(n))
+    splits = alternate({(how, n): split(n, how) for n in counts for how in devices.PARALLEL_MODES})
     config = configs.load("av_mtl_s2s", [("lstm", "separate")], like="base")
-    whole = train_step.make_train_step(config, objective.make_optimiser(config, 1))
+    full_step = train_step.make_train_step(config, objective.make_optimiser(config, 1))
     shapes = jax.eval_shape(lambda: train_step.init_state(config, 1))
-    texts = {}
+    all_sums = {}
     for how, n in (("pmap", 1), ("pmap", 2), ("pmap", 8), ("shard_map", 8)):
         given = {k: v[:8] for k, v in many.items()}
         given = {k: v.reshape(n, -1, *v.shape[1:]) for k, v in given.items()} if how == "pmap" else given
-        texts[how, n] = reduced(devices.map_train_step(whole, some(n), how).lower(shapes, given).compile().as_text())
-    parameters = build.count_of(config)
+        compiled = devices.map_train_step(full_step, some(n), how).lower(shapes, given).compile()
+        all_sums[how, n] = all_reduces(compiled.as_text())
+    parameters = build.parameter_count(config)
     return {
         "steps": [
             {
@@ -214,20 +222,20 @@ def child_devices() -> dict:
             {
                 "how": how,
                 "devices": n,
-                "all-reduces": len(found),
-                "of more than 100 bytes": sum(s["bytes"] > 100 for s in found),
-                "arrays": sum(s["arrays"] for s in found),
-                "bytes": sum(s["bytes"] for s in found),
+                "all-reduces": len(sums_of_step),
+                "of more than 100 bytes": sum(s["bytes"] > 100 for s in sums_of_step),
+                "arrays": sum(s["arrays"] for s in sums_of_step),
+                "bytes": sum(s["bytes"] for s in sums_of_step),
                 "4 x parameters": 4 * parameters,
             }
-            for (how, n), found in texts.items()
+            for (how, n), sums_of_step in all_sums.items()
         ],
         "load": [load, os.getloadavg()[0]],
     }
 
 
 def child_hosts() -> dict:
-    """One of several processes, or one alone, of the same devices in all; every process gets its share of 16 clips."""
+    """Measures one of several processes, or a single one, with the same number of devices in all; 16 clips in all."""
     from avsi_jax.runtime import distributed
 
     distributed.start("auto", timeout_s=60)
@@ -238,37 +246,39 @@ def child_hosts() -> dict:
     step, state, batch = small_step()
     rows = 16 // jax.process_count()
     batch = {k: v[:rows] for k, v in batch.items() if k != "clip_id"}
-    does = {how: stepper(step, state, batch, how) for how in devices.WAYS}
-    does |= {
+    tasks = {how: stepper(step, state, batch, how) for how in devices.PARALLEL_MODES}
+    tasks |= {
         "33 MB summed": summer(32_595_236, "shard_map"),
-        "agree": lambda: devices.agree([0, 0, 0]),
+        "agree": lambda: devices.sum_flags([0, 0, 0]),
         "sum_over_processes": lambda: devices.sum_over_processes([1.0] * 10),
     }
-    found = {"processes": jax.process_count(), "devices": jax.device_count()} | {f"{k}, ms": v for k, v in alternate(does).items()}
-    print(json.dumps(found), flush=True)
+    ms = {f"{k}, ms": v for k, v in alternate(tasks).items()}
+    result = {"processes": jax.process_count(), "devices": jax.device_count()} | ms
+    print(json.dumps(result), flush=True)
     distributed.leave(0)
-    return found
+    return result
 
 
 def measured() -> dict:
-    """{heading: rows} of this machine, and how busy it was."""
+    """Measures this machine: rows of each table, and its load average."""
     from tests.support import processes
 
     def run(child: str, count: int, devices: int) -> dict:
-        said = processes.succeed(["-m", "benchmarks.tpu.scaling", "--child", child], count, devices, timeout=280)[0]
-        return json.loads([line for line in said.splitlines() if line.startswith("{")][-1])  # gloo has its say there too
+        output = processes.succeed(["-m", "benchmarks.tpu.scaling", "--child", child], count, devices, timeout=280)[0]
+        return json.loads([line for line in output.splitlines() if line.startswith("{")][-1])  # gloo prints lines too
 
-    found = run("devices", 1, 8)
+    result = run("devices", 1, 8)
     hosts = [run("hosts", 1, 2), run("hosts", 2, 1)]
-    return {"bytes": found["bytes"], "steps": found["steps"], "hosts": hosts, "load": found["load"]}
+    return {"bytes": result["bytes"], "steps": result["steps"], "hosts": hosts, "load": result["load"]}
 
 
-def measured_text(found: dict) -> str:
-    low, high = found["load"]
+def measured_text(result: dict) -> str:
+    """The measured tables as Markdown."""
+    low, high = result["load"]
     return (
-        f"Bytes summed in a step of av_mtl_s2s:\n\n{scaling_page.table(found['bytes'])}\n\n"
-        f"A small network's step, 16 clips in all:\n\n{scaling_page.table(found['steps'])}\n\n"
-        f"The same, one process and two:\n\n{scaling_page.table(found['hosts'])}\n\n"
+        f"Bytes summed in a training step of av_mtl_s2s:\n\n{scaling_page.table(result['bytes'])}\n\n"
+        f"The training step of a small network, 16 clips in all:\n\n{scaling_page.table(result['steps'])}\n\n"
+        f"The same with one process and with two:\n\n{scaling_page.table(result['hosts'])}\n\n"
         f"{len(os.sched_getaffinity(0))} cores; load average {low:.1f} before, {high:.1f} after."
     )
 
@@ -276,24 +286,25 @@ def measured_text(found: dict) -> str:
 # ---- command -------------------------------------------------------------------------------------------------------------------
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
+    """The command `python -m benchmarks.tpu.scaling`; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--markdown", action="store_true", help="prints what is on paper and writes nothing")
-    parser.add_argument("--json", action="store_true", help="prints all tables as one line and writes nothing")
-    parser.add_argument("--measure", action="store_true", help="measures anew on CPU devices, into the page")
-    parser.add_argument("--compile", action="store_true", help="asks the compiler anew, into the page; needs --cache")
-    parser.add_argument("--cache", type=Path, help="folder that keeps what was compiled")
-    parser.add_argument("--budget_s", type=float, default=86_400, help="with --compile: after which none is begun (default: a day)")
+    parser.add_argument("--markdown", action="store_true", help="print the calculated tables and write nothing")
+    parser.add_argument("--json", action="store_true", help="print all tables as one line and write nothing")
+    parser.add_argument("--measure", action="store_true", help="measure on CPU devices and update the page")
+    parser.add_argument("--compile", action="store_true", help="compile for TPUs and update the page; needs --cache")
+    parser.add_argument("--cache", type=Path, help="folder that keeps compilation results")
+    parser.add_argument("--budget_s", type=float, default=86_400, help="with --compile: start none later (default: a day)")
     parser.add_argument("--child", choices=("devices", "hosts"), help=argparse.SUPPRESS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if (args.compile or args.measure) and (args.json or args.markdown):
-        parser.error("--compile, --measure: found --json or --markdown beside them, which write nothing; expected them alone")
+        parser.error("--compile and --measure write the page, --json and --markdown do not: expected only one kind")
     if (args.compile or args.one) and not args.cache:
-        parser.error("--compile: expected --cache=DIR, where results are kept")
+        parser.error("--compile needs --cache=DIR, the folder that keeps results")
     if args.child:
-        found = {"devices": child_devices, "hosts": child_hosts}[args.child]()
-        print(json.dumps(found))
+        result = {"devices": child_devices, "hosts": child_hosts}[args.child]()
+        print(json.dumps(result))
         return 0
     if args.one:
         system, topology, batch = args.one.split(",")
@@ -308,12 +319,14 @@ def main(argv=None) -> int:
         page = scaling_page.with_part(page, "measured", measured_text(measured()))
     compiled = scaling_page.rows_of(scaling_page.part(page, "compiled"))
     if args.json:
-        print(json.dumps({"compiled": compiled, "summary": scaling_paper.summary(compiled)} | scaling_paper.paper(compiled)))
+        print(
+            json.dumps({"compiled": compiled, "summary": scaling_estimates.summary(compiled)} | scaling_estimates.tables(compiled))
+        )
     elif args.markdown:
-        print(scaling_paper.paper_text(compiled))
+        print(scaling_estimates.as_text(compiled))
     else:
-        page = scaling_page.with_part(page, "summary", scaling_page.table(scaling_paper.summary(compiled)))
-        scaling_page.PAGE.write_text(scaling_page.with_part(page, "paper", scaling_paper.paper_text(compiled)))
+        page = scaling_page.with_part(page, "summary", scaling_page.table(scaling_estimates.summary(compiled)))
+        scaling_page.PAGE.write_text(scaling_page.with_part(page, "estimates", scaling_estimates.as_text(compiled)))
         print(scaling_page.PAGE)
     return 0
 

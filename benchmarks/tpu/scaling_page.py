@@ -1,4 +1,4 @@
-"""docs/scaling.md as a store: its tables, read and written, and the parts of it that stand between marks."""
+"""Reads and writes the tables of docs/scaling.md, which stores measured and compiled results between marks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PAGE, TPU_PAGE = ROOT / "docs" / "scaling.md", ROOT / "docs" / "tpu.md"
 
 
 def table(rows: list[dict]) -> str:
-    """Rows of like keys -> markdown; numbers to the right."""
+    """A Markdown table of rows with the same keys; columns of numbers are right-aligned."""
     heads = list(rows[0])
     right = lambda k: all(re.fullmatch(r"[-\d.,% ]*", _cell(r[k])) for r in rows)
     lines = [heads, ["---:" if right(k) else "---" for k in heads], *([_cell(r[k]) for k in heads] for r in rows)]
@@ -24,26 +24,27 @@ def _cell(value) -> str:
 
 
 def rows_of(text: str) -> list[dict]:
-    """The first table of a markdown text, numbers as numbers."""
+    """The first table of a Markdown text; cells that are numbers become float."""
     lines = [line.strip().strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
     if len(lines) < 3:
-        raise ValueError(f"{PAGE.name}: found no table in {text[:60]!r}, expected one: --compile and --measure write them")
+        raise ValueError(f"{PAGE.name}: found no table in {text[:60]!r}, expected one written by --compile or --measure")
     heads, _, *rows = ([cell.strip() for cell in line] for line in lines)
     return [dict(zip(heads, map(_number, row), strict=True)) for row in rows]
 
 
-def _number(cell: str):
+def _number(cell: str) -> float | str:
     plain = cell.replace(",", "")
     return float(plain) if re.fullmatch(r"-?\d+(\.\d+)?", plain) else cell
 
 
 def part(page: str, name: str) -> str:
-    """What stands between a name's marks."""
-    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", page, re.S)
-    if not found:
+    """The text between a name's marks, <!-- NAME --> and <!-- end -->."""
+    match = re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", page, re.S)
+    if not match:
         raise ValueError(f"{PAGE.name}: found no mark <!-- {name} --> with its <!-- end -->, expected one")
-    return found.group(1)
+    return match.group(1)
 
 
 def with_part(page: str, name: str, text: str) -> str:
+    """The page with the text between a name's marks replaced."""
     return page.replace(f"<!-- {name} -->\n{part(page, name)}", f"<!-- {name} -->\n\n{text.strip()}\n\n")

@@ -1,4 +1,4 @@
-"""One repair, drawn: face points, the mouth's opening, what was heard and what came out -> docs/images/how.png.
+"""Plots one restoration: landmarks, mouth opening, masked and restored log-mel spectrogram. Writes docs/images/how.png.
 
 python -m docs.figures.how CLIP docs/images/how.png [--gap 0.9-1.7] [--checkpoint pretrained]
 """
@@ -22,7 +22,7 @@ LINES = [range(0, 17), range(17, 22), range(22, 27), range(27, 31), range(31, 36
 
 
 def draw_face(axis, points, x: float) -> None:
-    """68 points as lines, 1 unit wide, at x."""
+    """Draws 68 landmarks as lines, 1 unit wide, at x."""
     points = (points - points.mean(0)) / np.ptp(points[:, 0])
     for line in LINES:
         part = points[list(line)]
@@ -41,20 +41,22 @@ def draw_level(axis, level, frame_s: float, gap, title: str) -> None:
 def main(clip: Path, target: Path, gap, checkpoint: str) -> None:
     repair = Inpainter.load(checkpoint).inpaint(clip, [gap])
     times, points = np.asarray(repair.frame_times), repair.landmarks
-    face_models = np.linalg.norm(points[:, 36:42].mean(1) - points[:, 42:48].mean(1), axis=-1)
-    opening = np.linalg.norm(points[:, 62] - points[:, 66], axis=-1) / face_models
+    eye_distance = np.linalg.norm(points[:, 36:42].mean(1) - points[:, 42:48].mean(1), axis=-1)
+    opening = np.linalg.norm(points[:, 62] - points[:, 66], axis=-1) / eye_distance
     figure, axes = plt.subplots(4, 1, figsize=(9, 8.2), layout="constrained", height_ratios=[1.25, 0.8, 1.2, 1.2])
     for x, at in enumerate(np.linspace(*gap, 7)):
         draw_face(axes[0], points[np.abs(times - at).argmin()], 1.3 * x)
     axes[0].set_aspect("equal")
     axes[0].axis("off")
-    axes[0].set_title("68 points of the face, through the gap", fontsize=10, loc="left")
+    axes[0].set_title("landmarks of the face during the gap", fontsize=10, loc="left")
     axes[1].plot(times, opening, color="teal")
     axes[1].axvspan(*gap, color="0.85")
-    axes[1].set_title("what the lips do: opening of the mouth, in distances of the eyes", fontsize=10, loc="left")
-    draw_level(axes[2], repair.before, repair.frame_s, gap, "what was heard (dB of log-mel)")
-    draw_level(axes[3], repair.after, repair.frame_s, gap, f"what comes out; read: {repair.gaps[0].transcript or 'nothing'}")
-    end = len(repair.before) * repair.frame_s
+    axes[1].set_title("opening of the mouth, relative to the distance of the eyes", fontsize=10, loc="left")
+    draw_level(axes[2], repair.masked_log_mel, repair.frame_s, gap, "masked audio (log-mel, dB)")
+    draw_level(
+        axes[3], repair.restored_log_mel, repair.frame_s, gap, f"restored audio; transcript: {repair.gaps[0].transcript or 'none'}"
+    )
+    end = len(repair.masked_log_mel) * repair.frame_s
     for axis in axes[1:]:
         axis.set_xlim(0, end)
     axes[3].set_xlabel("s")

@@ -1,30 +1,31 @@
-"""A visit to avsi-app: what a visitor writes, a clip's way in and its repair out, what is refused, and that nothing is left."""
+"""Sessions of avsi-app: text that users enter, a clip from upload to result, refused clips, and that no files are left behind."""
 
 import numpy as np
 import pytest
 
 from avsi_jax.app import rendering, session
 from avsi_jax.media import clip_io
-from tests.support.session_fakes import EXAMPLES, HOSTILE, RATE, Hum, outside
+from avsi_jax.runtime import process_pool
+from tests.support.session_fakes import EXAMPLES, HOSTILE, RATE, ToneInpainter, outside
 
 
 @pytest.fixture
-def visitor(tmp_path, monkeypatch):
-    """A visit whose clips are opened in this process: starting another takes a second."""
-    inline = lambda work, jobs, **limits: [session.workers.Outcome(0, work(*jobs[0]))]
-    monkeypatch.setattr(session.workers, "run", inline)
-    return session.Session(tmp_path / "gradio" / "visits" / "one", Hum(), session.Limits())
+def user(tmp_path, monkeypatch):
+    """A session whose clips are opened in this process: starting a worker process takes a second."""
+    run_inline = lambda work, jobs, **limits: [process_pool.JobOutcome(0, work(*jobs[0]))]
+    monkeypatch.setattr(process_pool, "run", run_inline)
+    return session.Session(tmp_path / "gradio" / "sessions" / "one", ToneInpainter(), session.Limits())
 
 
 @pytest.fixture
-def rush(tmp_path):
-    """1 s of a rushing sound, stereo, 24 bit."""
+def noise(tmp_path):
+    """A file with 1 s of noise, stereo, 24 bit."""
     samples = np.random.default_rng(0).normal(0, 0.1, (8000, 1)) * np.array([1, 0.5])
-    clip_io.write_audio(tmp_path / "a sound.wav", samples.astype(np.float32), 8000, "PCM_24")
-    return tmp_path / "a sound.wav"
+    clip_io.write_audio(tmp_path / "some noise.wav", samples.astype(np.float32), 8000, "PCM_24")
+    return tmp_path / "some noise.wav"
 
 
-# ------------------------------------------------------------------------------------------------------- what a visitor writes
+# -------------------------------------------------------------------------------------------------------- text of the user
 
 
 @pytest.mark.parametrize(
@@ -37,177 +38,178 @@ def rush(tmp_path):
         (None, []),
     ],
 )
-def test_gaps_as_they_are_written(text, gaps):
+def test_gaps_are_parsed_and_formatted(text, gaps):
     assert session.parse_gaps(text) == gaps
-    assert session.parse_gaps(session.written(gaps)) == gaps
+    assert session.parse_gaps(session.format_gaps(gaps)) == gaps
 
 
-def test_a_gap_that_was_found_is_written_wgap():
-    """A late hole's edges lie between two thousandths: sound of up to 5 ms was left silent where four digits were written."""
-    (start, end) = session.parse_gaps(session.written([(12.34567, 59.98761, "silence")]))[0]
+def test_formatted_gaps_are_rounded_outwards():
+    """To milliseconds, also late in a clip: with four digits, up to 5 ms of a gap would stay silent."""
+    (start, end) = session.parse_gaps(session.format_gaps([(12.34567, 59.98761, "silence")]))[0]
     assert 12.3447 <= start <= 12.34567 and 59.98761 <= end <= 59.9886
-    assert session.written([(0.57, 1.73)]) == "0.57-1.73" and session.written([(100.5, 123.457)]) == "100.5-123.457"
+    assert session.format_gaps([(0.57, 1.73)]) == "0.57-1.73" and session.format_gaps([(100.5, 123.457)]) == "100.5-123.457"
 
 
 @pytest.mark.parametrize("text", ["1", "1:2", "a-b", "2-1", "1-1", "-1-2", "nan-2", "1e9-2e9", "1-2-3", "<b>-2", "1-2," * 30])
-def test_gaps_that_are_none_take_one_line(text):
+def test_wrong_gaps_are_an_error_of_one_line(text):
     with pytest.raises(ValueError) as error:
         session.parse_gaps(text)
     assert "expected" in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 120
 
 
-@pytest.mark.parametrize(("confidence", "words"), [(0.95, "sure"), (0.7, "rather sure"), (0.5, "half sure"), (0.1, "a guess")])
-def test_confidence_in_words(confidence, words):
-    assert session.in_words(confidence) == words
+def test_confidence_in_words_decreases_with_its_value():
+    words = [session.in_words(confidence) for confidence in (0.95, 0.7, 0.5, 0.1)]
+    assert len(set(words)) == 4 and words[0] == "high" and "guess" in words[-1]
+    assert session.in_words(0.8) == words[0] and session.in_words(0.0) == words[-1]
 
 
-# -------------------------------------------------------------------------------------------------------------- a clip's way
+# ------------------------------------------------------------------------------------------------- from upload to result
 
 
-def test_a_damaged_film_is_looked_at_and_restored(visitor):
-    clip = visitor.take(EXAMPLES / "with_a_hole.mp4")
-    ((start, end, kind),) = clip.gaps
+def test_a_clip_with_a_gap_is_shown_and_restored(user):
+    clip = user.load(EXAMPLES / "drawn_mouth_with_gap.mp4")
+    ((start, end, kind),) = clip.detected_gaps
     assert (start, end) == pytest.approx((1.0, 1.6), abs=0.01) and kind in ("silence", "packets")
-    assert "3.00 s of sound at 16 kHz, mono; pictures of 360x288, 25 a second" in clip.transcript()
-    result = visitor.restore(session.written(clip.gaps), face=1, sync="auto")
-    assert visitor.inpainter.asked == {"face": 1, "sync": "auto"}
-    given, whole = clip_io.read_clip(EXAMPLES / "with_a_hole.mp4"), clip_io.read_clip(result.clip)
-    kept = outside(result.gaps, len(given.audio.samples), RATE)
-    assert result.clip.name == "with_a_hole.restored.mp4" and set(result.waveforms) == {"masked", "restored"}
-    np.testing.assert_array_equal(whole.video.rgb, given.video.rgb)
-    for restored in (whole.audio.samples, clip_io.read_clip(result.waveforms["restored"]).audio.samples):
-        np.testing.assert_array_equal(restored[kept], given.audio.samples[kept])
+    assert all(part in clip.description() for part in ("3.00 s", "16 kHz", "mono", "360x288", "25 frames"))
+    assert "1.00-1.60 s" in rendering.clip(clip, clip.detected_gaps)
+    result = user.restore(session.format_gaps(clip.detected_gaps), face=1, sync="auto")
+    assert user.inpainter.options == {"face": 1, "sync": "auto"}
+    before, after = clip_io.read_clip(EXAMPLES / "drawn_mouth_with_gap.mp4"), clip_io.read_clip(result.clip)
+    kept = outside(result.gaps, len(before.audio.samples), RATE)
+    assert result.clip.name == "drawn_mouth_with_gap.restored.mp4" and set(result.waveforms) == {"masked", "restored"}
+    np.testing.assert_array_equal(after.video.rgb, before.video.rgb)
+    for restored in (after.audio.samples, clip_io.read_clip(result.waveforms["restored"]).audio.samples):
+        np.testing.assert_array_equal(restored[kept], before.audio.samples[kept])
         assert np.abs(restored[~kept]).max() > 0.2
-    shown = rendering.told(result) + rendering.faces(result) + "".join(rendering.compared(clip, result, result.gaps).values())
-    assert "set right" not in shown, "sync_s is what was measured, also where nothing was corrected: the warnings say what was done"
-    assert "rather sure" in shown and "bin &lt;blue&gt; at f two now" in shown and "a &lt;warning&gt;" in shown
-    assert shown.count("data:image/png;base64,") == 2 + session.STRIP
+    page = rendering.summary(result) + rendering.faces(result) + "".join(rendering.compared(clip, result, result.gaps).values())
+    assert "corrected" not in page, "av_offset_s is set although nothing was corrected: only warnings say what was done"
+    assert "(70%)" in page and "bin &lt;blue&gt; at f two now" in page and "a &lt;warning&gt;" in page
+    assert page.count("data:image/png;base64,") == 2 + session.STRIP_FRAMES
 
 
-def test_a_whole_audio_is_damaged_on_purpose(visitor, rush):
-    clip, given = visitor.take(rush), clip_io.read_clip(rush).audio.samples
-    assert not clip.gaps
-    gaps = visitor.damage(0.4, 300)
-    assert gaps == [(0.4, 0.7)] and visitor.damage(5, 300) == [(0.98, 1.0)]
-    result = visitor.restore(session.written(gaps))
+def test_a_gap_made_by_the_user_is_compared_with_the_original(user, noise):
+    clip, samples = user.load(noise), clip_io.read_clip(noise).audio.samples
+    assert not clip.detected_gaps
+    gaps = user.make_gap(0.4, 300)
+    assert gaps == [(0.4, 0.7)] and user.make_gap(5, 300) == [(0.98, 1.0)]
+    result = user.restore(session.format_gaps(gaps))
     waveforms = {name: clip_io.read_clip(file).audio for name, file in result.waveforms.items()}
     kept = outside(gaps, 8000, 8000)
-    np.testing.assert_array_equal(waveforms["original"].samples, given)
+    np.testing.assert_array_equal(waveforms["original"].samples, samples)
     assert not waveforms["masked"].samples[~kept].any()
     for name in ("masked", "restored"):
-        np.testing.assert_array_equal(waveforms[name].samples[kept], given[kept])
+        np.testing.assert_array_equal(waveforms[name].samples[kept], samples[kept])
         assert waveforms[name].subtype == "PCM_24"
-    assert result.clip.name == "a_sound.restored.wav" and rendering.faces(result) == ""
-    visitor.found()
-    assert "original" not in visitor.restore("0.4-0.7").waveforms
+    assert result.clip.name == "some_noise.restored.wav" and rendering.faces(result) == ""
+    user.use_detected_gaps()
+    assert "original" not in user.restore("0.4-0.7").waveforms
 
 
-def test_a_film_without_frames_comes_back_as_its_audio(visitor, rush, tmp_path):
+def test_a_video_file_without_video_is_returned_as_wav(user, noise, tmp_path):
     import av
 
-    with av.open(str(rush)) as given, av.open(str(tmp_path / "talk.mp4"), "w") as out:
-        waveform = out.add_stream("aac", rate=8000, layout="stereo")
-        for frame in given.decode(audio=0):
-            out.mux(waveform.encode(frame))
-        out.mux(waveform.encode(None))
-    visitor.take(tmp_path / "talk.mp4")
-    result = visitor.restore("0.4-0.7")
-    assert result.clip.name == "talk.restored.wav" and "written as .wav, its sound alone" in "".join(result.warnings)
+    with av.open(str(noise)) as source, av.open(str(tmp_path / "talk.mp4"), "w") as out:
+        stream = out.add_stream("aac", rate=8000, layout="stereo")
+        for frame in source.decode(audio=0):
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    user.load(tmp_path / "talk.mp4")
+    result = user.restore("0.4-0.7")
+    assert result.clip.name == "talk.restored.wav" and any(".wav" in w for w in result.warnings)
     assert np.abs(clip_io.read_clip(result.clip).audio.samples[3300:5500]).max() > 0.2
 
 
-def test_a_long_clip_is_drawn_around_its_gaps():
-    assert rendering.window([(1.0, 2.0)], 5.0) == (0.0, 5.0)
-    assert rendering.window([(10.0, 10.5), (12.0, 12.5)], 60.0) == (8.5, 14.0)
+def test_a_long_clip_is_plotted_around_its_gaps():
+    assert rendering.plotted_interval([(1.0, 2.0)], 5.0) == (0.0, 5.0)
+    assert rendering.plotted_interval([(10.0, 10.5), (12.0, 12.5)], 60.0) == (8.5, 14.0)
 
 
 @pytest.mark.parametrize("text", ["0.5-1.2", "2-3"])
-def test_gaps_outside_the_clip(visitor, rush, text):
-    visitor.take(rush)
-    with pytest.raises(ValueError, match="leaves the clip, whose sound is 1.00 s long"):
-        visitor.restore(text)
+def test_gaps_outside_the_clip_are_an_error(user, noise, text):
+    user.load(noise)
+    with pytest.raises(ValueError, match="1.00 s long"):
+        user.restore(text)
 
 
-@pytest.mark.parametrize("text", ["", "0.1-0.2"])
-def test_nothing_to_do(visitor, rush, text):
-    if not text:
-        visitor.take(rush)
-    with pytest.raises(ValueError, match="no gap is given" if not text else "put in a clip first"):
-        visitor.restore(text)
+def test_restoring_without_a_gap_or_a_clip_is_an_error(user, noise):
+    with pytest.raises(ValueError, match="clip first"):
+        user.restore("0.1-0.2")
+    user.load(noise)
+    with pytest.raises(ValueError, match="no gap"):
+        user.restore("")
 
 
-# ------------------------------------------------------------------------------------------------------------------ refusals
+# ------------------------------------------------------------------------------------------------------------- refused clips
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_files_take_one_line(visitor, tmp_path, name):
+def test_hostile_files_are_refused_in_one_line(user, tmp_path, name):
     (tmp_path / name).write_bytes(HOSTILE[name])
     with pytest.raises((ValueError, OSError)) as error:
-        visitor.take(tmp_path / name)
-    said = str(error.value)
-    assert said.startswith(name) and "\n" not in said and str(tmp_path) not in said and "root:" not in said
-    assert visitor.clip is None and list(visitor.folder.iterdir()) == []
+        user.load(tmp_path / name)
+    message = str(error.value)
+    assert message.startswith(name) and "\n" not in message and str(tmp_path) not in message and "root:" not in message
+    assert user.clip is None and list(user.folder.iterdir()) == []
 
 
-def test_a_clip_is_opened_in_a_process_of_its_own_first(tmp_path, rush):
-    """Where nothing is in the way of it, as in the program."""
+def test_a_clip_is_opened_in_a_worker_process(tmp_path, noise):
     limits = session.Limits()
-    session.check_opens(rush, "a sound.wav", limits)
+    session.check_opens(noise, "some noise.wav", limits)
     (tmp_path / "text.mp4").write_bytes(HOSTILE["text.mp4"])
-    with pytest.raises(clip_io.MediaError, match=r"^text.mp4: cannot be decoded"):
+    with pytest.raises(clip_io.MediaError, match=r"^text.mp4: "):
         session.check_opens(tmp_path / "text.mp4", "text.mp4", limits)
 
 
-def test_limits_are_looked_at_before_anything_is_decoded(visitor, rush, monkeypatch):
-    monkeypatch.setattr(session.workers, "run", lambda *a, **k: pytest.fail("opened"))
-    visitor.limits = session.Limits(megabytes=0.01)
-    with pytest.raises(clip_io.MediaError, match=r"a sound.wav has 0.0 MB; at most 0.01 MB are taken"):
-        visitor.take(rush)
+def test_the_size_is_checked_before_anything_is_decoded(user, noise, monkeypatch):
+    monkeypatch.setattr(process_pool, "run", lambda *a, **k: pytest.fail("opened"))
+    user.limits = session.Limits(megabytes=0.01)
+    with pytest.raises(clip_io.MediaError, match=r"some noise.wav .*0.01 MB"):
+        user.load(noise)
 
 
-def test_limits_are_looked_at_before_a_face_is_followed(visitor, rush, monkeypatch):
-    visitor.limits = session.Limits(seconds=0.9)
-    with pytest.raises(clip_io.MediaError, match=r"a sound.wav is 1.0 s long; at most 0.9 s are taken here: .*avsi-inpaint"):
-        visitor.take(rush)
-    visitor.limits = session.Limits()
-    outcome = session.workers.Outcome(0, (1.0, (60_000, 60_000)))
-    monkeypatch.setattr(session.workers, "run", lambda *a, **k: [outcome])
-    with pytest.raises(clip_io.MediaError, match=r"pictures of 60000x60000; at most 1920x1088"):
-        visitor.take(EXAMPLES / "whole.mp4")
-    monkeypatch.setattr(session.workers, "run", lambda *a, **k: [session.workers.Outcome(0, None, "took more than 20 s")])
-    with pytest.raises(clip_io.MediaError, match=r"a sound.wav: cannot be opened: it took more than 20 s"):
-        visitor.take(rush)
+def test_length_and_frame_size_are_checked_before_a_face_is_tracked(user, noise, monkeypatch):
+    user.limits = session.Limits(seconds=0.9)
+    with pytest.raises(clip_io.MediaError, match=r"some noise.wav .*1.0 s .*0.9 s .*avsi-inpaint"):
+        user.load(noise)
+    user.limits = session.Limits()
+    outcome = process_pool.JobOutcome(0, (1.0, (60_000, 60_000)))
+    monkeypatch.setattr(process_pool, "run", lambda *a, **k: [outcome])
+    with pytest.raises(clip_io.MediaError, match=r"60000x60000.*1920x1088"):
+        user.load(EXAMPLES / "drawn_mouth.mp4")
+    monkeypatch.setattr(process_pool, "run", lambda *a, **k: [process_pool.JobOutcome(0, None, "took more than 20 s")])
+    with pytest.raises(clip_io.MediaError, match=r"some noise.wav: .*took more than 20 s"):
+        user.load(noise)
 
 
-# -------------------------------------------------------------------------------------------------------- nothing is left
+# -------------------------------------------------------------------------------------------------------- files left behind
 
 
-def test_a_visit_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(session, "MOST_VISITS", 2)
-    sessions = session.SessionStore(tmp_path / "visits", Hum(), session.Limits())
-    one, two = sessions.of("one"), sessions.of("two")
-    assert sessions.of("one") is one and two.folder.is_dir()
-    sessions.of("three")
+def test_ended_sessions_leave_no_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "MAX_SESSIONS", 2)
+    sessions = session.SessionStore(tmp_path / "sessions", ToneInpainter(), session.Limits())
+    one, two = sessions.get("one"), sessions.get("two")
+    assert sessions.get("one") is one and two.folder.is_dir()
+    sessions.get("three")
     assert not two.folder.exists() and one.folder.is_dir()
-    one.last_s -= session.QUIET_S + 1
-    sessions.of("three")
+    one.last_used_s -= session.MAX_IDLE_S + 1
+    sessions.get("three")
     assert not one.folder.exists()
     sessions.end("three")
-    sessions.end("nobody")
-    assert list((tmp_path / "visits").iterdir()) == []
+    sessions.end("unknown")
+    assert list((tmp_path / "sessions").iterdir()) == []
 
 
-def test_uploads_go_with_the_visit(visitor, rush):
-    uploads = [visitor.folder.parent.parent / name / "clip.wav" for name in "ab"]
+def test_uploads_are_deleted_with_the_session(user, noise):
+    uploads = [user.folder.parent.parent / name / "clip.wav" for name in "ab"]
     for file in uploads:
         file.parent.mkdir()
-        file.write_bytes(rush.read_bytes())
-    visitor.take(uploads[0])
-    visitor.take(uploads[0])
+        file.write_bytes(noise.read_bytes())
+    user.load(uploads[0])
+    user.load(uploads[0])
     assert uploads[0].exists()
-    visitor.take(EXAMPLES / "whole.mp4")
-    assert not uploads[0].exists() and (EXAMPLES / "whole.mp4").exists()
-    visitor.take(uploads[1])
+    user.load(EXAMPLES / "drawn_mouth.mp4")
+    assert not uploads[0].exists() and (EXAMPLES / "drawn_mouth.mp4").exists()
+    user.load(uploads[1])
     assert [file.exists() for file in uploads] == [False, True]
-    visitor.leave()
-    assert not uploads[1].exists() and not visitor.folder.exists()
+    user.leave()
+    assert not uploads[1].exists() and not user.folder.exists()

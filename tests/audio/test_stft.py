@@ -1,4 +1,4 @@
-"""Rates, spectrograms and levels against librosa, scipy and plain NumPy in float64."""
+"""Decimation, spectrograms and levels compared with librosa, scipy and NumPy in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ inverse = jax.jit(stft.istft, static_argnums=(1, 2))
 
 
 def noise(n, seed=0):
-    """(n,) float32 noise whose loudness wanders between 0 and -110 dB, with a stretch of digital silence."""
+    """(n,) float32 noise whose level varies between 0 and -110 dB, with a stretch of digital silence."""
     rng = np.random.default_rng(seed)
     loudness = np.interp(np.arange(n), np.linspace(0, n, 12), rng.permutation(np.linspace(-110, 0, 12)))
     x = 0.5 * rng.uniform(-1, 1, n) * 10 ** (loudness / 20)
@@ -45,10 +45,10 @@ def test_paper_level_is_the_papers_librosa_chain(n):
     sharp = librosa.effects.preemphasis(x.astype(np.float64), coef=0.97, zi=[0.0])
     bands = librosa_magnitude(sharp, PAPER) @ librosa.filters.mel(sr=8_000, n_fft=510, n_mels=64).astype(np.float64).T
     expected = np.clip((20 * np.log10(np.maximum(1e-5, bands)) + 80) / 80, 0, 1)
-    found = np.asarray(log_mel(x, PAPER))
-    assert found.shape == (1 + n // 160, 64)
-    assert (expected == 0).any() and (expected > 0.7).any()  # the floor and the speech's range are both there
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    level = np.asarray(log_mel(x, PAPER))
+    assert level.shape == (1 + n // 160, 64)
+    assert (expected == 0).any() and (expected > 0.7).any()  # the test signal covers the floor and the range of speech
+    np.testing.assert_allclose(level, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("n", [48_000, 4_801])
@@ -75,12 +75,12 @@ def test_a_clip_has_the_presets_frames(preset, frames):
     assert shape == (2, frames, preset.bands)
 
 
-def test_a_clip_of_another_length_is_refused():
+def test_a_clip_of_another_length_is_rejected():
     with pytest.raises(ValueError, match="expected 47648 samples at 16000 Hz, found 48000"):
         stft.log_mel_of_record(jnp.zeros((1, 48_000)), PAPER)
 
 
-def test_leading_axes_are_clips():
+def test_leading_axes_are_batch_axes():
     x = np.stack([noise(1_600, seed) for seed in range(6)])
     each = np.stack([np.asarray(log_mel(row, PAPER)) for row in x])
     together = np.asarray(log_mel(x.reshape(2, 3, -1), PAPER)).reshape(each.shape)
@@ -105,14 +105,14 @@ def test_level_and_magnitude_are_inverse(preset):
 
 
 @by_name
-def test_levels_out_of_range_give_no_negative_magnitude(preset):
+def test_levels_out_of_range_give_a_finite_non_negative_magnitude(preset):
     magnitude = np.asarray(stft.magnitude_from_level(np.float32([-100, -20, -0.1, 0, 0.5]), preset))
     assert (magnitude >= 0).all() and np.isfinite(magnitude).all()
     assert np.asarray(stft.to_db(np.float32([-100, 0]), preset)).min() == -80
 
 
 @pytest.mark.parametrize("factor", [2, 4])
-def test_the_decimating_filter_is_scipys(factor):
+def test_the_decimation_filter_is_scipys(factor):
     taps = signal.firwin(129, 0.94 / factor, window=("kaiser", signal.kaiser_beta(80.0)))
     np.testing.assert_array_equal(stft.decimation_filter(factor), taps.astype(np.float32))
 
@@ -131,26 +131,25 @@ def test_stft_and_istft_are_librosas(preset):
     options = {"hop_length": preset.hop, "win_length": preset.window}
     x = noise(8_077)
     expected = librosa.stft(x.astype(np.float64), n_fft=preset.n_fft, **options).T
-    found = np.asarray(transform(x, preset))
-    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(transform(x, preset), expected, atol=1e-5 * np.abs(expected).max())
     rng = np.random.default_rng(0)
-    changed = (expected * np.exp(2j * np.pi * rng.uniform(size=expected.shape))).astype(np.complex64)  # no sound's own STFT
+    changed = (expected * np.exp(2j * np.pi * rng.uniform(size=expected.shape))).astype(np.complex64)  # not the STFT of any signal
     audio = librosa.istft(changed.T.astype(np.complex128), n_fft=preset.n_fft, length=len(x), **options)
     np.testing.assert_allclose(inverse(changed, preset, len(x)), audio, atol=1e-5 * np.abs(audio).max())
 
 
 @by_name
 @pytest.mark.parametrize("odd", [0, 7])
-def test_round_trip(preset, odd):
-    """To 1e-5 wherever a window sees a sample well: a clip's outermost ones may lie under the foot of one window alone."""
+def test_istft_inverts_stft(preset, odd):
+    """To 1e-5, except for the outermost samples, which may be covered only by the edge of one window."""
     n = preset.num_samples - odd
     x = np.random.default_rng(1).uniform(-1, 1, (2, n)).astype(np.float32)
     first = 0 if preset.centred else preset.window // 2
     distance = np.abs(np.arange(n)[:, None] - (np.arange(preset.frames_of(n)) * preset.hop + first)).min(1)
-    seen = distance < 0.3 * preset.window
-    assert seen.mean() > 0.99
+    covered = distance < 0.3 * preset.window
+    assert covered.mean() > 0.99
     back = np.asarray(inverse(transform(x, preset), preset, n))
-    np.testing.assert_allclose(back[:, seen], x[:, seen], atol=1e-5)
+    np.testing.assert_allclose(back[:, covered], x[:, covered], atol=1e-5)
 
 
 # ---- rate and emphasis ---------------------------------------------------------------------------------------------------------
@@ -169,26 +168,26 @@ def test_decimation_is_upfirdn(n):
     ("hertz", "low_db", "high_db"),
     [(1_000, -0.1, 0.1), (3_000, -0.1, 0.1), (4_400, -300, -60), (5_000, -300, -60), (7_000, -300, -60)],
 )
-def test_decimation_keeps_speech_and_lets_nothing_fold_over(hertz, low_db, high_db):
-    """Power of a tone after decimation, the filter's run-in left out; whatever is left of 5 kHz has become 3 kHz."""
+def test_decimation_keeps_the_speech_band_and_suppresses_aliases(hertz, low_db, high_db):
+    """Power of a tone after decimation, without the transient of the filter; the alias of 5 kHz is at 3 kHz."""
     x = np.sin(2 * np.pi * hertz / 16_000 * np.arange(16_000)).astype(np.float32)
     y = np.asarray(stft.decimate(jnp.asarray(x), PAPER))[200:-200]
     level = 10 * np.log10(2 * np.mean(np.float64(y) ** 2) + 1e-30)
     assert low_db < level < high_db
 
 
-def test_presets_at_the_records_rate_are_not_decimated():
+def test_presets_at_the_record_rate_are_not_decimated():
     x = jnp.asarray(noise(100))
     assert stft.decimate(x, WIDE) is x and stft.decimate(x, MORRONE) is x
 
 
-def test_emphasis_is_scipys_filter_and_its_inverse():
+def test_pre_emphasis_and_de_emphasis_are_scipys_filters():
     x = noise(5_001).astype(np.float64)
     sharp = signal.lfilter([1, -0.97], [1], x)
     np.testing.assert_allclose(stft.pre_emphasise(np.float32(x), PAPER), sharp, atol=1e-6)
     dull = signal.lfilter([1], [1, -0.97], x)
     np.testing.assert_allclose(stft.de_emphasise(jnp.float32(x), PAPER), dull, atol=1e-5 * np.abs(dull).max())
     started, _ = signal.lfilter([1], [1, -0.97], x, zi=[0.97 * 0.3])
-    found = stft.de_emphasise(jnp.stack([jnp.float32(x)] * 2), PAPER, jnp.float32([0.0, 0.3]))
-    np.testing.assert_allclose(found, np.stack([dull, started]), atol=1e-5 * np.abs(dull).max())
+    filtered = stft.de_emphasise(jnp.stack([jnp.float32(x)] * 2), PAPER, jnp.float32([0.0, 0.3]))
+    np.testing.assert_allclose(filtered, np.stack([dull, started]), atol=1e-5 * np.abs(dull).max())
     assert stft.pre_emphasise(x, WIDE) is x and stft.de_emphasise(x, WIDE) is x

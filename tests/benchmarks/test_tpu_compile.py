@@ -1,5 +1,6 @@
-"""What benchmarks/tpu/tpu_compile.py reads in a compiled program, on hand-made texts and on what XLA prints here; and, where libtpu is
-installed, a real compilation. The oracles are worked by hand, or are the trips that XLA itself notes.
+"""benchmarks.tpu.tpu_compile and hlo_cost on hand-written programs, on programs compiled here, and with libtpu, if installed.
+
+Oracles are calculated by hand, or are the trip counts that XLA itself notes.
 """
 
 import importlib.util
@@ -16,10 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def text_reader():
-    from benchmarks.tpu import compiled_text
+def hlo_cost():
+    from benchmarks.tpu import hlo_cost
 
-    return compiled_text
+    return hlo_cost
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,8 @@ def tpu_compile():
     return tpu_compile
 
 
-# A loop of 149 trips whose bound travels in its state, with one of 3 inside; 100 cycles a trip inside, 10 outside, 5 before.
+# A loop of 149 trips whose bound is part of its state, containing a loop of 3 trips: 100 cycles per inner trip, 10 per outer trip,
+# and 5 before the loop.
 PRICE = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
 NESTED = f"""HloModule pmap_step, is_scheduled=true
 
@@ -107,24 +109,24 @@ ENTRY %main.1 (x: f32[32,256], n: s32[]) -> f32[32,256] {{
 """
 
 
-def test_nested_loops_are_multiplied(text_reader):
-    total = text_reader.tally(text_reader.parse(NESTED))
+def test_costs_of_nested_loops_are_multiplied(hlo_cost):
+    total = hlo_cost.tally(hlo_cost.parse(NESTED))
     assert total["cycles"] == 5 + 149 * (10 + 3 * 100)
     assert total["loop_cycles"] == 149 * (10 + 3 * 100)
     assert total["loops of 149"] == 1 and total["loops of 3"] == 149 and total["unknown_loops"] == 0
     assert total["all-reduce"] == 1 and total["all-reduce bytes"] == 32 * 256 * 4 + 8 * 2
-    assert total["unpriced"] == 150  # the kernel, and a sort in every trip
+    assert total["unpriced"] == 150  # the kernel, and a sort per trip
 
 
-def test_a_loop_that_data_ends_is_unknown(text_reader):
-    """Its bound is an argument of the program; it is counted once."""
-    total = text_reader.tally(text_reader.parse(NESTED.replace("copy(%steps)", "copy(%n)")))
+def test_a_loop_whose_trip_count_depends_on_data_is_unknown(hlo_cost):
+    """Its bound is an argument of the program. It is counted once."""
+    total = hlo_cost.tally(hlo_cost.parse(NESTED.replace("copy(%steps)", "copy(%n)")))
     assert total["unknown_loops"] == 1 and total["cycles"] == 5 + 10 + 3 * 100
 
 
-def test_noted_trips_are_believed(text_reader):
+def test_trip_counts_noted_by_the_compiler_are_used(hlo_cost):
     noted = NESTED.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}')
-    assert text_reader.tally(text_reader.parse(noted))["cycles"] == 5 + 7 * (10 + 3 * 100)
+    assert hlo_cost.tally(hlo_cost.parse(noted))["cycles"] == 5 + 7 * (10 + 3 * 100)
 
 
 @pytest.mark.parametrize(
@@ -138,22 +140,22 @@ def test_noted_trips_are_believed(text_reader):
         ("f32[0,5]{1,0}", 0),
     ],
 )
-def test_sizes(text_reader, shape, expected):
-    assert text_reader.size_bytes(shape) == expected
+def test_sizes_of_shapes_are_in_bytes(hlo_cost, shape, expected):
+    assert hlo_cost.size_bytes(shape) == expected
 
 
-def test_a_conditional_costs_its_dearest_branch(text_reader):
+def test_a_conditional_costs_its_most_expensive_branch(hlo_cost):
     branch = "%{0} (p.{0}: f32[8]) -> f32[8] {{\n  %p.{0} = f32[8]{{0}} parameter(0)\n  ROOT %f.{0} = f32[8]{{0}} "
     branch += 'fusion(%p.{0}), kind=kLoop, calls=%none, backend_config={{"estimated_cycles":"{1}"}}\n}}\n'
     entry = "ENTRY %main (x: f32[8], which: s32[]) -> f32[8] {\n  %x = f32[8]{0} parameter(0)\n  %which = s32[] parameter(1)\n"
     entry += "  ROOT %c = f32[8]{0} conditional(%which, %x, %x), branch_computations={%cheap, %dear}\n}\n"
     none = "%none (q: f32[8]) -> f32[8] {\n  ROOT %q = f32[8]{0} parameter(0)\n}\n"
     text = none + branch.format("cheap", 3) + branch.format("dear", 40) + entry
-    assert text_reader.tally(text_reader.parse(text))["cycles"] == 40
+    assert hlo_cost.tally(hlo_cost.parse(text))["cycles"] == 40
 
 
 def scans(outer: int, inner: int) -> str:
-    """What XLA prints of a scan in a scan, both ways through time."""
+    """The compiled text of a scan inside a reversed scan."""
     import jax
     import jax.numpy as jnp
 
@@ -165,33 +167,32 @@ def scans(outer: int, inner: int) -> str:
     return jax.jit(run).lower(jnp.zeros((4, 4)), jnp.zeros((outer, 4, 4))).compile().as_text()
 
 
-def test_trips_as_xla_notes_them(text_reader):
-    """Counting the integers gives what XLA's own analysis notes beside each loop on this backend."""
+def test_trip_counts_equal_those_that_xla_notes(hlo_cost):
+    """On this backend XLA notes the trip count of each loop."""
     text = scans(149, 11)
     noted = sorted(map(int, re.findall(r'"known_trip_count":\{"n":"(\d+)"', text)))
     assert noted == [11, 149]
-    total = text_reader.tally(text_reader.parse(re.sub(r'"known_trip_count":\{"n":"\d+"\},?', "", text)))
+    total = hlo_cost.tally(hlo_cost.parse(re.sub(r'"known_trip_count":\{"n":"\d+"\},?', "", text)))
     assert {k: n for k, n in total.items() if "loops" in k} == {"loops of 149": 1, "loops of 11": 149}
 
 
-def test_batches_have_the_shapes_of_real_ones(tpu_compile, tiny_dir):
-    """Those that training hands to its devices, field by field."""
+def test_batch_shapes_are_those_of_training_batches(tpu_compile, tiny_dir):
     from avsi_jax.data import input_pipeline
     from avsi_jax.runtime import devices
 
     records = input_pipeline.Records(input_pipeline.find_dataset(tiny_dir), "train")
     real = devices.split(next(input_pipeline.train_batches(records, 8, seed=0)), "shard_map")
-    invented = tpu_compile.batch_shapes(8)
-    assert {k: (v.shape, v.dtype) for k, v in invented.items()} == {k: (v.shape, v.dtype) for k, v in real.items()}
+    shapes = tpu_compile.batch_shapes(8)
+    assert {k: (v.shape, v.dtype) for k, v in shapes.items()} == {k: (v.shape, v.dtype) for k, v in real.items()}
 
 
-def test_every_config_that_trains_under_its_own_name_is_a_system(tpu_compile):
+def test_systems_are_the_configs_named_after_their_system(tpu_compile):
     from avsi_jax.models import systems
 
     assert sorted(tpu_compile.systems()) == sorted(systems.SYSTEMS)
 
 
-def test_a_failure_is_a_row_and_a_result_is_kept(tpu_compile, tmp_path, monkeypatch):
+def test_failures_are_retried_and_results_are_cached(tpu_compile, tmp_path, monkeypatch):
     answers = [subprocess.CompletedProcess([], 2, "", "noise\nRuntimeError: no such chip\n"),
                subprocess.CompletedProcess([], 0, 'noise\n{"system": "a_si", "estimated_cycles": 7}\n', "")]  # fmt: skip
     monkeypatch.setattr(tpu_compile.subprocess, "run", lambda *_, **__: answers.pop(0))
@@ -202,7 +203,7 @@ def test_a_failure_is_a_row_and_a_result_is_kept(tpu_compile, tmp_path, monkeypa
     assert ask() == ask() == {"system": "a_si", "estimated_cycles": 7} and answers == []
 
 
-def test_a_row_is_kept_by_the_program_not_by_its_spelling(tpu_compile, monkeypatch):
+def test_rows_are_cached_by_the_program_not_by_the_code(tpu_compile, monkeypatch):
     import types
 
     import jax
@@ -216,14 +217,14 @@ def test_a_row_is_kept_by_the_program_not_by_its_spelling(tpu_compile, monkeypat
     assert tpu_compile.program_key(lowered[0], args) != first
 
 
-def test_the_reason_is_the_compilers_not_the_crash_handlers(tpu_compile):
-    """libtpu ends the process by abort; after what it says comes what its crash handler says."""
+def test_the_reason_of_a_failure_is_the_compilers_message(tpu_compile):
+    """libtpu aborts the process; its crash handler prints more lines after the compiler's message."""
     log = "W1 x\nF1123 13:20:22.2  9 cost_model.cc:6896] Reduction not modeled\n    @  0x7f  f()\nE1123 13:20:23 1] RAW: signal 6\n"
     assert tpu_compile.reason(log) == "Reduction not modeled"
     assert tpu_compile.reason("Traceback\nValueError: no\n\n") == "ValueError: no" and tpu_compile.reason("") == ""
 
 
-def test_the_table_has_as_many_cells_as_heads(tpu_compile):
+def test_every_row_of_the_table_has_the_same_number_of_cells(tpu_compile):
     good = {"system": "a_si", "topology": "v6e:4x4", "devices": 16, "bytes_per_chip": 2e9, "collectives": 1,
             "collective_bytes": 3e6, "estimated_cycles": 1000, "estimated_loop_cycles": 500, "batch_per_chip": 32,
             "loops": "3x149", "unknown_loops": 0, "unpriced": 4, "compile_s": 9.0}  # fmt: skip
@@ -234,7 +235,7 @@ def test_the_table_has_as_many_cells_as_heads(tpu_compile):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: make tpu")
 def test_a_step_compiles_for_a_real_chip():
-    """Tiny: two layers of 149 steps, forward and backward in one scan each, one sum over the chips."""
+    """Config tiny: two layers of 149 time steps, one scan each for the forward and the backward pass, one sum over chips."""
     command = [
         sys.executable,
         "-m",

@@ -1,7 +1,8 @@
-"""Configs: what ships loads, what is overridden keeps its type, and what is wrong is said in one line."""
+"""Configs: all of them load, overrides keep the type of their field, and errors are one line that names the field."""
 
 import functools
 import json
+import re
 import subprocess
 import sys
 
@@ -14,10 +15,10 @@ from avsi_jax.configs import base
 SYSTEM_CONFIGS = sorted(set(configs.names()) - {"base", "eval"})
 
 
-# ---------------------------------------------------------------------------------------------------------------- what ships
+# ----------------------------------------------------------------------------------------------------------- shipped configs
 
 
-def test_names_of_what_ships():
+def test_names_lists_the_shipped_configs():
     assert {"base", "eval", "tiny", "a_si", "av_mtl_s2s"} <= set(configs.names())
 
 
@@ -32,16 +33,15 @@ def test_every_config_loads(name):
 
 
 @pytest.mark.parametrize("name", SYSTEM_CONFIGS)
-def test_a_system_differs_from_base_in_values_alone(name):
-    """A file that is base plus the lines in which it differs can't drift from it."""
-    ours, whole = configs.load(name), base.get_config()
-    assert configs.fields(ours) == configs.fields(whole)
-    for field in configs.fields(whole):
-        assert type(leaf(ours, field)) is type(leaf(whole, field)), field
+def test_a_training_config_has_the_fields_and_types_of_base(name):
+    config, default = configs.load(name), base.get_config()
+    assert configs.fields(config) == configs.fields(default)
+    for field in configs.fields(default):
+        assert type(leaf(config, field)) is type(leaf(default, field)), field
 
 
 @pytest.mark.parametrize("name", SYSTEM_CONFIGS)
-def test_a_config_names_its_own_system(name):
+def test_a_config_is_named_after_its_system(name):
     from avsi_jax import presets
     from avsi_jax.models import systems
 
@@ -57,10 +57,11 @@ def test_every_system_has_a_config():
     assert set(systems.SYSTEMS) <= set(configs.names())
 
 
-def test_every_field_of_the_training_config_is_documented():
-    """Beside it, or in the line above."""
-    lines = (configs.HOME / "base.py").read_text().splitlines()
-    for field in configs.fields(base.get_config()):
+@pytest.mark.parametrize("name", ["base", "eval"])
+def test_every_field_is_documented(name):
+    """By a comment in its line, or in the line above."""
+    lines = (configs.HOME / f"{name}.py").read_text().splitlines()
+    for field in configs.fields(configs.load(name)):
         at = next(i for i, line in enumerate(lines) if f"config.{field} =" in line)
         assert "#" in lines[at] or lines[at - 1].strip().startswith("#"), f"config.{field} has no comment"
 
@@ -71,7 +72,7 @@ def leaf(config, field):
     return config
 
 
-# ---------------------------------------------------------------------------------------------------------------- overriding
+# ----------------------------------------------------------------------------------------------------------------- overrides
 
 
 @pytest.mark.parametrize(
@@ -95,13 +96,13 @@ def leaf(config, field):
         ("eval", "gap_ms", "900,", (900,)),
     ],
 )
-def test_text_is_read_as_the_type_of_the_field(name, field, text, expected):
+def test_text_is_converted_to_the_type_of_the_field(name, field, text, expected):
     value = leaf(configs.load(name, [(field, text)]), field)
     assert value == expected and type(value) is type(expected)
 
 
 @pytest.mark.parametrize(
-    ("name", "field", "text", "says"),
+    ("name", "field", "text", "message"),
     [
         ("base", "epochs", "2.5", "config.epochs: found '2.5', expected int such as 200"),
         ("base", "epochs", "many", "config.epochs: found 'many', expected int"),
@@ -117,10 +118,10 @@ def test_text_is_read_as_the_type_of_the_field(name, field, text, expected):
         ("base", "units.more", "1", "no field config.units.more"),
     ],
 )
-def test_wrong_overrides_are_refused(name, field, text, says):
+def test_wrong_overrides_are_refused(name, field, text, message):
     with pytest.raises(configs.ConfigError) as error:
         configs.load(name, [(field, text)])
-    assert says in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_overrides_do_not_leak_into_the_next_load():
@@ -128,52 +129,52 @@ def test_overrides_do_not_leak_into_the_next_load():
     assert configs.load("base").epochs == base.get_config().epochs and configs.load("base").loss.gap == 0
 
 
-def test_arguments_become_overrides():
+def test_arguments_are_split_into_overrides():
     arguments = ["--config.epochs=3", "--config.data_dir", "here", "--config.data_dir=a=b", "--config.loss.gap", "-1"]
     expected = [("epochs", "3"), ("data_dir", "here"), ("data_dir", "a=b"), ("loss.gap", "-1")]
     assert configs.split_overrides(arguments) == expected
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["--config.epochs"], "--config.epochs has no value; expected --config.epochs=VALUE"),
         (["--epochs=3"], "unknown argument '--epochs=3'; expected --config.FIELD=VALUE"),
         (["--config.epochs=3", "4"], "unknown argument '4'"),
     ],
 )
-def test_other_arguments_are_refused(arguments, says):
-    with pytest.raises(configs.ConfigError, match=says.replace("(", r"\(")):
+def test_other_arguments_are_refused(arguments, message):
+    with pytest.raises(configs.ConfigError, match=re.escape(message)):
         configs.split_overrides(arguments)
 
 
 # ------------------------------------------------------------------------------------------------------------------ fidelity
 
-FAITHFUL = [("fidelity", "paper")]
+FIDELITY = [("fidelity", "paper")]
 
 
 def test_the_papers_fields_are_fields_of_base():
-    whole = base.get_config()
-    assert set(configs.PAPER) <= set(configs.fields(whole))
+    default = base.get_config()
+    assert set(configs.PAPER) <= set(configs.fields(default))
     for field, value in configs.PAPER.items():
-        assert type(value) is type(leaf(whole, field)), field
-    ours = {field for field, value in configs.PAPER.items() if leaf(whole, field) != value}
-    assert ours == {"output", "clip_norm", "gaps.protocol"}, "as base.py says"
+        assert type(value) is type(leaf(default, field)), field
+    ours = {field for field, value in configs.PAPER.items() if leaf(default, field) != value}
+    assert ours == {"output", "clip_norm", "gaps.protocol"}, "as the docstring of base.py states"
 
 
 @pytest.mark.parametrize("name", configs.PAPER_SYSTEMS)
-def test_fidelity_sets_every_field_that_the_papers_code_decides(name):
-    """And leaves the others, a system's own sizes among them, as they were."""
-    faithful, ours = configs.load(name, FAITHFUL), configs.load(name)
-    decided = configs.PAPER if "mtl" in name else {k: v for k, v in configs.PAPER.items() if k != "loss.ctc"}  # no head to train
+def test_fidelity_sets_the_fields_of_the_papers_code_and_no_others(name):
+    """The sizes that differ between systems are among the others."""
+    paper, ours = configs.load(name, FIDELITY), configs.load(name)
+    fixed = configs.PAPER if "mtl" in name else {k: v for k, v in configs.PAPER.items() if k != "loss.ctc"}  # no CTC head
     for field in configs.fields(ours):
-        expected = decided.get(field, "paper" if field == "fidelity" else leaf(ours, field))
-        assert leaf(faithful, field) == expected, field
+        expected = fixed.get(field, "paper" if field == "fidelity" else leaf(ours, field))
+        assert leaf(paper, field) == expected, field
 
 
-def test_what_the_papers_code_does():
-    """MISSION.md 1c to 1e, by hand: whole frames lost in 1 to 8 gaps of N(900, 300) ms in all, MSE of everything, 0.001 CTC."""
-    c = configs.load("av_mtl_s2s", FAITHFUL)
+def test_values_of_the_papers_code():
+    """By hand: whole frames in 1 to 8 gaps of N(900, 300) ms in total, MSE over all frames, 0.001 CTC."""
+    c = configs.load("av_mtl_s2s", FIDELITY)
     assert (c.preset, c.landmarks, c.motion, c.ctc_units, c.mask_input) == ("paper", "face", "pixels", "characters", False)
     assert (c.layers, c.units, c.bottleneck, c.output, c.dropout) == (3, 256, 136, "relu", 0.0)
     assert (c.gaps.protocol, c.gaps.max_count, c.gaps.total, c.gaps.total_mean_ms, c.gaps.total_std_ms) == (
@@ -185,18 +186,22 @@ def test_what_the_papers_code_does():
     )
     assert (c.loss.kind, c.loss.whole, c.loss.gap, c.loss.ctc) == ("mse", 1.0, 0.0, 1e-3)
     assert (c.batch_size, c.learning_rate, c.clip_norm, c.plateau_factor, c.plateau_patience) == (32, 1e-3, 0.0, 0.1, 5)
-    assert configs.load("av_s2s", FAITHFUL).bottleneck == 0
+    assert configs.load("av_s2s", FIDELITY).bottleneck == 0
     assert not any(c.augment.values())
 
 
 @pytest.mark.parametrize(
-    ("name", "overrides", "says"),
+    ("name", "overrides", "message"),
     [
         ("av_mtl_s2s", {"preset": "wide"}, "config.fidelity=paper: found preset='wide', the paper's code has 'paper'; "),
-        ("av_mtl_s2s", {"output": "linear"}, "found output='linear', the paper's code has 'relu'"),  # base's own value, but said
+        (
+            "av_mtl_s2s",
+            {"output": "linear"},
+            "found output='linear', the paper's code has 'relu'",
+        ),  # base's own value, but set explicitly
         ("a_si", {"gaps.max_count": "4"}, "found gaps.max_count=4, the paper's code has 8"),
         ("av_si", {"augment.drop_video": "0.1"}, "found augment.drop_video=0.1, the paper's code has 0.0"),
-        ("av_mtl_s2s_mouth", {}, "found landmarks='mouth', the paper's code has 'face'"),  # said by the file
+        ("av_mtl_s2s_mouth", {}, "found landmarks='mouth', the paper's code has 'face'"),  # set by the config file
         ("av_mtl_s2s_phones", {}, "found ctc_units='phones'"),
         ("tiny", {}, "found layers=1, the paper's code has 3"),
         ("av_unified", {}, "av_unified is not in the paper; expected a_si, av_si"),
@@ -206,15 +211,15 @@ def test_what_the_papers_code_does():
     ],
 )
 @pytest.mark.parametrize("first", [True, False])
-def test_what_contradicts_fidelity_is_refused(name, overrides, says, first):
+def test_values_that_contradict_fidelity_are_refused(name, overrides, message, first):
     pairs = list(overrides.items())
-    wanted = pairs if "fidelity" in overrides else FAITHFUL + pairs if first else pairs + FAITHFUL
+    wanted = pairs if "fidelity" in overrides else FIDELITY + pairs if first else pairs + FIDELITY
     with pytest.raises(configs.ConfigError) as error:
         configs.load(name, wanted)
-    assert says in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_what_agrees_with_fidelity_or_is_not_its_business_stays():
+def test_values_that_agree_with_fidelity_or_are_not_part_of_it_are_kept():
     wanted = {
         "gaps.total_mean_ms": "900",
         "min_delta": "1e-4",
@@ -223,40 +228,40 @@ def test_what_agrees_with_fidelity_or_is_not_its_business_stays():
         "data_dir": "there",
         "bottleneck": "136",
     }
-    c = configs.load("av_s2s", [*wanted.items(), *FAITHFUL])
+    c = configs.load("av_s2s", [*wanted.items(), *FIDELITY])
     assert (c.gaps.total_mean_ms, c.min_delta, c.epochs, c.seed, c.data_dir, c.bottleneck) == (900.0, 1e-4, 3, 7, "there", 136)
-    assert configs.load("av_s2s_136", FAITHFUL).bottleneck == 136, "the ablation's own size"
+    assert configs.load("av_s2s_136", FIDELITY).bottleneck == 136
 
 
 # --------------------------------------------------------------------------------------------------------------- older runs
 
-# Fields of the config as the first runs wrote them, kept by hand: a field that comes later needs its place in
-# run_directory.LATER_FIELDS, or those runs can't be read.
+# The config fields of the first runs, listed by hand. A field that was added later must be listed in run_directory.LATER_FIELDS, or
+# the config of those runs can't be read.
 FIRST = """
 system preset landmarks layers units bottleneck output lstm data_dir builder_config train_split validation_split gaps.protocol
-gaps.max_count gaps.total gaps.total_mean_ms gaps.total_std_ms gaps.total_min_ms gaps.total_max_ms gaps.min_ms loss.kind loss.whole loss.gap loss.ctc seed batch_size epochs
-learning_rate clip_norm schedule warmup_epochs monitor plateau_factor plateau_patience early_stop_patience min_delta validate_every
-checkpoint_every keep""".split()
+gaps.max_count gaps.total gaps.total_mean_ms gaps.total_std_ms gaps.total_min_ms gaps.total_max_ms gaps.min_ms loss.kind
+loss.whole loss.gap loss.ctc seed batch_size epochs learning_rate clip_norm schedule warmup_epochs monitor plateau_factor
+plateau_patience early_stop_patience min_delta validate_every checkpoint_every keep""".split()
 
 
-def test_every_field_that_came_later_is_known_to_older_runs(tmp_path):
-    """Their config.json lacks the fields, whole groups of them, and single ones of a group: they did what base says."""
+def test_the_config_of_the_first_runs_is_read_with_the_defaults_of_later_fields(tmp_path):
+    """Their config.json lacks whole groups of fields and single fields of other groups."""
     from avsi_jax.training import run_directory
 
-    whole = json.loads(base.get_config().to_json())
+    default = json.loads(base.get_config().to_json())
     old = {}
     for field in FIRST:
         *groups, last = field.split(".")
-        functools.reduce(lambda group, name: group.setdefault(name, {}), groups, old)[last] = leaf(whole, field)
+        functools.reduce(lambda group, name: group.setdefault(name, {}), groups, old)[last] = leaf(default, field)
     assert "augment" not in old and "curriculum_steps" not in old["gaps"]
     old["gaps"]["max_count"], old["units"] = 3, 7
     (tmp_path / "config.json").write_text(json.dumps(old))
-    expected = whole | {"units": 7, "gaps": whole["gaps"] | {"max_count": 3}}
+    expected = default | {"units": 7, "gaps": default["gaps"] | {"max_count": 3}}
     assert run_directory.read_config(tmp_path) == expected
     assert configs.fields(ml_collections.ConfigDict(expected)) and set(FIRST) < set(configs.fields(base.get_config()))
 
 
-def test_an_older_run_goes_on_where_the_new_fields_say_what_it_did(tmp_path):
+def test_an_older_run_resumes_if_the_new_fields_describe_it(tmp_path):
     from avsi_jax.training import run_directory
 
     old = json.loads(base.get_config().to_json())
@@ -265,11 +270,11 @@ def test_an_older_run_goes_on_where_the_new_fields_say_what_it_did(tmp_path):
     (tmp_path / "metrics.csv").write_text("step\n")
     run_directory.check_config(configs.load("base"), tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(old))
-    with pytest.raises(ValueError, match="another config .augment: .*'drop_video': 0.0.* there, .*'drop_video': 0.1.* here"):
+    with pytest.raises(ValueError, match="augment: .*'drop_video': 0.0.* there, .*'drop_video': 0.1.* here"):
         run_directory.check_config(configs.load("base", [("augment.drop_video", "0.1")]), tmp_path)
 
 
-def test_a_field_that_a_run_has_is_never_written_over(tmp_path):
+def test_existing_fields_of_a_run_are_kept(tmp_path):
     from avsi_jax.training import run_directory
 
     config = configs.load("av_unified", [("augment.speed", "0.1"), ("gaps.curriculum_steps", "5")])
@@ -280,8 +285,8 @@ def test_a_field_that_a_run_has_is_never_written_over(tmp_path):
 # --------------------------------------------------------------------------------------------------------------------- files
 
 
-def test_a_file_of_ones_own(tmp_path):
-    """`from configs import base` works from any folder."""
+def test_a_users_own_config_file(tmp_path):
+    """It can import avsi_jax.configs from any folder."""
     path = tmp_path / "mine.py"
     path.write_text(
         "from avsi_jax.configs import base\n\n\ndef get_config():\n    c = base.get_config()\n    c.units = 7\n    return c\n"
@@ -290,29 +295,32 @@ def test_a_file_of_ones_own(tmp_path):
     assert (config.units, config.epochs) == (7, 1) and config.is_locked
 
 
-def test_a_file_of_the_package_by_its_path():
+def test_a_shipped_config_can_be_loaded_by_its_path():
     assert configs.load(str(configs.HOME / "tiny.py")) == configs.load("tiny")
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("av_mtl_s2", r"no config 'av_mtl_s2' \(did you mean av_mtl_s2s"),
         ("none.py", "no config 'none.py'.*expected one of .*tiny.*, or a .py file"),
         ("", "no config ''"),
     ],
 )
-def test_a_config_that_is_not_there(name, says):
-    with pytest.raises(configs.ConfigError, match=says):
+def test_a_missing_config_is_an_error(name, message):
+    with pytest.raises(configs.ConfigError, match=message):
         configs.load(name)
 
 
-def test_a_file_without_a_config(tmp_path):
+def test_a_file_without_get_config_is_an_error(tmp_path):
     (tmp_path / "empty.py").write_text("x = 1\n")
-    with pytest.raises(configs.ConfigError, match=r"empty.py has no get_config\(\); expected a function"):
+    with pytest.raises(configs.ConfigError, match=r"empty.py has no get_config\(\)"):
         configs.load(str(tmp_path / "empty.py"))
 
 
-def test_loading_needs_no_jax():
-    code = "import sys, configs; [configs.load(n) for n in configs.names()]; assert not {'jax', 'numpy'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=configs.HOME.parent, check=True, timeout=60)
+def test_loading_needs_neither_jax_nor_numpy():
+    code = (
+        "import sys; from avsi_jax import configs; [configs.load(n) for n in configs.names()]; "
+        "assert not {'jax', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

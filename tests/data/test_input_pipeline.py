@@ -1,4 +1,4 @@
-"""Examples of fixed shapes, and the order of batches: the same for any number of processes, and gone on with after any step."""
+"""Examples of fixed shapes, and the order of batches: independent of the number of processes, and resumable at any step."""
 
 import collections
 import hashlib
@@ -13,7 +13,7 @@ from avsi_jax.data import input_pipeline as pipeline
 # ----------------------------------------------------------------------------------------------------------------- examples
 
 
-def raw_example(samples=47_647, frames=75, words=True, said="bin blue at f two now", clip_id="bbaf2n"):
+def raw_example(samples=47_647, frames=75, words=True, text="bin blue at f two now", clip_id="bbaf2n"):
     rng = np.random.default_rng(0)
     rows = [{"word": "bin", "start_s": 0.5, "end_s": 0.75}, {"word": "now", "start_s": 1.5, "end_s": 2.0}]
     return {
@@ -25,7 +25,7 @@ def raw_example(samples=47_647, frames=75, words=True, said="bin blue at f two n
         "offset_s": 0.25,
         "frame_size": np.array([360, 288], np.int32),
         "fps": 25.0,
-        "text": said,
+        "text": text,
         "words": rows if words else [],
     }
 
@@ -63,9 +63,9 @@ def test_shapes_are_fixed(samples, frames):
 
 def test_speech_is_on_the_clock_of_the_audio():
     x = pipeline.to_example(raw_example())
-    np.testing.assert_allclose(x["speech"], [0.75, 2.25])  # words at 0.5 and 2.0 in the picture, sound 0.25 s late
+    np.testing.assert_allclose(x["speech"], [0.75, 2.25])  # words at 0.5 and 2.0 s of the video, audio 0.25 s late
     assert x["has_words"] and x["label_length"] == 21
-    x = pipeline.to_example(raw_example(words=False, transcript=""))
+    x = pipeline.to_example(raw_example(words=False, text=""))
     np.testing.assert_allclose(x["speech"], [0, 47_647 / 16_000])
     assert not x["has_words"] and x["label_length"] == 0 and not x["labels"].any()
 
@@ -78,28 +78,28 @@ def test_labels_are_those_of_the_text():
 
 
 @pytest.mark.parametrize(
-    ("said", "characters", "phones"),
+    ("text", "characters", "phones"),
     [
         ("", 0, 0),
-        ("hello there", 11, 0),  # no words of Grid: characters alone
+        ("hello there", 11, 0),  # not words of Grid: only characters
         ("Bin blue", 0, 0),
         ("caf\u00e9 at 8", 0, 0),
         ("line\none", 0, 0),
         ("place green with q seven again", 30, 23),
-        ("place green with q seven again now", 34, 0),  # more phones than a sentence of Grid can have
+        ("place green with q seven again now", 34, 0),  # more phones than any Grid sentence
         ("x" * 41, 41, 0),
         ("x" * 42, 0, 0),
     ],
 )
-def test_a_text_without_labels_is_read_all_the_same(said, characters, phones):
-    x = pipeline.to_example(raw_example(transcript=said))
+def test_a_text_without_labels_has_length_zero(text, characters, phones):
+    x = pipeline.to_example(raw_example(text=text))
     assert (x["label_length"], x["phone_length"]) == (characters, phones)
     assert (np.count_nonzero(x["labels"]), np.count_nonzero(x["phones"])) == (characters, phones)
-    assert x["weight"] == 1  # only the text is left out
+    assert x["weight"] == 1  # the clip itself is kept
 
 
-def test_a_clip_without_labels_teaches_the_reader_of_lips_nothing():
-    """The loss and its gradient are those of the batch without the clip."""
+def test_a_clip_without_labels_does_not_contribute_to_the_ctc_loss():
+    """Loss and gradient are those of the batch without the clip."""
     import jax
     import jax.numpy as jnp
 
@@ -110,20 +110,20 @@ def test_a_clip_without_labels_teaches_the_reader_of_lips_nothing():
         return total / jnp.maximum(count, 1)
 
     ctc = jax.jit(jax.value_and_grad(mean))
-    said = ["bin blue at f two now", "caf\u00e9 at 8", "set white with p two soon"]
+    texts = ["bin blue at f two now", "caf\u00e9 at 8", "set white with p two soon"]
     labels, lengths = (
-        np.stack([x[k] for x in (pipeline.to_example(raw_example(transcript=t)) for t in said)]) for k in ("labels", "label_length")
+        np.stack([x[k] for x in (pipeline.to_example(raw_example(text=t)) for t in texts)]) for k in ("labels", "label_length")
     )
     logits, ones = jax.random.normal(jax.random.key(0), (3, 40, grid_text.NUM_LABELS)), np.ones(3, np.float32)
-    value, slope = ctc(logits, labels, lengths, ones)
-    left_out, slope_left_out = ctc(logits, labels[[0, 0, 2]], lengths[[0, 0, 2]], np.float32([1, 0, 1]))  # weight 0, another text
-    assert value == left_out > 0 and not slope[1].any()
-    np.testing.assert_array_equal(slope, slope_left_out)
-    nothing, slope = ctc(logits, labels, 0 * lengths, ones)
-    assert nothing == 0 and not slope.any()
+    value, gradient = ctc(logits, labels, lengths, ones)
+    expected, expected_gradient = ctc(logits, labels[[0, 0, 2]], lengths[[0, 0, 2]], np.float32([1, 0, 1]))  # weight 0, other text
+    assert value == expected > 0 and not gradient[1].any()
+    np.testing.assert_array_equal(gradient, expected_gradient)
+    value, gradient = ctc(logits, labels, 0 * lengths, ones)
+    assert value == 0 and not gradient.any()
 
 
-def test_id_hash():
+def test_the_id_hash_is_the_start_of_sha256():
     # printf bbaf2n | sha256sum begins with the digits on the right
     digits = hashlib.sha256(b"bbaf2n").hexdigest()[:8]
     assert pipeline.id_hash("bbaf2n") == int(digits, 16) and pipeline.id_hash("bbaf2n").dtype == np.uint32
@@ -133,7 +133,7 @@ def test_id_hash():
 
 
 class Clips(list):
-    """Examples as stored, by invented ids."""
+    """Stored examples with invented ids."""
 
     def __init__(self, count: int):
         super().__init__(raw_example(200 + k, 3, clip_id=f"clip{k}") for k in range(count))
@@ -147,11 +147,11 @@ def train():
 
 @pytest.fixture
 def bare_examples(monkeypatch):
-    """Examples of one number, where only their order matters."""
+    """Replaces examples by a single number, for tests that check only the order."""
     monkeypatch.setattr(pipeline, "to_example", lambda raw: {"clip_id": raw["id"], "length": np.int32(len(raw["audio"]))})
 
 
-def same(a, b):
+def assert_same(a, b):
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
@@ -166,7 +166,7 @@ def ids_of(batches) -> list[str]:
 
 
 class Case:
-    """An invented training: one clip to many, batches of one clip to more than there are, one process to eight."""
+    """A random training setup: numbers of clips, passes and processes, and a batch size that can exceed the number of clips."""
 
     def __init__(self, number: int):
         self.rng = np.random.default_rng(number)
@@ -188,13 +188,13 @@ def test_rows_of_processes_are_the_global_batch_without_gap_or_overlap(case, bar
     ranks = [{"process_index": p, "process_count": case.processes} for p in range(case.processes)]
     shares = [case.batches(case.steps, **rank) for rank in ranks]
     for step, batch in enumerate(case.batches(case.steps)):
-        same({k: np.concatenate([share[step][k] for share in shares]) for k in batch}, batch)
+        assert_same({k: np.concatenate([share[step][k] for share in shares]) for k in batch}, batch)
         assert {len(share[step]["clip_id"]) for share in shares} == {case.batch_size // case.processes}
 
 
 @in_random_cases
-def test_each_pass_holds_every_clip_once_whatever_the_batch(case, bare_examples):
-    """The order is a function of (seed, pass): one stream of clips, cut into batches of any size."""
+def test_each_pass_contains_every_clip_once_for_any_batch_size(case, bare_examples):
+    """The order depends on (seed, pass): one stream of clips, cut into batches of any size."""
     case = Case(case)
     count, wanted = len(case.clips), case.passes * len(case.clips)
     stream = ids_of(case.batches(case.steps))[:wanted]
@@ -205,25 +205,25 @@ def test_each_pass_holds_every_clip_once_whatever_the_batch(case, bare_examples)
 
 
 @in_random_cases
-def test_resuming_in_the_middle_of_a_pass_goes_on_exactly(case, bare_examples):
+def test_resuming_in_the_middle_of_a_pass_continues_exactly(case, bare_examples):
     case = Case(case)
     rank = {"process_index": int(case.rng.integers(case.processes)), "process_count": case.processes}
     start = int(case.rng.integers(case.steps + 1))
-    whole, resumed = case.batches(start + 2, **rank), case.batches(2, start_step=start, **rank)
-    for a, b in zip(resumed, whole[start:], strict=True):
-        same(a, b)
+    uninterrupted, resumed = case.batches(start + 2, **rank), case.batches(2, start_step=start, **rank)
+    for a, b in zip(resumed, uninterrupted[start:], strict=True):
+        assert_same(a, b)
 
 
 def test_the_order_is_that_of_grain(bare_examples):
-    """Runs of earlier versions go on in the order they began in."""
+    """So that runs of earlier versions resume in the same order."""
     import grain.python as grain
 
     order = grain.MapDataset.range(11).seed(7).shuffle().repeat().batch(4)
-    found = ids_of(first(pipeline.train_batches(Clips(11), 4, seed=7), 9))
-    assert found == [f"clip{i}" for step in range(9) for i in order[step]]
+    ids = ids_of(first(pipeline.train_batches(Clips(11), 4, seed=7), 9))
+    assert ids == [f"clip{i}" for step in range(9) for i in order[step]]
 
 
-def test_passes_differ_and_come_from_the_seed(train, bare_examples):
+def test_passes_differ_and_depend_on_the_seed(train, bare_examples):
     def passes(seed):
         stream = ids_of(first(pipeline.train_batches(train, 4, seed=seed), 11))
         return [tuple(stream[k : k + 11]) for k in (0, 11, 22, 33)]
@@ -231,17 +231,17 @@ def test_passes_differ_and_come_from_the_seed(train, bare_examples):
     assert passes(3) == passes(3) and len({*passes(3), *passes(4)}) == 8
 
 
-def test_batch_must_divide_among_processes(train):
+def test_a_batch_size_that_the_processes_do_not_divide_is_rejected(train):
     with pytest.raises(ValueError, match="multiple"):
         pipeline.train_batches(train, 7, seed=1, process_count=2)
 
 
-def test_nothing_to_train_on():
+def test_an_empty_split_is_rejected():
     with pytest.raises(pipeline.RecordError, match="split is empty"):
         pipeline.train_batches(Clips(0), 2, seed=0)
 
 
-def test_the_state_of_an_iterator_brings_another_there(train):
+def test_the_state_of_an_iterator_can_be_restored_in_another(train):
     batches = pipeline.train_batches(train, 4, seed=5)
     first(batches, 3)
     state = json.loads(json.dumps(batches.get_state()))
@@ -249,7 +249,7 @@ def test_the_state_of_an_iterator_brings_another_there(train):
     resumed = pipeline.train_batches(train, 4, seed=5)
     resumed.set_state(state)
     for a, b in zip(first(resumed, 4), expected, strict=True):
-        same(a, b)
+        assert_same(a, b)
 
 
 def test_a_batch_may_exceed_the_split():
@@ -258,7 +258,7 @@ def test_a_batch_may_exceed_the_split():
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 11, 32])
-def test_evaluation_meets_every_clip_once(train, batch_size):
+def test_evaluation_covers_every_clip_once(train, batch_size):
     batches = list(pipeline.eval_batches(train, batch_size))
     assert all(b["audio"].shape == (batch_size, 48_000) for b in batches)
     weights = np.concatenate([b["weight"] for b in batches])
@@ -267,16 +267,16 @@ def test_evaluation_meets_every_clip_once(train, batch_size):
 
 
 @pytest.mark.parametrize(("clips", "batch_size", "processes"), [(11, 4, 2), (11, 8, 4), (9, 8, 8), (3, 16, 4), (8, 4, 4)])
-def test_processes_evaluate_every_clip_once_between_them(clips, batch_size, processes):
-    """Their rows, side by side, are the batches of one process: as many for each, even where all that is left is filling."""
+def test_processes_together_evaluate_every_clip_once(clips, batch_size, processes):
+    """Their concatenated rows are the batches of one process; all get the same number of batches, even if some are only padding."""
     clips = Clips(clips)
     shares = [list(pipeline.eval_batches(clips, batch_size, process_index=p, process_count=processes)) for p in range(processes)]
-    for whole, *parts in zip(pipeline.eval_batches(clips, batch_size), *shares, strict=True):
-        same({k: np.concatenate([part[k] for part in parts]) for k in whole}, whole)
-    met = [i for share in shares for b in share for i, w in zip(b["clip_id"], b["weight"], strict=True) if w]
-    assert sorted(met) == sorted(clips.clip_ids)
+    for batch, *parts in zip(pipeline.eval_batches(clips, batch_size), *shares, strict=True):
+        assert_same({k: np.concatenate([part[k] for part in parts]) for k in batch}, batch)
+    ids = [i for share in shares for b in share for i, w in zip(b["clip_id"], b["weight"], strict=True) if w]
+    assert sorted(ids) == sorted(clips.clip_ids)
 
 
-def test_batches_of_an_evaluation_must_divide_too():
-    with pytest.raises(ValueError, match="batch_size 7 can't be shared among 2 processes"):
+def test_evaluation_also_rejects_a_batch_size_that_the_processes_do_not_divide():
+    with pytest.raises(ValueError, match="batch_size 7 .* 2 processes"):
         pipeline.eval_batches(Clips(3), 7, process_count=2)

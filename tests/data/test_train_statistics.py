@@ -1,4 +1,4 @@
-"""Sums of a dataset's clips, and their means and deviations, against librosa, scipy and NumPy clip by clip."""
+"""Train statistics: sums per clip, means and standard deviations compared with librosa, scipy and NumPy."""
 
 import functools
 import json
@@ -20,12 +20,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PAPER, WIDE, MORRONE = PRESETS = [presets.get(name) for name in ("paper", "wide", "morrone")]
 by_name = pytest.mark.parametrize("preset", PRESETS, ids=lambda s: s.name)
 
-LENGTHS = (47_648, 48_000, 20_001, 300, 50_000)  # samples: of Grid's MPEG and wav, short, shorter than a window, too long
+LENGTHS = (47_648, 48_000, 20_001, 300, 50_000)  # samples: Grid MPEG and wav, short, shorter than a window, too long
 VIDEO = (75, 74, 30, 2, 80)
 
 
 def record(i, **changes):
-    """The i-th made-up clip as it is stored: noise whose loudness wanders, points that wander, two stretches without a face."""
+    """The i-th synthetic clip as stored: noise of varying level, randomly moving landmarks, two stretches without a face."""
     rng = np.random.default_rng(i)
     n, t = LENGTHS[i], VIDEO[i]
     loudness = np.interp(np.arange(n), np.linspace(0, n, 9), rng.permutation(np.linspace(-100, -3, 9)))
@@ -45,14 +45,14 @@ def record(i, **changes):
     } | changes
 
 
-# ---- what the sums are of, by other means --------------------------------------------------------------------------------------
+# ---- independent computation of the values -------------------------------------------------------------------------------------
 
 
-def level_of(audio, s):
-    """(F, K) float64 of the clip alone, by librosa and scipy: decimated, cut to the preset's length, nothing behind its end."""
+def expected_level(audio, s):
+    """(F, K) float64 of the clip without padding, computed with librosa and scipy."""
     audio = audio[: s.record_samples]
     frames = 1 + -(-len(audio) * s.rate // 16_000) // s.hop
-    x = np.pad(audio / 32_768.0, (0, 1_000))  # the decimating filter rings on
+    x = np.pad(audio / 32_768.0, (0, 1_000))  # room for the decay of the decimation filter
     if s is MORRONE:
         x = np.pad(x[: len(audio)], (0, 384))
         windows = np.lib.stride_tricks.sliding_window_view(x, 384)[: len(audio) : 192] * signal.get_window("hann", 384)
@@ -68,8 +68,8 @@ def level_of(audio, s):
     return np.log(bands + 1e-5)
 
 
-def motion_of(clip, s, frames):
-    """(f, 136) float64: np.interp of every coordinate at the frames' times, differences, without frames of a picture unseen."""
+def expected_motion(clip, s, frames):
+    """(n, 136) float64: differences of np.interp of every coordinate, without time steps that use a frame without a face."""
     t = min(len(clip["landmarks"]), 75)
     first = 0 if s.centred else s.window / 2
     time_s = (np.arange(frames) * s.hop + first) / s.rate - float(clip["offset_s"])
@@ -81,30 +81,30 @@ def motion_of(clip, s, frames):
     return motion[~(missing | np.concatenate([[False], missing[:-1]]))]
 
 
-def posed(i):
-    """The same clip with a face: eyes 60 px apart that turn and come nearer, a mouth that moves."""
+def record_with_face(i):
+    """The same clip with a face whose eyes are 60 px apart; it rotates, changes its size and moves the mouth."""
     rng = np.random.default_rng(10 + i)
     clip = record(i)
     t = len(clip["landmarks"])
     face = rng.uniform([-60, -20], [60, 90], (68, 2))
     face[36:42], face[42:48] = face[36:42] * 0.1 - [30, 0], face[42:48] * 0.1 + [30, 0]
     angle, size = rng.normal(0, 0.02, t).cumsum(), np.exp(rng.normal(0, 0.01, t).cumsum())
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     points = face + rng.normal(0, 0.3, (t, 68, 2)).cumsum(0)
-    return clip | {"landmarks": np.float32(180 + size[:, None, None] * np.einsum("xyt,tly->tlx", turn, points))}
+    return clip | {"landmarks": np.float32(180 + size[:, None, None] * np.einsum("xyt,tly->tlx", rotation, points))}
 
 
-def pose_of(clip):
-    """(n, 272) float64, picture by picture: points turned level, in eye distances from the bridge; less their mean; and speeds."""
+def expected_pose(clip):
+    """(n, 272) float64, frame by frame: positions with the eyes level, in eye distances from the bridge, minus mean; velocities."""
     points, valid = clip["landmarks"][:75].astype(np.float64), clip["landmarks_valid"][:75]
-    place = []
+    positions = []
     for shape in points:
-        across = shape[42:48].mean(0) - shape[36:42].mean(0)  # iBUG: eyes 37 to 48, the bridge begins with 28
+        across = shape[42:48].mean(0) - shape[36:42].mean(0)  # iBUG from 1: eyes 37 to 48, bridge from 28
         along, down = across / np.hypot(*across), np.array([-across[1], across[0]]) / np.hypot(*across)
-        place.append(np.stack([(shape - shape[27]) @ along, (shape - shape[27]) @ down], -1).ravel() / np.hypot(*across))
-    place = np.stack(place) - np.mean([p for p, seen in zip(place, valid) if seen], 0)
-    kept = [k for k in range(1, len(place)) if valid[k] and valid[k - 1]]
-    return np.stack([np.r_[place[k], (place[k] - place[k - 1]) * float(clip["fps"]) / 25] for k in kept])
+        positions.append(np.stack([(shape - shape[27]) @ along, (shape - shape[27]) @ down], -1).ravel() / np.hypot(*across))
+    positions = np.stack(positions) - np.mean([p for p, seen in zip(positions, valid) if seen], 0)
+    kept = [k for k in range(1, len(positions)) if valid[k] and valid[k - 1]]
+    return np.stack([np.r_[positions[k], (positions[k] - positions[k - 1]) * float(clip["fps"]) / 25] for k in kept])
 
 
 @functools.cache
@@ -113,77 +113,80 @@ def sums_of(i):
 
 
 @functools.cache
-def oracle(i, s):
+def expected_features(i, s):
     clip = record(i)
-    level = level_of(clip["audio"], s)
-    return level, motion_of(clip, s, len(level))
+    level = expected_level(clip["audio"], s)
+    return level, expected_motion(clip, s, len(level))
 
 
-# ---- sums ----------------------------------------------------------------------------------------------------------------------
+# ---- sums ------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("i", range(len(LENGTHS)))
 @by_name
-def test_sums_of_a_clip(i, preset):
-    """Of its own frames alone: a padded one would add ln(floor), or 0, and to the count."""
-    found, s = sums_of(i), preset.name
-    assert {v.dtype for v in found.values()} == {np.dtype(np.int64)}
-    level, motion = oracle(i, preset)
-    assert (found[f"{s}.frames"], found[f"{s}.motion_frames"]) == (len(level), len(motion))
-    for name, values, off in (("level", level, 3e-5), ("motion", motion, 1e-5 * 400)):  # float32 of levels, and of points
-        np.testing.assert_allclose(found[f"{s}.{name}"] / UNIT, values.sum(0), atol=off * np.sqrt(len(values)) + 1e-6)
+def test_clip_sums_cover_exactly_the_valid_frames(i, preset):
+    """Padding would change both the sums and the counts."""
+    sums, s = sums_of(i), preset.name
+    assert {v.dtype for v in sums.values()} == {np.dtype(np.int64)}
+    level, motion = expected_features(i, preset)
+    assert (sums[f"{s}.frames"], sums[f"{s}.motion_frames"]) == (len(level), len(motion))
+    for name, values, off in (
+        ("level", level, 3e-5),
+        ("motion", motion, 1e-5 * 400),
+    ):  # float32 rounding of levels and of landmarks
+        np.testing.assert_allclose(sums[f"{s}.{name}"] / UNIT, values.sum(0), atol=off * np.sqrt(len(values)) + 1e-6)
         most = 2 * np.abs(values).max() * off * len(values)
-        np.testing.assert_allclose(found[f"{s}.{name}_squares"] / UNIT, (values**2).sum(0), atol=most + 1e-6)
+        np.testing.assert_allclose(sums[f"{s}.{name}_squares"] / UNIT, (values**2).sum(0), atol=most + 1e-6)
 
 
 @functools.cache
-def sums_of_posed(i):
-    return train_statistics.clip_sums(posed(i))
+def sums_with_face(i):
+    return train_statistics.clip_sums(record_with_face(i))
 
 
 @pytest.mark.parametrize("i", range(len(LENGTHS)))
-def test_sums_of_a_clips_poses(i):
-    found, pose = sums_of_posed(i), pose_of(posed(i))
-    assert found["pose.pictures"] == len(pose) == {0: 75, 1: 74, 2: 30, 3: 2, 4: 75}[i] - 1 - (5 if VIDEO[i] > 20 else 0)
-    np.testing.assert_allclose(found["pose.pose"] / UNIT, pose.sum(0), atol=2e-5 * np.sqrt(len(pose)) + 1e-6)
+def test_clip_sums_of_poses(i):
+    sums, pose = sums_with_face(i), expected_pose(record_with_face(i))
+    assert sums["pose.pictures"] == len(pose) == {0: 75, 1: 74, 2: 30, 3: 2, 4: 75}[i] - 1 - (5 if VIDEO[i] > 20 else 0)
+    np.testing.assert_allclose(sums["pose.pose"] / UNIT, pose.sum(0), atol=2e-5 * np.sqrt(len(pose)) + 1e-6)
     most = 2 * np.abs(pose).max() * 2e-5 * len(pose)
-    np.testing.assert_allclose(found["pose.pose_squares"] / UNIT, (pose**2).sum(0), atol=most + 1e-6)
+    np.testing.assert_allclose(sums["pose.pose_squares"] / UNIT, (pose**2).sum(0), atol=most + 1e-6)
 
 
-def test_moments_of_poses_are_numpys_of_all_frames_together():
-    kept = train_statistics.finish(functools.reduce(train_statistics.add, map(sums_of_posed, range(len(LENGTHS)))))["pose"]
-    video = np.concatenate([pose_of(posed(i)) for i in range(len(LENGTHS))])
+def test_moments_of_poses_are_numpys_over_all_frames():
+    kept = train_statistics.finish(functools.reduce(train_statistics.add, map(sums_with_face, range(len(LENGTHS)))))["pose"]
+    video = np.concatenate([expected_pose(record_with_face(i)) for i in range(len(LENGTHS))])
     assert kept["pictures"] == len(video) and len(kept["pose_mean"]) == 272
     np.testing.assert_allclose(kept["pose_mean"], video.mean(0), atol=1e-5)
     np.testing.assert_allclose(kept["pose_std"], np.maximum(video.std(0), 1e-3), atol=1e-5)
-    assert kept["pose_std"][2 * 27] == 1e-3, "the bridge is where all is measured from, and has a floor"
+    assert kept["pose_std"][2 * 27] == 1e-3, "the bridge is the origin; its standard deviation is the floor"
 
 
 def test_frames_without_a_face_do_not_count():
-    """Moving such a picture's points about changes nothing."""
+    """Changing their landmarks changes nothing."""
     clip = record(0)
     points = np.where(clip["landmarks_valid"][:, None, None], clip["landmarks"], 1e4).astype(np.float32)
     moved = train_statistics.clip_sums(clip | {"landmarks": points})
     for name, value in sums_of(0).items():
         np.testing.assert_array_equal(moved[name], value)
-    everywhere = train_statistics.clip_sums(clip | {"landmarks_valid": np.ones(75, bool)})
-    # Pictures 5, 6 and 20 of 25 a second reach 3 + 2 picture times: 10 of 50 frames a second, and at most 2 beside each stretch.
-    assert 10 <= everywhere["paper.motion_frames"] - sums_of(0)["paper.motion_frames"] <= 14
-    assert everywhere["paper.frames"] == everywhere["paper.motion_frames"] == 149
+    all_valid = train_statistics.clip_sums(clip | {"landmarks_valid": np.ones(75, bool)})
+    # Video frames 5, 6 and 20 at 25/s affect 3 + 2 video frame times: 10 time steps at 50/s, plus at most 2 around each stretch.
+    assert 10 <= all_valid["paper.motion_frames"] - sums_of(0)["paper.motion_frames"] <= 14
+    assert all_valid["paper.frames"] == all_valid["paper.motion_frames"] == 149
 
 
 def test_adding_is_exact_in_any_order():
     clips = [sums_of(i) for i in (0, 1, 2, 3, 4, 0, 2)]
     rng = np.random.default_rng(0)
-    whole = functools.reduce(train_statistics.add, clips)
+    expected = functools.reduce(train_statistics.add, clips)
     for _ in range(5):
         heap = [clips[i] for i in rng.permutation(len(clips))]
-        while len(heap) > 1:  # pairs as they come, as Beam and workers add them
+        while len(heap) > 1:  # random pairs, as in Beam and worker processes
             one, two = heap.pop(rng.integers(len(heap))), heap.pop(rng.integers(len(heap)))
             heap.append(train_statistics.add(one, two))
-        for name, value in whole.items():
+        for name, value in expected.items():
             np.testing.assert_array_equal(heap[0][name], value)
-    assert json.dumps(train_statistics.finish(heap[0])) == json.dumps(train_statistics.finish(whole))
+    assert json.dumps(train_statistics.finish(heap[0])) == json.dumps(train_statistics.finish(expected))
 
 
 SUMS_OF_A_CLIP = """
@@ -194,42 +197,42 @@ print({name: value.sum() for name, value in here.sums_of(0).items()})
 
 @pytest.mark.slow
 def test_sums_do_not_depend_on_the_number_of_cores():
-    """NPROC: the threads that XLA takes on a CPU, instead of as many as there are cores."""
+    """NPROC: the number of threads that XLA uses on a CPU."""
     command = [sys.executable, "-c", SUMS_OF_A_CLIP]
     runs = [subprocess.run(command, capture_output=True, text=True, env=os.environ | {"NPROC": n}, cwd=ROOT) for n in "1235"]
     assert [r.stdout for r in runs] == [runs[0].stdout] * 4 and runs[0].stdout, runs[0].stderr
 
 
-def test_no_sum_of_the_corpus_overflows():
-    """34,000 of the largest clips that are taken, and of digital silence, the largest level squared."""
+def test_sums_of_the_full_corpus_do_not_overflow():
+    """34,000 clips with the largest accepted sum; digital silence, which has the largest squared level, is below it."""
     assert 34_000 * train_statistics.MAX_SUM * UNIT < 2**63
     silence = train_statistics.clip_sums(record(1, audio=np.zeros(48_000, np.int16)))
     assert silence["morrone.level_squares"][0] / UNIT == pytest.approx(250 * np.log(1e-6) ** 2, rel=1e-6)
 
 
-@pytest.mark.parametrize("wrong", [np.nan, 1e6])
-def test_a_clip_that_cannot_be_counted(wrong):
+@pytest.mark.parametrize("value", [np.nan, 1e6])
+def test_a_clip_with_invalid_values_is_rejected(value):
     points = record(0)["landmarks"].copy()
-    points[3, 50] = wrong
-    with pytest.raises(StatisticsError, match="clip bbaf2n: its level or motion adds up to .*, expected <") as error:
+    points[3, 50] = value
+    with pytest.raises(StatisticsError, match="clip bbaf2n: .*expected <") as error:
         train_statistics.clip_sums(record(0, landmarks=points))
     assert "\n" not in str(error.value)
 
 
-# ---- moments -------------------------------------------------------------------------------------------------------------------
+# ---- moments ---------------------------------------------------------------------------------------------------------------------
 
 
 @by_name
-def test_moments_are_numpys_of_all_frames_together(preset):
+def test_moments_are_numpys_over_all_frames(preset):
     kept = train_statistics.finish(functools.reduce(train_statistics.add, map(sums_of, range(len(LENGTHS)))))[preset.name]
     for k, name in enumerate(("level", "motion")):
-        frames = np.concatenate([oracle(i, preset)[k] for i in range(len(LENGTHS))])
+        frames = np.concatenate([expected_features(i, preset)[k] for i in range(len(LENGTHS))])
         np.testing.assert_allclose(kept[f"{name}_mean"], frames.mean(0), atol=1e-4)
         np.testing.assert_allclose(kept[f"{name}_std"], frames.std(0), atol=1e-4)
         assert kept["frames" if name == "level" else "motion_frames"] == len(frames)
 
 
-def test_what_is_kept_is_plain_and_short():
+def test_statistics_are_json_with_seven_digits():
     kept = train_statistics.finish(sums_of(0))
     assert json.loads(json.dumps(kept)) == kept and sorted(kept) == ["morrone", "paper", "pose", "wide"]
     for of_preset in kept.values():
@@ -237,7 +240,7 @@ def test_what_is_kept_is_plain_and_short():
         assert all(type(x) is float and x == float(f"{x:.7g}") and str(x) != "-0.0" for x in numbers)
 
 
-def test_what_never_changes_has_a_floor():
+def test_the_std_of_constant_values_is_the_floor():
     still = np.repeat(record(1)["landmarks"][:1], 74, 0)
     kept = train_statistics.finish(train_statistics.clip_sums(record(1, audio=np.zeros(48_000, np.int16), landmarks=still)))
     assert {*kept["pose"]["pose_std"]} == {1e-3} and kept.pop("pose")["pictures"] == 73 - 5

@@ -1,4 +1,4 @@
-"""Intervals against scipy and by hand: of clips, of speakers, of differences, over cases and over training seeds."""
+"""Bootstrap intervals against scipy and by hand: over clips, speakers, differences, cases and training seeds."""
 
 import math
 
@@ -10,7 +10,7 @@ from avsi_jax.evaluation import bootstrap
 # ---- values ------------------------------------------------------------------------------------------------------------------
 
 
-def test_interval_is_scipys():
+def test_the_interval_is_that_of_scipy():
     from scipy import stats
 
     values = np.random.default_rng(3).gamma(2.0, size=200)
@@ -21,7 +21,7 @@ def test_interval_is_scipys():
     assert low == pytest.approx(theirs.low, abs=0.03 * width) and high == pytest.approx(theirs.high, abs=0.03 * width)
 
 
-def test_interval_repeats_and_leaves_nan_out():
+def test_the_interval_is_deterministic_and_ignores_nan():
     values = np.random.default_rng(0).standard_normal(50)
     with_nan = np.insert(values, [0, 20], np.nan)
     assert bootstrap.bootstrap_mean(values) == bootstrap.bootstrap_mean(with_nan)
@@ -30,8 +30,8 @@ def test_interval_repeats_and_leaves_nan_out():
     assert all(map(math.isnan, bootstrap.bootstrap_mean([np.nan])))
 
 
-def test_interval_over_speakers_is_that_of_few_speakers():
-    """Clips that agree within their speaker say no more than one clip a speaker: the interval is the bootstrap of 4 values."""
+def test_the_interval_over_speakers_reflects_their_number():
+    """Identical clips of a speaker add no information: the interval is the bootstrap of 4 values."""
     speakers = np.repeat(["s1", "s2", "s3", "s4"], 100)
     level = np.repeat([0.0, 1.0, 2.0, 5.0], 100)
     mean, low, high = bootstrap.bootstrap_mean(level, groups=speakers)
@@ -41,13 +41,13 @@ def test_interval_over_speakers_is_that_of_few_speakers():
     assert high - low > 3 * (high_clips - low_clips)
 
 
-def test_interval_over_one_speaker_is_that_over_clips():
+def test_the_interval_over_one_speaker_is_that_over_clips():
     values = np.random.default_rng(2).standard_normal(300)
     one, none = bootstrap.bootstrap_mean(values, groups=["s1"] * 300), bootstrap.bootstrap_mean(values)
     assert one == pytest.approx(none, abs=0.02)
 
 
-def test_paired_difference_sees_what_two_intervals_do_not():
+def test_a_paired_difference_is_more_sensitive_than_two_intervals():
     rng = np.random.default_rng(0)
     b = rng.standard_normal(300)
     a = b + 0.05 + 0.01 * rng.standard_normal(300)
@@ -58,7 +58,7 @@ def test_paired_difference_sees_what_two_intervals_do_not():
         bootstrap.paired_difference(a, b[:1])
 
 
-def test_ill_formed_values_are_refused():
+def test_malformed_values_are_refused():
     for values, groups in (([[1.0]], None), ([1.0, math.inf], None), ([1.0, 2.0], ["s1"])):
         with pytest.raises(ValueError, match="bootstrap_mean: found"):
             bootstrap.bootstrap_mean(values, groups=groups)
@@ -72,10 +72,10 @@ def row(clip_id, gap_ms, system, stoi, **more):
     return {"clip_id": clip_id, "speaker": clip_id[:2], "gap_ms": gap_ms, "system": system, "stoi": stoi, **more}
 
 
-def test_summary_by_hand():
+def test_a_summary_computed_by_hand():
     rows = [
         row("s1a", 600, "ours", 0.8),
-        row("s1a", 300, "ours", "0.9", pesq_wb=""),  # as csv gives it
+        row("s1a", 300, "ours", "0.9", pesq_wb=""),  # text, as from CSV
         row("s2b", 300, "ours", 0.7),
         row("s3c", 300, "ours", None),
         row("s2b", 300, "masked", 0.5),
@@ -97,11 +97,11 @@ def test_summary_by_hand():
         bootstrap.summarise([*rows, rows[1] | {}], ("stoi",), [])
 
 
-def test_cases_are_tables_of_their_own():
-    """Cases as they appear, in each the gap lengths, in each the systems; the same clip may stand in every one."""
+def test_cases_are_summarised_separately():
+    """Order: cases by first appearance, then gap lengths, then systems; a clip may occur in every case."""
     rows = [
         row("s1a", 900, "ours", 0.9, case=""),
-        row("s1a", 300, "ours", 0.8),  # no case is the plain one
+        row("s1a", 300, "ours", 0.8),  # no case means no change
         row("s1a", 300, "masked", 0.1, case=None),
         row("s1a", 900, "ours", 0.5, case="shift_ms=-80"),
         row("s1a", 900, "masked", 0.3, case="shift_ms=-80"),
@@ -124,7 +124,7 @@ def test_cases_are_tables_of_their_own():
 
 
 def test_reach_is_the_longest_gap_before_the_gain_ends():
-    """Gap errors, less is better: below 0 at 300 and 600 ms, not told apart at 900, below 0 again at 1200: up to 600."""
+    """Gap errors, lower is better: significant at 300 and 600 ms, not at 900, again at 1200: the reach is 600 ms."""
 
     def entry(gap_ms, low, high, **other):
         return {"a": "ours", "b": "theirs", "metric": "gap_l1_db", "case": "", "gap_ms": gap_ms, "low": low, "high": high} | other
@@ -150,7 +150,7 @@ def test_two_evaluations_are_compared_clip_by_clip():
     a += [row("s1a", 600, "ours", 0.5, case="gaps=2"), row("s1a", 900, "ours", 0.5)]
     b += [row("s1a", 600, "theirs", 0.75, case="gaps=2"), row("s1a", 900, "theirs", 0.5, case="gaps=2")]
     one, two = bootstrap.paired(a, b, ("stoi", "pesq_wb"))
-    values = [0.9 - 0.8, 0.7 - 0.4]  # s1a, s2b; s2d has no value; s2c and s3e are on one side alone
+    values = [0.9 - 0.8, 0.7 - 0.4]  # s1a, s2b; s2d has no value; s2c and s3e are only on one side
     mean, low, high = bootstrap.bootstrap_mean(values)
     assert one == {"case": "", "gap_ms": 300, "metric": "stoi", "n": 2, "missing": 1, "unshared": 2} | {
         k: pytest.approx(v) for k, v in {"mean": mean, "low": low, "high": high}.items()
@@ -160,14 +160,14 @@ def test_two_evaluations_are_compared_clip_by_clip():
     assert speakers["mean"] == pytest.approx(mean) and bootstrap.paired(b, a, ("stoi",))[0]["mean"] == pytest.approx(-mean)
 
 
-def test_what_can_not_be_compared_is_told():
+def test_rows_that_cannot_be_compared_are_refused():
     a, b = [row("s1a", 300, "ours", 0.9, start_s=0.5)], [row("s1a", 300, "theirs", 0.8, start_s="0.5")]
     assert bootstrap.paired(a, b, ("stoi",))[0]["n"] == 1
     for other, says in (
         ([{**b[0], "start_s": 0.6}], "s1a, 300 ms: start_s is 0.5 on one side, 0.6 on the other"),
         ([{**b[0], "gap_ms": 600}], "share no clip"),
         ([*b, *b], "two rows of s1a, 300 ms, theirs"),
-        ([*b, row("s1a", 300, "masked", 0)], r"rows b hold 2 systems \(damaged, theirs\)"),
+        ([*b, row("s1a", 300, "masked", 0)], r"rows b contain 2 systems \(masked, theirs\)"),
     ):
         with pytest.raises(ValueError, match=says):
             bootstrap.paired(a, [dict(r) for r in other], ("stoi",))
@@ -177,11 +177,11 @@ def test_what_can_not_be_compared_is_told():
 
 
 def seeds_of(*values, system="ours"):
-    """One run a seed: rows of the clips s1a, s1b, s2c with these values."""
-    return [[row(clip, 300, system, v) for clip, v in zip(("s1a", "s1b", "s2c"), of)] for of in values]
+    """One run per seed: rows of the clips s1a, s1b, s2c with these values."""
+    return [[row(clip, 300, system, v) for clip, v in zip(("s1a", "s1b", "s2c"), run)] for run in values]
 
 
-def test_over_seeds_by_hand():
+def test_estimates_over_seeds_computed_by_hand():
     """Means over seeds 0.5, 0.3, 0.7 of the clips; the seeds' own means are 0.4 and 0.6."""
     runs = seeds_of((0.4, 0.2, 0.6), (0.6, 0.4, 0.8))
     (found,) = bootstrap.over_seeds(runs, ("stoi", "pesq_wb"))
@@ -196,14 +196,14 @@ def test_over_seeds_by_hand():
     assert one["least"] == one["most"] == one["mean"] and one["seeds"] == 1
 
 
-def test_a_clip_that_one_seed_lacks_counts_for_none():
+def test_a_clip_without_a_value_for_one_seed_is_left_out():
     (found,) = bootstrap.over_seeds(seeds_of((0.4, None, 0.6), (0.6, 9.0, 0.8)), ("stoi",))
     assert (found["n"], found["missing"]) == (2, 1)
     assert (found["mean"], found["least"], found["most"]) == pytest.approx((0.6, 0.5, 0.7))
 
 
 def test_systems_of_several_seeds_are_compared_by_their_means():
-    """The differences of the clips' means are 0.1, 0.2, 0.3, however the seeds scatter about them."""
+    """The differences of the clips' means are 0.1, 0.2, 0.3, independent of the spread over seeds."""
     ours = bootstrap.mean_rows(seeds_of((0.5, 0.4, 1.0), (0.7, 0.8, 0.8)), ("stoi",))
     theirs = bootstrap.mean_rows(seeds_of((0.5, 0.4, 0.6), system="theirs"), ("stoi",))
     (found,) = bootstrap.paired(ours, theirs, ("stoi",))
@@ -217,16 +217,16 @@ def test_systems_of_several_seeds_are_compared_by_their_means():
         ([], "rows of 0 runs: none; expected one run or more"),
         ([*seeds_of((1, 2, 3)), seeds_of((1, 2, 3))[0][:2]], "rows of 2 runs: 3, 2; expected .* the same clips"),
         ([*seeds_of((1, 2, 3)), [{**r, "gap_ms": 600} for r in seeds_of((1, 2, 3))[0]]], "rows of 2 runs: 3, 3; expected"),
-        ([seeds_of((1, 2, 3))[0] + seeds_of((1, 2, 3), system="masked")[0]], "rows of run 1 hold 2 systems"),
+        ([seeds_of((1, 2, 3))[0] + seeds_of((1, 2, 3), system="masked")[0]], "rows of run 1 contain 2 systems"),
         ([*seeds_of((1, 2, 3)), [{**r, "speaker": "s9"} for r in seeds_of((1, 2, 3))[0]]], "speaker is s1 on one side, s9"),
     ],
 )
-def test_seeds_that_do_not_match_are_told(runs, says):
+def test_seeds_that_do_not_match_are_refused(runs, says):
     with pytest.raises(ValueError, match=says):
         bootstrap.over_seeds(runs, ("stoi",))
 
 
-def test_everything_repeats():
+def test_results_do_not_depend_on_row_order_and_repeat():
     rng = np.random.default_rng(1)
     runs = [[row(f"s{i % 4}c{i}", ms, "ours", float(rng.normal())) for i in range(40) for ms in (300, 600)] for _ in range(3)]
     results = [

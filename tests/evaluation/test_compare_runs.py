@@ -1,4 +1,4 @@
-"""Several made-up runs on one page: who may be compared, what is shared, and the differences from the first."""
+"""Comparison of several fake runs on one page: which runs can be compared, their common clips, differences from the first."""
 
 import csv
 import json
@@ -7,14 +7,14 @@ import re
 import pytest
 
 from avsi_jax.evaluation import report, tables
-from tests.evaluation.test_report import Page
 from tests.support import fake_evaluations
+from tests.support.html_page import Page
 
-TWO = [{"name": "av_mtl_s2s", "kind": "system"}, {"name": "masked", "kind": "masked"}]
+TWO = [{"name": "av_mtl_s2s", "kind": "system"}, {"name": "masked audio", "kind": "masked"}]
 
 
 def run(root, name, **changed):
-    """The evaluation of a run in root/name, without examples."""
+    """A fake evaluation of a run in root/name, without examples."""
     folder = root / name / "eval" / "waveform-test-lengths"
     return fake_evaluations.make(
         folder, **{"cases": fake_evaluations.CASES, "systems": TWO, "examples": False, "suite": "lengths"} | changed
@@ -22,7 +22,7 @@ def run(root, name, **changed):
 
 
 def change(folder, edit):
-    """Rows of clips.csv, edited."""
+    """Applies `edit` to every row of clips.csv; a row becomes None to be removed."""
     rows = list(csv.DictReader((folder / "clips.csv").open(newline="")))
     rows = [r for r in map(edit, rows) if r]
     with (folder / "clips.csv").open("w", newline="") as file:
@@ -42,7 +42,7 @@ def compared(tmp_path_factory):
     return root / "out" / "both.html"
 
 
-def test_the_page_shows_both(compared):
+def test_the_page_shows_both_runs(compared):
     """At 300 ms the first has 10.3 and 11.3 dB in the two clips that both have, the second 2 dB more."""
     page = Page(compared.read_text(encoding="utf-8"))
     assert page.open == [] and len(page.all("img")) == 4
@@ -56,7 +56,7 @@ def test_the_page_shows_both(compared):
     assert "python -m avsi_jax.report" in page.text
 
 
-def test_its_tables_lie_beside_it(compared):
+def test_the_tables_are_written_beside_the_page(compared):
     rows = list(csv.DictReader(compared.with_suffix(".csv").open(newline="")))
     one = {"kind": "difference", "system": "av_mtl_s2s (second)", "minus": "av_mtl_s2s (first)", "metric": "gap_l1_db"}
     assert {r["gap_ms"]: float(r["mean"]) for r in rows if one.items() <= r.items()} == pytest.approx(
@@ -66,7 +66,7 @@ def test_its_tables_lie_beside_it(compared):
     assert set(json.loads(compared.with_suffix(".json").read_text())["runs"]) == {"av_mtl_s2s (first)", "av_mtl_s2s (second)"}
 
 
-def test_names_tell_runs_apart(tmp_path):
+def test_runs_have_distinct_names(tmp_path):
     from avsi_jax.evaluation.compare_runs import distinct_names
 
     def read(place, system):
@@ -85,7 +85,7 @@ def test_names_tell_runs_apart(tmp_path):
         ({"suite": "unseen"}, None, "found suite unseen, expected lengths"),
         ({"metric_rate": 16000}, None, "found metric_rate 16000, expected 8000"),
         ({}, lambda r: r | {"gaps_s": "0.5-0.8"}, "bbaf2n at 300 ms has its gap at 0.5-0.8 s, expected 0.400000-0.700000"),
-        ({}, lambda r: r | {"clip_id": "x" + r["clip_id"]}, "share no clip and gap"),
+        ({}, lambda r: r | {"clip_id": "x" + r["clip_id"]}, "no clip and gap in common"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, capsys, changed, edit, says):
@@ -93,8 +93,8 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, capsys, change
     if edit:
         change(folders[1], edit)
     assert report.main([*map(str, folders), f"--output={tmp_path / 'x.html'}"]) == 2
-    said = capsys.readouterr().err
-    assert says in said and said.count("\n") == 1 and not (tmp_path / "x.html").exists()
+    message = capsys.readouterr().err
+    assert says in message and message.count("\n") == 1 and not (tmp_path / "x.html").exists()
 
 
 @pytest.mark.parametrize(
@@ -103,21 +103,21 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, capsys, change
         (["EVAL", "--output=OUT.html"], "--output compares evaluations: found one, expected two or more"),
         (["EVAL", "EVAL"], "expected --output=FILE.html"),
         (["EVAL", "EVAL", "--output=OUT.pdf"], "expected a name that ends in .html"),
-        (["EVAL", "EVAL", "--output=THERE.html"], "take --overwrite to replace it"),
+        (["EVAL", "EVAL", "--output=THERE.html"], "THERE.html exists"),
         (["NOWHERE"], "found no clips.csv and no summary.json"),
     ],
 )
-def test_a_wrong_call_is_answered_in_one_line(tmp_path, capsys, arguments, says):
+def test_a_wrong_command_line_gives_one_line(tmp_path, capsys, arguments, says):
     (tmp_path / "THERE.html").write_text("mine")
     places = {name: str(tmp_path / name) for name in ("OUT", "THERE", "NOWHERE")} | {"EVAL": str(run(tmp_path, "a"))}
     named = [re.sub("|".join(places), lambda m: places[m[0]], a) for a in arguments]
     assert report.main(named) == 2
-    said = capsys.readouterr().err
-    assert says in said and said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert says in message and message.count("\n") == 1
     assert (tmp_path / "THERE.html").read_text() == "mine"
 
 
-def test_one_folder_is_written_again(tmp_path, capsys):
+def test_the_report_of_one_folder_is_written_again(tmp_path, capsys):
     folder = run(tmp_path, "a")
     assert report.main([str(folder)]) == 0
     assert capsys.readouterr().out.strip() == str(folder / "report.html")

@@ -1,4 +1,4 @@
-"""Evaluation of a tiny run beside a baseline: a row for all there is, the same at every run, and a summary that follows from it."""
+"""avsi-evaluate on a tiny run with a baseline: complete rows, reproducible results, and a summary that follows from the rows."""
 
 import csv
 import json
@@ -14,19 +14,19 @@ from avsi_jax.evaluation import cli, occlusion, run_systems
 
 GAP_MS = (300, 900)
 SYSTEMS = {  # name -> kind, in the order of the tables
-    "masked": "masked",
+    "masked audio": "masked",
     "interpolation": "interpolation",
     "a_si": "baseline",
     "av_mtl_s2s": "system",
     "av_mtl_s2s, another clip's video": "other_video",
-    "true mel (ceiling)": "oracle_mel",
+    "oracle mel (upper bound)": "oracle_mel",
 }
 METRICS = ("gap_l1_mel_db", "gap_l1_db", "pesq_nb", "stoi", "estoi", "stoi_gap", "cer")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def cache(tmp_path_factory):
-    """Rows that are kept lie in a folder of the tests."""
+    """The cache of reference rows is in a folder of the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield Path(os.environ["XDG_CACHE_HOME"])
@@ -38,8 +38,11 @@ def eval_config(**fields):
 
 
 @pytest.fixture(scope="module")
-def runs(trained, untrained_a_si, tmp_path_factory):
-    """A folder with copies of the system's run and the baseline's, to be evaluated in."""
+def runs(trained, untrained_a_si, quickly_compiled, tmp_path_factory):
+    """A folder with copies of the run directories of the system and of the baseline.
+
+    The shared trainings come first, as in other files; `quickly_compiled` then applies to the evaluations of this file.
+    """
     home = tmp_path_factory.mktemp("evaluate")
     shutil.copytree(trained, home / "system")
     shutil.copytree(untrained_a_si, home / "baseline")
@@ -48,7 +51,7 @@ def runs(trained, untrained_a_si, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(runs):
-    return cli.evaluate(eval_config(), runs / "system", baseline=runs / "baseline", command="avsi-evaluate as in a test")
+    return cli.evaluate(eval_config(workers=1), runs / "system", baseline=runs / "baseline", command="avsi-evaluate as in a test")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +81,7 @@ def values(rows, system, metric, gap_ms=None):
 # ---------------------------------------------------------------------------------------------------------------- clips.csv
 
 
-def test_a_row_for_every_clip_gap_and_system(rows, folder, tiny_dir):
+def test_there_is_a_row_for_every_clip_gap_and_system(rows, folder, tiny_dir):
     from avsi_jax.data import input_pipeline
 
     assert folder.name == "waveform-test-lengths"
@@ -89,39 +92,39 @@ def test_a_row_for_every_clip_gap_and_system(rows, folder, tiny_dir):
     assert {r["speaker"] for r in rows} == {"s30"} and {r["in_words"] for r in rows} == {"True"}
 
 
-def test_every_system_has_the_same_gap_of_the_right_length_in_the_words(rows):
+def test_all_systems_have_the_same_gap_inside_the_words(rows):
     for key in {(r["clip_id"], r["gap_ms"]) for r in rows}:
-        mine = [r for r in rows if (r["clip_id"], r["gap_ms"]) == key]
-        assert len({(r["start_s"], r["end_s"]) for r in mine}) == 1
-        start, end = float(mine[0]["start_s"]), float(mine[0]["end_s"])
+        same_gap = [r for r in rows if (r["clip_id"], r["gap_ms"]) == key]
+        assert len({(r["start_s"], r["end_s"]) for r in same_gap}) == 1
+        start, end = float(same_gap[0]["start_s"]), float(same_gap[0]["end_s"])
         assert end - start == pytest.approx(int(key[1]) / 1000, abs=1e-5)
-        # tests/support/tiny_data.py: words from 0.40 to 2.30 s of the picture, the sound lags by 0.011 s
+        # tests/support/tiny_data.py: words from 0.40 to 2.30 s of the video, the audio lags by 0.011 s
         assert start >= 0.411 - 1e-4 and end <= 2.311 + 1e-4
 
 
-def test_every_row_is_scored(rows):
+def test_every_row_has_its_scores(rows):
     for r in rows:
         assert r["reason"] == "" and r["pesq_wb"] == "", "8 kHz has no wide band"
         for metric in ("gap_l1_db", "pesq_nb", "stoi", "estoi"):
             assert np.isfinite(float(r[metric]))
         assert (r["gap_l1_mel_db"] == "") == (r["kind"] == "masked")
-        assert (r["cer"] != "") == (r["kind"] in ("system", "other_video")), "a_si reads no lips"
+        assert (r["cer"] != "") == (r["kind"] in ("system", "other_video")), "a_si has no text head"
         assert len(r["text"].split()) == 6
 
 
-def test_the_order_that_must_be(rows):
-    """True mel > what a network of two epochs says; something in the gap > nothing in it."""
+def test_systems_have_the_expected_order(rows):
+    """The oracle mel is better than a network of two epochs; restored audio is better than masked audio."""
     for g in GAP_MS:
         mean = {s: values(rows, s, "stoi", g).mean() for s in SYSTEMS}
-        assert mean["true mel (ceiling)"] > mean["masked"] + 0.02
+        assert mean["oracle mel (upper bound)"] > mean["masked audio"] + 0.02
         error = {s: values(rows, s, "gap_l1_db", g).mean() for s in SYSTEMS}
-        assert error["true mel (ceiling)"] < min(e for s, e in error.items() if s != "true mel (ceiling)")
-        assert error["masked"] == max(error.values())
-    assert values(rows, "masked", "stoi", 300).mean() > values(rows, "masked", "stoi", 900).mean()
-    assert not values(rows, "true mel (ceiling)", "gap_l1_mel_db").any(), "the true mel is the true mel"
+        assert error["oracle mel (upper bound)"] < min(e for s, e in error.items() if s != "oracle mel (upper bound)")
+        assert error["masked audio"] == max(error.values())
+    assert values(rows, "masked audio", "stoi", 300).mean() > values(rows, "masked audio", "stoi", 900).mean()
+    assert not values(rows, "oracle mel (upper bound)", "gap_l1_mel_db").any(), "the oracle mel is the target"
 
 
-def test_another_clips_video_is_not_its_own(rows):
+def test_another_clips_video_changes_the_result(rows):
     own, other = (values(rows, s, "gap_l1_mel_db") for s in ("av_mtl_s2s", "av_mtl_s2s, another clip's video"))
     assert (own != other).all()
 
@@ -147,7 +150,7 @@ def test_paired_differences_follow_from_the_rows(rows, summary):
         assert p["mean"] == pytest.approx((a - b).mean(), rel=1e-9, abs=1e-12) and p["n"] == 3
 
 
-def test_the_summary_says_what_was_done(summary):
+def test_the_summary_describes_the_evaluation(summary):
     assert (summary["system"], summary["split"], summary["protocol"], summary["num_clips"]) == ("av_mtl_s2s", "test", "waveform", 3)
     assert summary["gap_ms"] == list(GAP_MS) and summary["command"] == "avsi-evaluate as in a test"
     assert [(s["name"], s["kind"]) for s in summary["systems"]] == list(SYSTEMS.items())
@@ -155,19 +158,19 @@ def test_the_summary_says_what_was_done(summary):
     assert summary["runs"]["av_mtl_s2s"]["step"] == 4 and summary["runs"]["a_si"]["step"] == 0
 
 
-def test_unseen_speakers_are_resampled_as_speakers(summary):
-    """DESIGN.md section 9: intervals over speakers, then clips, where the speakers were not trained on."""
+def test_intervals_of_unseen_speakers_resample_speakers_first(summary):
+    """Over speakers, then clips, where the speakers were not in training."""
     assert summary.get("by_speaker") is True
 
 
-def test_examples_can_be_heard(folder, summary):
+def test_examples_have_audio_files(folder, summary):
     from avsi_jax.media import clip_io
 
     shown = [(e["clip_id"], e["gap_ms"]) for e in summary["examples"]]
     assert 2 < len(shown) <= 6 and len(set(shown)) == len(shown) and {g for _, g in shown} == set(GAP_MS)
     assert {e["why"] for e in summary["examples"]} == {"", "among the best", "among the worst"}
     for example in summary["examples"]:
-        waveforms = {name: clip_io.read_clip(folder / path).audio for name, path in example["sounds"].items()}
+        waveforms = {name: clip_io.read_clip(folder / path).audio for name, path in example["audio"].items()}
         assert set(waveforms) == {"original", *SYSTEMS}
         start, end = (round(example[k] * 16_000) for k in ("start_s", "end_s"))
         original = waveforms["original"].samples[:, 0]
@@ -175,67 +178,67 @@ def test_examples_can_be_heard(folder, summary):
             x = audio.samples[:, 0]
             assert audio.rate == 16_000 and len(x) == len(original)
             np.testing.assert_array_equal(np.delete(x, np.s_[start:end]), np.delete(original, np.s_[start:end]))
-            assert x[start:end].any() == (name != "masked")
+            assert x[start:end].any() == (name != "masked audio")
     assert (folder / "report.html").stat().st_size > 100_000
 
 
 # -------------------------------------------------------------------------------------------------------------------- again
 
 
-def test_a_second_run_gives_the_same_numbers(runs, rows, folder):
-    """Over the first one, which it takes only when told to."""
+def test_a_second_run_gives_the_same_bytes(runs, rows, folder):
+    """It replaces the first one only with --overwrite."""
     before = (folder / "clips.csv").read_bytes()
     with pytest.raises(FileExistsError, match="--overwrite") as error:
         cli.evaluate(eval_config(), runs / "system")
     assert "\n" not in str(error.value) and (folder / "clips.csv").read_bytes() == before
     copy = Path(shutil.copytree(runs / "system", runs / "again"))
-    cli.evaluate(eval_config(examples=0, workers=1), copy, baseline=runs / "baseline", overwrite=True)
+    cli.evaluate(eval_config(examples=0, workers=2), copy, baseline=runs / "baseline", overwrite=True)
     assert (copy / "eval" / folder.name / "clips.csv").read_bytes() == before
 
 
-def test_kept_references_give_the_same_bytes(runs, rows, folder, cache):
-    """Damaged, interpolation and ceiling are scored once for a split and protocol, whoever asks."""
-    kept = list((cache / "avsi_jax" / "references").glob("*.csv"))
-    assert len(kept) == 1 and {r["kind"] for r in read_file(kept[0])} == {"masked", "interpolation", "oracle_mel"}
-    copy = Path(shutil.copytree(runs / "system", runs / "kept"))
+def test_cached_references_give_the_same_bytes(runs, rows, folder, cache):
+    """Masked audio, interpolation and oracle mel are scored once for a split and protocol, for all systems."""
+    cached = list((cache / "avsi_jax" / "references").glob("*.csv"))
+    assert len(cached) == 1 and {r["kind"] for r in read_file(cached[0])} == {"masked", "interpolation", "oracle_mel"}
+    copy = Path(shutil.copytree(runs / "system", runs / "cached"))
     shutil.rmtree(copy / "eval", ignore_errors=True)
     again = cli.evaluate(eval_config(examples=0, workers=1), copy, baseline=runs / "baseline")
     summary = json.loads((again / "summary.json").read_text())
-    assert summary["references"] == "kept" and (again / "clips.csv").read_bytes() == (folder / "clips.csv").read_bytes()
-    assert summary["sounds_scored"] == 3 * len(GAP_MS) * 2  # the system, and with another clip's lips
+    assert summary["references"] == "cached" and (again / "clips.csv").read_bytes() == (folder / "clips.csv").read_bytes()
+    assert summary["num_scored"] == 3 * len(GAP_MS) * 2  # the system, with its own and with another clip's video
 
 
-def test_a_baseline_trained_further_is_not_taken_for_what_it_was(runs, folder):
+def test_an_evaluation_of_an_older_checkpoint_of_the_baseline_is_refused(runs, folder):
     newer = Path(shutil.copytree(runs / "baseline", runs / "newer"))
     config = eval_config(examples=0)
-    path = cli.folder_of(config, newer) / "summary.json"
+    path = cli.results_folder(config, newer) / "summary.json"
     summary = json.loads(path.read_text())
     summary["runs"]["a_si"]["step"] = 99
     path.write_text(json.dumps(summary))
     copy = Path(shutil.copytree(runs / "system", runs / "beside_newer"))
     shutil.rmtree(copy / "eval", ignore_errors=True)
-    with pytest.raises(ValueError, match="is of step 99, checkpoint 'best' is of 0 now; take --overwrite"):
+    with pytest.raises(ValueError, match="step 99, but checkpoint 'best' is now of step 0.*--overwrite"):
         cli.evaluate(config, copy, baseline=newer)
 
 
-def test_a_baseline_of_other_gaps_is_refused(runs, folder):
+def test_a_baseline_with_other_gaps_is_refused(runs, folder):
     copy = Path(shutil.copytree(runs / "system", runs / "other_gaps"))
     shutil.rmtree(copy / "eval", ignore_errors=True)
     with pytest.raises(ValueError, match="has other clips or gaps"):
         cli.evaluate(eval_config(gap_ms="300,", examples=0, workers=1), copy, baseline=runs / "baseline")
 
 
-def moved_about(jobs, num_workers, tick):
-    """Stands in for `occlusion.track_all`: another face for every change, a hidden mouth in the pictures that are painted."""
-    found = []
+def fake_track_all(jobs, num_workers, progress):
+    """Replaces `occlusion.track_all`: other landmarks for every change, a hidden mouth in the painted frames."""
+    results = []
     for _, points, _, changes in jobs:
-        made = {}
+        tracked = {}
         for i, (key, _, _, first, last) in enumerate(changes):
             mouth = np.ones(len(points), bool)
             mouth[first:last] = False
-            made[key] = points + np.sin(np.arange(len(points)) * (i + 1))[:, None, None], np.ones_like(mouth), mouth
-        found.append(made)
-    return found
+            tracked[key] = points + np.sin(np.arange(len(points)) * (i + 1))[:, None, None], np.ones_like(mouth), mouth
+        results.append(tracked)
+    return results
 
 
 SLOW_SUITES = ("streams", "robustness", "multigap", "occlusion")
@@ -243,37 +246,39 @@ SLOW_SUITES = ("streams", "robustness", "multigap", "occlusion")
 
 @pytest.mark.parametrize("suite", [pytest.param(s, marks=pytest.mark.slow) for s in SLOW_SUITES])
 def test_a_suite_has_a_row_for_every_case(runs, suite, monkeypatch):
-    """Of one clip: what a case leaves untouched is not scored again."""
+    """References that a case does not change are not scored again."""
     from avsi_jax.evaluation import conditions
 
     copy = runs / f"suite_{suite}"
     shutil.copytree(runs / "system", copy)
     monkeypatch.setattr(occlusion, "find_videos", lambda raw, clips: {clip: raw / clip for clip in clips})
-    monkeypatch.setattr(occlusion, "track_all", moved_about)
+    monkeypatch.setattr(occlusion, "track_all", fake_track_all)
     chosen = eval_config(suite=suite, gap_ms="600,", max_clips=2, examples=1, batch_size=2)
     folder = cli.evaluate(chosen, copy, raw=runs / "videos")
     rows = read(folder)
-    mine = [(r["case"], int(r["gap_ms"])) for r in rows if r["kind"] == "system"]
-    assert sorted(set(mine)) == sorted((c.name, c.gap_ms) for c in conditions.SUITES[suite]((600,))) and len(mine) == 2 * len(
-        set(mine)
-    )
+    found = [(r["case"], int(r["gap_ms"])) for r in rows if r["kind"] == "system"]
+    assert sorted(set(found)) == sorted((c.name, c.gap_ms) for c in conditions.SUITES[suite]((600,)))
+    assert len(found) == 2 * len(set(found))
     masked = {r["case"] for r in rows if r["kind"] == "masked"}
     assert masked == {c.name for c in conditions.SUITES[suite]((600,)) if c.changes_references}
     assert all(r["gap_l1_db"] for r in rows)
     if suite == "robustness":
-        error = {r["case"]: float(r["gap_l1_mel_db"]) for r in rows if r["kind"] == "system" and r["clip_id"] == rows[0]["clip_id"]}
-        assert len(set(error.values())) > len(error) / 2, "what the network is given differs from case to case"
+        own = [r for r in rows if r["kind"] == "system" and r["clip_id"] == rows[0]["clip_id"]]
+        error = {r["case"]: float(r["gap_l1_mel_db"]) for r in own}
+        assert len(set(error.values())) > len(error) / 2, "the network's input differs from case to case"
 
 
 @pytest.mark.parametrize("protocol", ["peer", pytest.param("paper", marks=pytest.mark.slow)])
-def test_the_other_protocols_run_and_say_whose_they_are(runs, protocol):
+def test_results_of_other_protocols_are_labelled_as_such(runs, protocol):
     copy = runs / f"protocol_{protocol}"
     shutil.copytree(runs / "system", copy)
     gap_ms = "()" if protocol == "paper" else "320,"
     chosen = eval_config(protocol=protocol, gap_ms=gap_ms, max_clips=2, examples=1, workers=1, other_video=False)
     folder = cli.evaluate(chosen, copy)
     summary, rows = json.loads((folder / "summary.json").read_text()), read(folder)
-    assert {r["kind"] for r in rows} == {"masked", "interpolation", "system", "oracle_mel"}, "as told, no other clip's lips"
+    assert {r["kind"] for r in rows} == {"masked", "interpolation", "system", "oracle_mel"}, (
+        "no row for another clip's video, as configured"
+    )
     assert summary["protocol"] == protocol and protocol in summary["title"] and folder.name == f"{protocol}-test-lengths"
     assert summary["metric_rate"] == {"peer": 16_000, "paper": 8_000}[protocol]
     assert all((r["pesq_wb"] != "") == (protocol == "peer") and r["pesq_nb"] for r in rows)
@@ -281,8 +286,8 @@ def test_the_other_protocols_run_and_say_whose_they_are(runs, protocol):
         assert {len(r["gaps_s"].split()) for r in rows} <= set(range(1, 9)) and {r["case"] for r in rows} == {"paper_gaps=8"}
 
 
-def test_two_runs_of_one_system_are_told_apart(runs):
-    """Beside itself one epoch earlier; of one clip, so that no other clip lends its lips."""
+def test_two_runs_of_one_system_get_different_names(runs):
+    """A run against itself one epoch earlier; with one clip, so that there is no other clip's video."""
     earlier = Path(shutil.copytree(runs / "system", runs / "earlier"))
     shutil.rmtree(earlier / "checkpoints" / "4")
     shutil.rmtree(earlier / "eval", ignore_errors=True)
@@ -298,16 +303,16 @@ def test_two_runs_of_one_system_are_told_apart(runs):
 # ------------------------------------------------------------------------------------------------------------------- choices
 
 
-def test_spread_is_even():
+def test_a_selection_is_evenly_spread():
     spread = run_systems.spread
     assert spread(list("abcdefghij"), 2) == ["c", "h"] and spread(list("abc"), 5) == list("abc")
     assert spread(list("abc"), 3) == list("abc") and spread(list("abc"), 0) == []
 
 
-def test_the_other_clip_is_the_speakers_next():
+def test_the_other_clip_is_the_speakers_next_one():
     partner = run_systems.other_clips({"a": "s1", "b": "s2", "c": "s1", "d": "s1", "e": "s3"})
     assert {k: partner[k] for k in "acd"} == {"a": "c", "c": "d", "d": "a"}
-    assert partner["b"] == "c" and partner["e"] == "a", "the only clip of a speaker takes the next of anybody"
+    assert partner["b"] == "c" and partner["e"] == "a", "the only clip of a speaker takes the next clip of any speaker"
 
 
 @pytest.mark.parametrize(
@@ -320,9 +325,9 @@ def test_the_other_clip_is_the_speakers_next():
         (["--workdir={run}", "--config.protocol=paper", "--config.suite=multigap"], "config.protocol=paper draws its own gaps"),
         (["--workdir={run}", "--config.suite=occlusion"], "expected --raw=DIR with the videos of the dataset"),
         (["--workdir={run}", "--config.suite=occlusion", "--config.split=test", "--raw=nowhere"], "--raw=nowhere: no such folder"),
-        (["--workdir={run}", "--config.protocol=peer", "--config.suite=multigap"], "config.protocol=peer has one gap a clip"),
+        (["--workdir={run}", "--config.protocol=peer", "--config.suite=multigap"], "config.protocol=peer has one gap"),
         (["--workdir={run}", "--config.suite=unseen"], "found config.split=test_seen, expected test"),
-        (["--workdir={run}", "--config.judge={run}", "--config.split=test"], "expected a recogniser"),
+        (["--workdir={run}", "--config.judge={run}", "--config.split=test"], "expected a recognizer"),
         (["--workdir={run}", "--config.suite=all"], "config.suite: found 'all', expected lengths"),
         (["--workdir={run}", "--config.gap_ms=5,300"], "config.gap_ms: found (5, 300), expected lengths between 20 and 3000 ms"),
         (["--workdir={run}", "--config.gap_ms=a,b"], "config.gap_ms: found 'a,b', expected tuple such as"),
@@ -334,7 +339,7 @@ def test_the_other_clip_is_the_speakers_next():
         (["--workdir={run}", "--split=test"], "unknown argument '--split=test'"),
     ],
 )
-def test_mistakes_take_one_line(trained, tmp_path, capsys, arguments, says):
+def test_a_wrong_command_line_gives_one_line(trained, tmp_path, capsys, arguments, says):
     run = shutil.copytree(trained, tmp_path / "run")
     (empty := tmp_path / "empty").mkdir()
     assert cli.main([a.format(tmp=empty, run=run) for a in arguments]) == 2
@@ -342,7 +347,7 @@ def test_mistakes_take_one_line(trained, tmp_path, capsys, arguments, says):
     assert err.startswith("avsi-evaluate: ") and err.count("\n") == 1 and says.format(tmp=empty) in err
 
 
-def test_a_length_twice_is_refused_before_the_work():
+def test_a_repeated_gap_length_is_refused_at_once():
     with pytest.raises(ValueError, match="config.gap_ms"):
         cli.check(eval_config(gap_ms="300,900,300"))
 

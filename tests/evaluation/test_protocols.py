@@ -1,4 +1,4 @@
-"""Where the protocols put their gaps, what they leave of a sound and what they take for the truth."""
+"""The evaluation protocols: placement of gaps, masking, restored audio and reference."""
 
 import hashlib
 
@@ -15,8 +15,8 @@ from avsi_jax.inference import restorer
 RATE = 16_000
 
 
-def invented(count: int, seed: int = 0) -> dict:
-    """The fields that placing takes, of `count` clips with words somewhere in three seconds."""
+def random_batch(count: int, seed: int = 0) -> dict:
+    """The batch fields that placement needs, for `count` clips with words somewhere in three seconds."""
     rng = np.random.default_rng(seed)
     first = rng.uniform(0.1, 0.9, count)
     ids = [f"clip{i}" for i in range(count)]
@@ -29,136 +29,138 @@ def invented(count: int, seed: int = 0) -> dict:
 
 
 @pytest.mark.parametrize("ms", [300, 1500, 2500])
-def test_a_gap_in_speech_is_the_one_of_the_gap_protocol(ms):
-    batch = invented(20)
+def test_a_gap_in_speech_is_that_of_place_in_speech(ms):
+    batch = random_batch(20)
     found = protocols.in_speech(batch, Case(ms))
     rows = zip(batch["clip_id"], batch["speech"], batch["audio_length"], strict=True)
     assert found[:, 0].tolist() == [list(gap_masks.place_in_speech(c, ms, tuple(s), int(n))) for c, s, n in rows]
 
 
-def test_three_seconds_are_the_whole_clip():
-    batch = invented(5)
+def test_a_gap_of_three_seconds_is_the_whole_clip():
+    batch = random_batch(5)
     assert protocols.in_speech(batch, Case(3000))[:, 0].tolist() == [[0, n] for n in batch["audio_length"]]
 
 
 @pytest.mark.parametrize("ms", [900, 1500, 2500])
 @pytest.mark.parametrize("count", [2, 4, 8])
-def test_several_gaps_lose_as_much_in_all_and_keep_apart(ms, count):
-    batch = invented(50)
+def test_several_gaps_have_the_same_total_length_and_do_not_touch(ms, count):
+    batch = random_batch(50)
     found = protocols.in_speech(batch, Case(ms, "gaps", count, count))
     assert found.shape == (50, count, 2) and ((found[..., 1] - found[..., 0]) == ms * 16 // count).all()
-    assert ((found[:, 1:, 0] - found[:, :-1, 1]) >= RATE // 50).all(), "20 ms at least lie between two"
+    assert ((found[:, 1:, 0] - found[:, :-1, 1]) >= RATE // 50).all(), "at least 20 ms between two gaps"
     assert (found[:, 0, 0] >= 0).all() and (found[:, -1, 1] <= batch["audio_length"]).all()
     first, last = np.minimum(np.rint(batch["speech"] * RATE).astype(int), batch["audio_length"][:, None]).T
     fits = last - first >= ms * 16 + (count - 1) * RATE // 50
     assert (found[fits, 0, 0] >= first[fits]).all() and (found[fits, -1, 1] <= last[fits]).all()
     places = (found[fits, 0, 0] - first[fits])[(last - first - ms * 16)[fits] > RATE // 2]
-    assert not len(places) or len(set(places.tolist())) == len(places), "every clip has places of its own"
+    assert not len(places) or len(set(places.tolist())) == len(places), "places differ from clip to clip"
 
 
-def test_the_peers_gap_starts_where_the_hash_says_anywhere_in_the_clip():
-    batch = invented(400)
+def test_the_gap_of_protocol_peer_starts_where_the_hash_determines():
+    batch = random_batch(400)
     found = protocols.anywhere(batch, Case(1000))[:, 0]
     assert ((found[:, 1] - found[:, 0]) == RATE).all()
-    room = batch["audio_length"] - RATE
+    latest = batch["audio_length"] - RATE
     by_hand = [int(hashlib.sha256(f"42:gap:{c}".encode()).hexdigest()[:16], 16) / 2**64 for c in batch["clip_id"]]
-    assert (abs(found[:, 0] - by_hand * room) <= 1.01).all()
-    assert np.histogram(found[:, 0] / room, 4, (0, 1))[0].min() > 70  # uniform: 100 each
+    assert (abs(found[:, 0] - by_hand * latest) <= 1.01).all()
+    assert np.histogram(found[:, 0] / latest, 4, (0, 1))[0].min() > 70  # uniform: 100 each
 
 
-def test_the_papers_gaps_lose_what_the_paper_says():
-    batch = invented(1000)
-    found = protocols.as_in_the_paper(batch, protocols.PAPER_CASE)
+def test_the_gaps_of_protocol_paper_have_the_lengths_of_the_paper():
+    batch = random_batch(1000)
+    found = protocols.random_gaps(batch, protocols.PAPER_CASE)
     lengths = (found[..., 1] - found[..., 0]) / 16
     total, count = lengths.sum(1), (lengths > 0).sum(1)
-    assert total.mean() == pytest.approx(906, abs=28) and total.std() == pytest.approx(294, abs=20)  # MISSION's 40,000 draws
+    # the expected values are those of 40,000 draws by the paper's code
+    assert total.mean() == pytest.approx(906, abs=28) and total.std() == pytest.approx(294, abs=20)
     assert set(count) == set(range(1, 9)) and lengths[lengths > 0].min() >= 59.9
-    again = protocols.as_in_the_paper({k: v[5:9] for k, v in batch.items()}, protocols.PAPER_CASE)
-    assert (again == found[5:9]).all(), "by the clip's id alone"
+    again = protocols.random_gaps({k: v[5:9] for k, v in batch.items()}, protocols.PAPER_CASE)
+    assert (again == found[5:9]).all(), "depends only on the clip's id"
 
 
-# ---- sound ---------------------------------------------------------------------------------------------------------------------
+# ---- audio ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def batch(tiny_dir):
     records = input_pipeline.Records(input_pipeline.find_dataset(tiny_dir), "test")
-    clips = run_systems.Clips(records, run_systems.chosen_clips(records, 0))
+    clips = run_systems.Clips(records, run_systems.select_clips(records, 0))
     return clips.batch(sorted(clips.raw), 3)
 
 
 class Network:
-    """A restorer that says the truth: what stands between it and the recording is the protocol's."""
+    """A fake restorer that predicts the true level: all remaining differences are due to the protocol."""
 
     class config:
         preset, ctc_units = "paper", "characters"
 
     class system:
-        uses_video, reads = True, False
+        uses_video, has_ctc_head = True, False
 
     spec = presets.get("paper")
-    name = "truth"
+    name = "perfect"
 
-    def __init__(self, damage):
+    def __init__(self, masking):
         import functools
 
         import jax
 
         from avsi_jax.data import features
 
-        self.hear = jax.jit(functools.partial(features.hear, config=features.FeatureConfig(self.spec, damage)))
+        config = features.FeatureConfig(self.spec, masking)
+        self._features = jax.jit(functools.partial(features.unstandardised_features, config=config))
+
+    def features(self, batch, gap):
+        return self._features({k: v for k, v in batch.items() if isinstance(v, np.ndarray)}, gap)
 
     def restore(self, batch, gap):
-        arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
-        features = self.hear(arrays, gap)
+        features = self.features(batch, gap)
         return restorer.Restored(features.target, [""] * len(gap), features)
 
 
 SIX_HUNDRED = Case(600)
 
 
-def made_of(batch, protocol, case=SIX_HUNDRED):
-    network = Network(protocol.damage)
-    heard = network.hear
-    network.hear = lambda batch, gap: heard({k: v for k, v in batch.items() if isinstance(v, np.ndarray)}, gap)
-    lineup = [{"name": k, "kind": k} for k in ("masked", "interpolation", "system", "oracle_mel")]
-    return run_systems.restore_case(batch, case, protocol, network, lineup)
+def outputs_of(batch, protocol, case=SIX_HUNDRED):
+    systems = [{"name": k, "kind": k} for k in ("masked", "interpolation", "system", "oracle_mel")]
+    return run_systems.restore_case(batch, case, protocol, Network(protocol.masking), systems)
 
 
 @pytest.mark.parametrize("name", ["waveform", "peer"])
-def test_outside_the_gap_stands_the_recording_and_in_the_damaged_one_nothing(batch, name):
+def test_audio_outside_the_gap_is_the_recording_and_masked_audio_is_zero_inside(batch, name):
     protocol = protocols.PROTOCOLS[name]
-    for made in made_of(batch, protocol):
+    for made in outputs_of(batch, protocol):
         assert made.rate == RATE and made.item["rate"] == {"waveform": 8_000, "peer": 16_000}[name]
         start, end = (round(t * RATE) for t in made.item["gaps_s"][0])
         outside = np.ones(len(made.audio), bool)
         outside[start:end] = False
         clip = batch["audio"][batch["clip_id"].index(made.row["clip_id"])][: len(made.audio)] / 32768
-        assert (made.truth == clip.astype(np.float32)).all() and (made.audio[outside] == made.truth[outside]).all()
+        assert (made.reference == clip.astype(np.float32)).all()
+        assert (made.audio[outside] == made.reference[outside]).all()
         assert made.audio[start:end].any() == (made.row["kind"] != "masked")
         assert end - start == 0.6 * RATE and made.row["gap_ms"] == 600 and made.row["case"] == ""
 
 
-def test_the_papers_protocol_sends_everything_through_its_own_inversion(batch):
-    """The truth is vocoded as well, from other phases than what it is the truth of."""
-    made = made_of(batch, protocols.PROTOCOLS["paper"], protocols.PAPER_CASE)
+def test_protocol_paper_inverts_the_whole_spectrogram(batch):
+    """The reference is vocoded too, from other initial phases than the result."""
+    made = outputs_of(batch, protocols.PROTOCOLS["paper"], protocols.PAPER_CASE)
     assert {m.rate for m in made} == {m.item["rate"] for m in made} == {8_000}
     by = {(m.row["clip_id"], m.row["kind"]): m for m in made}
     for clip in batch["clip_id"]:
         oracle_mel, masked = by[clip, "oracle_mel"], by[clip, "masked"]
-        assert (by[clip, "system"].audio == oracle_mel.audio).all() and (masked.truth == oracle_mel.truth).all()
-        assert not np.allclose(oracle_mel.audio, oracle_mel.truth)
+        assert (by[clip, "system"].audio == oracle_mel.audio).all() and (masked.reference == oracle_mel.reference).all()
+        assert not np.allclose(oracle_mel.audio, oracle_mel.reference)
         size = np.linalg.norm
-        assert size(oracle_mel.truth) == pytest.approx(size(oracle_mel.audio), rel=0.1)
+        assert size(oracle_mel.reference) == pytest.approx(size(oracle_mel.audio), rel=0.1)
         assert size(masked.audio) < size(oracle_mel.audio) and masked.row["gap_l1_mel_db"] is None
         assert by[clip, "oracle_mel"].row["gap_l1_mel_db"] == 0 < by[clip, "interpolation"].row["gap_l1_mel_db"]
         assert masked.row["case"] == "paper_gaps=8" and len(masked.item["gaps_s"]) == len(masked.row["gaps_s"].split())
 
 
-def test_noise_reaches_the_network_and_the_context_but_not_the_truth(batch):
-    plain, noisy = (made_of(batch, protocols.PROTOCOLS["waveform"], c) for c in (SIX_HUNDRED, Case(600, "noise_db", 10)))
+def test_noise_changes_the_input_and_the_surrounding_audio_but_not_the_reference(batch):
+    plain, noisy = (outputs_of(batch, protocols.PROTOCOLS["waveform"], c) for c in (SIX_HUNDRED, Case(600, "noise_db", 10)))
     for a, b in zip(plain, noisy, strict=True):
-        assert (a.truth == b.truth).all() and (a.item["reference"] == b.item["reference"]).all()
+        assert (a.reference == b.reference).all() and (a.item["reference"] == b.item["reference"]).all()
         assert a.item["gaps_s"] == b.item["gaps_s"] and not (a.audio == b.audio).all()
     errors = {m.row["kind"]: m.row["gap_l1_mel_db"] for m in noisy}
-    assert errors["oracle_mel"] == 0, "what is to be said stays clean"
+    assert errors["oracle_mel"] == 0, "the target stays clean"

@@ -1,4 +1,4 @@
-"""The tables of a report in other forms, errors by word and phone, and the intervals of rates."""
+"""Exported tables of a report, word and phone error rates, and intervals of rates."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 # ---- table.csv, table.json -------------------------------------------------------------------------------------------------------
 
 
-def test_csv_holds_every_estimate_under_its_protocol(folder):
+def test_the_csv_file_lists_every_estimate_with_its_protocol(folder):
     rows = list(csv.DictReader((folder / "table.csv").open(newline="")))
     assert {(r["protocol"], r["split"], r["suite"]) for r in rows} == {("waveform", "test", "robustness")}
     one = {"kind": "mean", "case": "", "gap_ms": "300", "system": "av_mtl_s2s", "metric": "gap_l1_db"}
@@ -41,7 +41,7 @@ def test_csv_holds_every_estimate_under_its_protocol(folder):
     assert sum(r["kind"] != "rate" for r in rows) == len(summary["table"]) + len(summary["paired"])
 
 
-def test_json_holds_the_same(folder):
+def test_the_json_file_lists_the_same_rows(folder):
     found = json.loads((folder / "table.json").read_text())
     rows = list(csv.DictReader((folder / "table.csv").open(newline="")))
     assert [{k: "" if v is None else str(v) for k, v in r.items()} for r in found["rows"]] == rows
@@ -49,7 +49,7 @@ def test_json_holds_the_same(folder):
     assert found["intervals"].endswith("over speakers, then over the clips of each")
 
 
-def test_what_is_not_finite_is_nothing():
+def test_numbers_that_are_not_finite_become_null():
     summary = {"protocol": "p", "split": "s", "suite": "l", "paired": [], "table": [{"metric": "stoi", "mean": float("nan")}]}
     (row,) = table_export.estimates(summary, [])
     assert row["mean"] is None and "NaN" not in table_export.as_json(summary, [row])
@@ -72,8 +72,8 @@ def environments(source):
 
 
 @pytest.mark.parametrize(("longest", "kinds"), [(14, {"table", "tabular"}), (6, {"table", "tabular", "longtable"})])
-def test_latex_is_balanced(folder, monkeypatch, longest, kinds):
-    monkeypatch.setattr(table_export, "LONGEST_FLOAT", longest)
+def test_the_latex_file_is_well_formed(folder, monkeypatch, longest, kinds):
+    monkeypatch.setattr(table_export, "MAX_FLOAT_ROWS", longest)
     summary = tables.read(folder).summary
     made = [tables.headline(summary), *tables.results(summary), *tables.changes(summary), *tables.differences(summary)]
     source = table_export.as_latex(summary, made)
@@ -100,7 +100,7 @@ def test_latex_is_balanced(folder, monkeypatch, longest, kinds):
             assert [body.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == [1, 1, 1]
 
 
-def test_latex_says_what_it_is(folder):
+def test_the_latex_file_states_its_source(folder):
     source = (folder / "table.tex").read_text()
     comments = [line for line in source.splitlines() if line.startswith("%")]
     for words in ("protocol waveform", "--config.split=test", "3 clips", "booktabs", "over speakers"):
@@ -111,7 +111,7 @@ def test_latex_says_what_it_is(folder):
 
 
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="no pdflatex here")
-def test_latex_compiles(folder, tmp_path):
+def test_the_latex_file_compiles(folder, tmp_path):
     page = r"\documentclass{article}\usepackage{booktabs,longtable}\begin{document}\input{table}\end{document}"
     (tmp_path / "page.tex").write_text(page)
     shutil.copy(folder / "table.tex", tmp_path)
@@ -119,7 +119,7 @@ def test_latex_compiles(folder, tmp_path):
     assert done.returncode == 0, done.stdout.decode()[-2000:]
 
 
-def test_latex_of_words():
+def test_latex_escapes_special_characters():
     assert table_export.escaped("50 % of a_b & c^2 {d} ~ −1 \\ <x>") == (
         r"50 \% of a\_b \& c\textasciicircum{}2 \{d\} \textasciitilde{} $-$1 \textbackslash{} $<$x$>$"
     )
@@ -129,7 +129,7 @@ def test_latex_of_words():
 
 
 @pytest.mark.parametrize(
-    ("said", "heard", "phones"),
+    ("spoken", "recognized", "phones"),
     [
         ("bin", "bin", [("B", False), ("IH", False), ("N", False)]),
         ("f", "s", [("EH", False), ("F", True)]),
@@ -140,32 +140,31 @@ def test_latex_of_words():
         ("tin", "bin", []),
     ],
 )
-def test_phones_of_a_misheard_word(said, heard, phones):
-    assert list(word_errors.wrong_phones(said, heard)) == phones
+def test_wrong_phones_of_a_wrong_word(spoken, recognized, phones):
+    assert list(word_errors.wrong_phones(spoken, recognized)) == phones
 
 
-def test_every_phone_has_its_place():
+def test_every_phone_has_a_place_of_articulation():
     placed = [phone for phones in word_errors.PLACES.values() for phone in phones.split()]
     assert sorted(placed) == sorted(grid_text.PHONES[1:])
 
 
-def row(clip, heard, touched="111111", said="bin blue at f two now", **more):
-    return {"clip_id": clip, "speaker": clip[:2], "case": "", "gap_ms": "300", "system": "av", "text": said, "heard": heard} | {
-        "touched": touched, **more
-    }  # fmt: skip
+def row(clip, recognized, touched="111111", text="bin blue at f two now", **more):
+    cells = {"clip_id": clip, "speaker": clip[:2], "case": "", "gap_ms": "300", "system": "av", "text": text}
+    return cells | {"recognized": recognized, "touched": touched, **more}
 
 
 SUMMARY = {"cases": [{"name": "", "family": "", "value": 0, "gap_ms": 300}], "systems": [{"name": "av", "kind": "system"}]}
 
 
-def test_only_what_can_be_judged_counts():
-    """Words that the gap doesn't touch, rows without a judge, of other sentences or other cases are no words."""
+def test_only_touched_words_of_grid_sentences_count():
+    """Words outside the gap, rows without a judge, other sentences and other cases do not count."""
     rows = [
-        row("s1a", "bin red at f two now", "110000"), row("s1b", "", ""), row("s1c", "bin", "111111", transcript="hello"),
+        row("s1a", "bin red at f two now", "110000"), row("s1b", "", ""), row("s1c", "bin", "111111", text="hello"),
         row("s1d", "set red by s one soon", case="shift_ms=80"), row("s1e", "", "000100"),
     ]  # fmt: skip
     words = word_errors.touched_words(SUMMARY, rows)
-    assert [(w.cluster, w.slot, w.transcript, w.heard) for w in words] == [
+    assert [(w.cluster, w.slot, w.spoken, w.recognized) for w in words] == [
         ("s1a", 0, "bin", "bin"), ("s1a", 1, "blue", "red"), ("s1e", 3, "f", ""),
     ]  # fmt: skip
     rates = {e["item"]: (e["mean"], e["n"]) for e in word_errors.estimates(SUMMARY, words) if e["kind"] == "word"}
@@ -173,7 +172,7 @@ def test_only_what_can_be_judged_counts():
     assert word_errors.confusions_table(SUMMARY, words)["rows"][0]["label"] == "blue → red"
 
 
-def test_the_most_confused_come_first():
+def test_the_most_frequent_confusions_come_first():
     rows = [row(f"s1{i}", "bin blue at s two now") for i in range(3)] + [row("s2a", "bin blue at p two now")]
     table = word_errors.confusions_table(SUMMARY, word_errors.touched_words(SUMMARY, rows))
     assert [(r["label"], r["cells"]["av"]["text"], r["cells"]["av"]["interval"]) for r in table["rows"]] == [
@@ -184,8 +183,8 @@ def test_the_most_confused_come_first():
 # ---- intervals of rates ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_interval_over_clusters_is_that_of_their_ratio():
-    """Beside the standard error of a ratio of cluster totals (Cochran 1977, 6.4): sqrt(sum(e^2)) / total, e = y - r x."""
+def test_the_interval_over_clusters_is_that_of_their_ratio():
+    """Against the standard error of a ratio of cluster totals (Cochran 1977, 6.4): sqrt(sum(e^2)) / total, e = y - r x."""
     generator = np.random.default_rng(5)
     counts = generator.integers(1, 7, size=300)
     sums = generator.binomial(counts, generator.beta(2, 3, size=300))
@@ -198,7 +197,7 @@ def test_an_interval_over_clusters_is_that_of_their_ratio():
     assert tables.clustered(sums, counts) == found
 
 
-def test_an_interval_of_little():
+def test_intervals_of_none_or_one_cluster():
     assert np.isnan(tables.clustered([0], [0])["mean"])
     assert tables.clustered([2], [4]) == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 1}
-    assert tables.clustered([1, 0], [1, 0])["high"] == 1  # a resample may hold nothing
+    assert tables.clustered([1, 0], [1, 0])["high"] == 1  # a resample may have no counts

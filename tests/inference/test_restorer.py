@@ -1,4 +1,4 @@
-"""Restorer: checkpoint and damaged batch -> log-mel and sound. What was heard stays, what is hidden stays hidden."""
+"""Restorer: restored log-mel and audio of a batch. Known frames and samples do not change; gap samples have no influence."""
 
 import json
 
@@ -43,7 +43,7 @@ def audio(restorer, restored, batch, gap):
 
 
 def inside(gap, samples):
-    """bool (B, samples): lost. Written out, not taken from audio/gap_masks.py."""
+    """bool (B, samples): inside a gap. Written out here, independent of audio/gap_masks.py."""
     missing = np.zeros((len(gap), samples), bool)
     for b, spans in enumerate(gap):
         for start, end in spans:
@@ -54,14 +54,14 @@ def inside(gap, samples):
 # ------------------------------------------------------------------------------------------------------------ from_workdir
 
 
-def test_a_checkpoint_comes_back_as_it_was_trained(trained, tiny_config):
-    """Which one. That its numbers are those of metrics.csv: test_train.test_validation_can_be_done_again."""
+def test_a_checkpoint_is_loaded_by_name_or_step(trained, tiny_config):
+    """That its scores are those of metrics.csv is tested in tests/training/test_train_command.py."""
     import jax
 
     from avsi_jax.inference.restorer import Restorer
 
     best, last, second = (Restorer.from_workdir(trained, which) for which in ("best", "last", "4"))
-    assert (best.step, last.step, second.step) == (4, 4, 4)  # the second of two epochs of 2 steps was the better one
+    assert (best.step, last.step, second.step) == (4, 4, 4)  # of two epochs of 2 steps the second was better
     assert best.name == "av_mtl_s2s" and best.config == tiny_config() and best.spec.name == "paper"
     first = Restorer.from_workdir(trained, "2")
     jax.tree.map(np.testing.assert_array_equal, last.params, second.params)
@@ -69,7 +69,7 @@ def test_a_checkpoint_comes_back_as_it_was_trained(trained, tiny_config):
     jax.tree.map(np.testing.assert_array_equal, Restorer.load(trained, "2").params, first.params)
 
 
-def test_what_is_missing_is_said(trained, tmp_path):
+def test_an_error_names_what_is_missing(trained, tmp_path):
     from avsi_jax.inference.restorer import Restorer
 
     def message(*arguments):
@@ -87,8 +87,8 @@ def test_what_is_missing_is_said(trained, tmp_path):
     assert "found 'newest', expected best, last or a step" in message(trained, "newest")
 
 
-def test_a_run_from_before_a_field_of_the_config(trained, tmp_path):
-    """It did what the field's first value says."""
+def test_a_run_older_than_a_config_field_gets_the_fields_former_behaviour(trained, tmp_path):
+    """A missing field without such a value is an error."""
     from avsi_jax.inference.restorer import Restorer
 
     (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
@@ -103,32 +103,32 @@ def test_a_run_from_before_a_field_of_the_config(trained, tmp_path):
 
 
 @pytest.mark.parametrize(("fields", "needed"), [({"preset": "wide"}, "level"), ({"motion": "standardised"}, "motion")])
-def test_a_run_whose_statistics_are_lost(trained, tmp_path, fields, needed):
+def test_a_run_without_its_statistics_is_refused(trained, tmp_path, fields, needed):
     from avsi_jax.inference.restorer import Restorer
 
     config = json.loads((trained / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | fields))
-    with pytest.raises(CheckpointError, match=f"no statistics.json in .*; expected what its {needed} was standardised by"):
+    with pytest.raises(CheckpointError, match=f"no statistics.json in .* {needed}"):
         Restorer.from_workdir(tmp_path)
 
 
-def test_a_config_that_is_not_the_runs(trained, tmp_path):
-    """More units than were trained: an error, never a network of random numbers."""
+def test_a_config_that_does_not_match_the_checkpoint_is_refused(trained, tmp_path):
+    """Never a network with random parameters."""
     from avsi_jax.inference.restorer import Restorer
 
     (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
     config = json.loads((trained / "config.json").read_text())
     for change in ({"units": 9}, {"layers": 2}, {"system": "a_si"}):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(CheckpointError, match="does not fit"):
+        with pytest.raises(CheckpointError, match="config.json .*shape"):
             Restorer.from_workdir(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------------- restore
 
 
-def test_what_was_heard_stays(restored, batch, gap):
-    """Level equals the spectrogram of the recording in every frame that no lost sample touches, and only there."""
+def test_known_frames_do_not_change(restored, batch, gap):
+    """The level is the recording's spectrogram in every frame that no gap sample touches."""
     from avsi_jax import presets
     from avsi_jax.data import features
 
@@ -139,14 +139,14 @@ def test_what_was_heard_stays(restored, batch, gap):
     clean = features.make_features(arrays, np.zeros_like(gap), features.FeatureConfig(presets.get("paper")))
     np.testing.assert_allclose(level[~mask], np.asarray(clean.spectrogram)[~mask], atol=1e-4)
     assert level.shape == (3, 149, 64) and mask.any(1).all() and not mask.all(1).any()
-    # a gap of 300 ms at a hop of 20 ms: 15 centres, and what windows of 40 ms and the filter of 8 ms reach beside it
+    # a gap of 300 ms at a hop of 20 ms: 15 centres, and frames that windows of 40 ms and the filter of 8 ms reach
     assert 15 < mask[0].sum() <= 15 + 4
     assert len(restored.transcript) == 3
 
 
 @pytest.mark.parametrize("protocol", ["waveform", "paper"])
-def test_hidden_samples_change_nothing(restorer, restored, audio, batch, gap, protocol):
-    """Also for a network that was trained on the paper's protocol: who repairs a clip doesn't have the hidden samples."""
+def test_samples_inside_the_gap_have_no_influence(restorer, restored, audio, batch, gap, protocol):
+    """Also with a network trained by the paper's protocol: in practice these samples do not exist."""
     from avsi_jax.inference.restorer import Restorer
 
     config = restorer.config.copy_and_resolve_references()
@@ -163,7 +163,7 @@ def test_hidden_samples_change_nothing(restorer, restored, audio, batch, gap, pr
         np.testing.assert_array_equal(other.to_audio(b.level, changed, gap), audio)
 
 
-def test_the_lips_matter(restorer, restored, batch, gap):
+def test_the_video_influences_only_the_gap(restorer, restored, batch, gap):
     moved = batch | {"landmarks": batch["landmarks"][::-1].copy()}
     other = restorer.restore(moved, gap)
     mask = np.asarray(restored.features.mask)
@@ -171,7 +171,7 @@ def test_the_lips_matter(restorer, restored, batch, gap):
     np.testing.assert_array_equal(np.asarray(other.level)[~mask], np.asarray(restored.level)[~mask])
 
 
-# --------------------------------------------------------------------------------------------------------------------- sound
+# --------------------------------------------------------------------------------------------------------------------- audio
 
 
 def test_samples_outside_the_gaps_are_the_recording(audio, batch, gap):
@@ -180,11 +180,11 @@ def test_samples_outside_the_gaps_are_the_recording(audio, batch, gap):
     position = np.arange(n) < batch["audio_length"][:, None]
     known = ~inside(gap, n) & position
     np.testing.assert_array_equal(audio[known], (batch["audio"][:, :n] / np.float32(32_768))[known])
-    assert not audio[~position].any(), "nothing is made up after the end of a clip"
+    assert not audio[~position].any(), "no audio after the end of a clip"
 
 
-def test_gaps_hold_audio(audio, gap):
-    """At least as loud as a band at -70 dB, and no louder than the voice beside it."""
+def test_gaps_contain_audio(audio, gap):
+    """Neither silent nor clipped."""
     for b, spans in enumerate(gap):
         for start, end in spans:
             if end > start:
@@ -192,17 +192,17 @@ def test_gaps_hold_audio(audio, gap):
                 assert np.isfinite(part).all() and 1e-5 < np.sqrt(np.mean(part**2)) < 1
 
 
-def test_the_clean_level_gives_back_the_voice(restorer, restored, batch, gap):
-    """The vocoder's own part: with the true log-mel the gap's loudness is the recording's to 3 dB."""
-    whole = restorer.to_audio(restored.features.target, batch, gap)
+def test_the_true_level_gives_audio_as_loud_as_the_recording(restorer, restored, batch, gap):
+    """The vocoder alone: with the true log-mel the loudness in the gap is within 3 dB."""
+    oracle = restorer.to_audio(restored.features.target, batch, gap)
     for b, spans in enumerate(gap):
         start, end = max(spans, key=lambda s: s[1] - s[0])
         recorded = batch["audio"][b, start:end] / 32_768
-        assert 20 * np.log10(np.std(whole[b, start:end]) / np.std(recorded)) == pytest.approx(0, abs=3)
+        assert 20 * np.log10(np.std(oracle[b, start:end]) / np.std(recorded)) == pytest.approx(0, abs=3)
 
 
-def test_a_clip_is_restored_alike_in_any_batch(restorer, restored, audio, batch, gap):
-    """Alone, and among others: the level to the last bits, the sound as far as 60 iterations carry them."""
+def test_a_clip_is_restored_equally_in_any_batch(restorer, restored, audio, batch, gap):
+    """Alone and among others: equal levels, and audio that differs only by what 60 iterations make of rounding."""
     for b in range(3):
         one = {k: v[b : b + 1] for k, v in batch.items() if isinstance(v, np.ndarray)}
         alone = restorer.restore(one, gap[b : b + 1])
@@ -217,8 +217,8 @@ def test_a_clip_is_restored_alike_in_any_batch(restorer, restored, audio, batch,
 # ------------------------------------------------------------------------------------------------------------- interpolation
 
 
-def test_sentences_are_words_of_grid_and_nothing_where_little_was_read(restorer, restored):
-    """Logits that spell a sentence with one wrong letter, one letter alone, nothing: greedy gives the letters, this the words."""
+def test_sentences_are_grid_sentences_or_empty_where_the_transcript_is_too_poor(restorer, restored):
+    """Logits for a sentence with one wrong letter, for a single letter and for nothing."""
     from avsi_jax.data import grid_text
     from avsi_jax.models import ctc_decoding
 
@@ -229,14 +229,14 @@ def test_sentences_are_words_of_grid_and_nothing_where_little_was_read(restorer,
         logits[0, 3 * k, label] = 8.0
     logits[1, 30, grid_text.encode("n")[0]] = 8.0
     steps = np.full(3, frames)
-    made = restored._replace(transcript=ctc_decoding.greedy(logits, steps), logits=logits, num_steps=steps)
-    assert made.transcript == [wrong, "n", ""]
-    assert restorer.sentences(made) == ["bin blue at f two now", "", ""]
+    edited = restored._replace(transcript=ctc_decoding.greedy(logits, steps), logits=logits, num_steps=steps)
+    assert edited.transcript == [wrong, "n", ""]
+    assert restorer.sentences(edited) == ["bin blue at f two now", "", ""]
     assert restorer.sentences(restored._replace(transcript=["", ""], logits=None)) == ["", ""]
 
 
-def test_interpolation_is_numpys():
-    """np.interp, band by band, over the frames that were heard; held at both ends, and never from padding."""
+def test_interpolation_is_that_of_numpy():
+    """np.interp, band by band, over known frames; constant at both ends, and never from padding."""
     from avsi_jax.inference.restorer import interpolate_level
 
     rng = np.random.default_rng(0)
@@ -247,21 +247,21 @@ def test_interpolation_is_numpys():
     mask &= valid
     out = np.asarray(interpolate_level(level, mask, valid))
     for b in range(6):
-        heard = np.flatnonzero(valid[b] & ~mask[b])
+        known = np.flatnonzero(valid[b] & ~mask[b])
         for k in range(3):
             expected = level[b, :, k].copy()
-            expected[mask[b]] = np.interp(np.flatnonzero(mask[b]), heard, level[b, heard, k])
+            expected[mask[b]] = np.interp(np.flatnonzero(mask[b]), known, level[b, known, k])
             np.testing.assert_allclose(out[b, :, k], expected, atol=1e-6)
 
 
-def test_interpolation_of_a_clip_that_is_all_gap():
+def test_interpolation_of_a_clip_without_a_known_frame_is_finite():
     from avsi_jax.inference.restorer import interpolate_level
 
     level = np.ones((1, 5, 2), np.float32)
     assert np.isfinite(interpolate_level(level, np.ones((1, 5), bool), np.ones((1, 5), bool))).all()
 
 
-def test_count_of_the_networks_parameters(restorer):
+def test_the_number_of_parameters_is_that_of_the_config(restorer):
     from avsi_jax.models import systems
 
-    assert systems.count_parameters(restorer.params) == build.count_of(restorer.config)
+    assert systems.count_parameters(restorer.params) == build.parameter_count(restorer.config)

@@ -1,4 +1,4 @@
-"""Losses against NumPy, scipy and a sum over every alignment."""
+"""Loss functions against NumPy, scipy and sums over every alignment."""
 
 import itertools
 
@@ -9,9 +9,9 @@ import scipy.ndimage
 
 from avsi_jax.models import losses
 
-LABELS = 4  # blank and three more
+LABELS = 4  # the blank and three others
 ctc = jax.jit(losses.ctc)
-ctc_slope = jax.jit(jax.value_and_grad(lambda logits, *rest: losses.ctc(logits, *rest)[0]))
+ctc_gradient = jax.jit(jax.value_and_grad(lambda logits, *rest: losses.ctc(logits, *rest)[0]))
 
 
 @pytest.mark.parametrize(("kind", "power"), [("mse", 2), ("l1", 1)])
@@ -57,30 +57,30 @@ CASES = [(5, (1, 2, 3)), (4, (2, 2)), (3, (1,)), (5, (3, 3, 1)), (1, (2,)), (4, 
 
 @pytest.fixture(scope="module")
 def sentences():
-    """The cases as one padded batch; what lies in the padding is not 0, so that a look at it would show."""
+    """The cases as one padded batch; the padding is not 0, so that a use of it would change the result."""
     rng = np.random.default_rng(2)
     logits = rng.normal(size=(len(CASES), 7, LABELS)).astype(np.float32)
     labels = rng.integers(1, LABELS, (len(CASES), 6)).astype(np.int32)
-    for row, (_, said) in enumerate(CASES):
-        labels[row, : len(said)] = said
+    for row, (_, text) in enumerate(CASES):
+        labels[row, : len(text)] = text
     frames = np.int32([t for t, _ in CASES])
-    lengths = np.int32([len(said) for _, said in CASES])
+    lengths = np.int32([len(text) for _, text in CASES])
     return logits, frames, labels, lengths
 
 
 def test_ctc_sums_over_every_alignment(sentences):
     logits, frames, labels, lengths = sentences
-    for row, (t, said) in enumerate(CASES):
+    for row, (t, text) in enumerate(CASES):
         weight = np.zeros(len(CASES), np.float32)
         weight[row] = 1
         total, count = ctc(logits, frames, labels, lengths, weight)
-        assert float(total) == pytest.approx(brute_force(np.float64(logits[row, :t]), said), rel=1e-5), (t, said)
+        assert float(total) == pytest.approx(brute_force(np.float64(logits[row, :t]), text), rel=1e-5), (t, text)
         assert float(count) == 1
 
 
 def test_ctc_is_a_weighted_sum(sentences):
     logits, frames, labels, lengths = sentences
-    each = np.float64([brute_force(np.float64(logits[row, :t]), said) for row, (t, said) in enumerate(CASES)])
+    each = np.float64([brute_force(np.float64(logits[row, :t]), text) for row, (t, text) in enumerate(CASES)])
     weight = np.float32([1, 0, 0.5, 1, 0, 1])
     total, count = ctc(logits, frames, labels, lengths, weight)
     assert float(total) == pytest.approx(each @ weight, rel=1e-5) and float(count) == 3.5
@@ -89,57 +89,59 @@ def test_ctc_is_a_weighted_sum(sentences):
 def test_padding_changes_nothing_and_has_no_gradient(sentences):
     logits, frames, labels, lengths = sentences
     weight = np.ones(len(CASES), np.float32)
-    total, slope = ctc_slope(logits, frames, labels, lengths, weight)
+    total, gradient = ctc_gradient(logits, frames, labels, lengths, weight)
     padding = np.arange(7) >= frames[:, None]
     other_logits = np.where(padding[..., None], 9, logits).astype(np.float32)
     other_labels = np.where(np.arange(6) >= lengths[:, None], 0, labels)
-    other_total, other_slope = ctc_slope(other_logits, frames, other_labels, lengths, weight)
+    other_total, other_gradient = ctc_gradient(other_logits, frames, other_labels, lengths, weight)
     assert float(other_total) == float(total)
-    np.testing.assert_array_equal(slope, other_slope)
-    assert not np.asarray(slope)[padding].any() and np.asarray(slope)[~padding].any()
+    np.testing.assert_array_equal(gradient, other_gradient)
+    assert not np.asarray(gradient)[padding].any() and np.asarray(gradient)[~padding].any()
 
 
-def test_clips_without_text_and_filling_do_not_count(sentences):
+def test_clips_without_text_or_weight_do_not_count(sentences):
     logits, frames, labels, lengths = sentences
     lengths = np.where(np.arange(len(CASES)) < 2, lengths, 0).astype(np.int32)
     weight = np.float32([1, 0, 1, 1, 0, 1])
     total, count = ctc(logits, frames, labels, lengths, weight)
     assert float(count) == 1 and float(total) == pytest.approx(brute_force(np.float64(logits[0, :5]), CASES[0][1]), rel=1e-5)
-    slope = np.asarray(ctc_slope(logits, frames, labels, lengths, weight)[1])
-    assert np.isfinite(slope).all() and slope[0].any() and not slope[1:].any()
+    gradient = np.asarray(ctc_gradient(logits, frames, labels, lengths, weight)[1])
+    assert np.isfinite(gradient).all() and gradient[0].any() and not gradient[1:].any()
     total, count = ctc(logits, frames, labels, np.zeros_like(lengths), weight)
     assert float(total) == 0 and float(count) == 0
 
 
 def fewest_frames(labels):
-    """Of any path that collapses to `labels`, by trying."""
+    """Length of the shortest path that collapses to `labels`, by trying all paths."""
     return next(t for t in itertools.count() if any(collapse(p) == labels for p in itertools.product(range(LABELS), repeat=t)))
 
 
-def test_infeasible_is_what_no_path_collapses_to():
-    said = [(), (1,), (2, 2), (1, 2), (1, 2, 1), (3, 3, 1), (1, 3, 3), (2, 2, 2)]
-    labels = np.full((len(said), 5), 2, np.int32)  # what follows is as the last label of some, and must not be counted
-    for row, x in zip(labels, said):
+def test_a_text_is_infeasible_if_no_path_collapses_to_it():
+    texts = [(), (1,), (2, 2), (1, 2), (1, 2, 1), (3, 3, 1), (1, 3, 3), (2, 2, 2)]
+    labels = np.full(
+        (len(texts), 5), 2, np.int32
+    )  # padding equals the last label of some texts, and must not be counted as a repeat
+    for row, x in zip(labels, texts):
         row[: len(x)] = x
-    lengths = np.int32([len(x) for x in said])
-    needed = np.int32([fewest_frames(x) for x in said])
+    lengths = np.int32([len(x) for x in texts])
+    needed = np.int32([fewest_frames(x) for x in texts])
     assert needed.tolist() == [0, 1, 3, 2, 3, 4, 4, 5]
     assert not losses.infeasible(needed, labels, lengths).any()
     assert losses.infeasible(needed - 1, labels, lengths).all()
     assert not losses.infeasible(np.int32([7]), labels[:1, :1], np.int32([1])).any()  # one label has no neighbour
 
 
-def test_an_infeasible_text_leaves_the_others_alone(sentences):
+def test_an_infeasible_text_does_not_affect_the_others(sentences):
     logits, frames, labels, lengths = sentences
-    each = np.float64([brute_force(np.float64(logits[row, :t]), said) for row, (t, said) in enumerate(CASES)])
+    each = np.float64([brute_force(np.float64(logits[row, :t]), text) for row, (t, text) in enumerate(CASES)])
     frames = frames.copy()
-    frames[1], frames[3], frames[4] = 2, 0, 0  # "2 2" takes three frames, and nothing fits into none
+    frames[1], frames[3], frames[4] = 2, 0, 0  # "2 2" needs three frames, any text at least one
     weight = np.ones(len(CASES), np.float32)
-    total, slope = ctc_slope(logits, frames, labels, lengths, weight)
+    total, gradient = ctc_gradient(logits, frames, labels, lengths, weight)
     assert float(total) == pytest.approx(each[[0, 2, 5]].sum(), rel=1e-5)
     assert float(ctc(logits, frames, labels, lengths, weight)[1]) == 3
-    slope = np.asarray(slope)
-    assert np.isfinite(slope).all() and slope[[0, 2, 5]].any((1, 2)).all() and not slope[[1, 3, 4]].any()
+    gradient = np.asarray(gradient)
+    assert np.isfinite(gradient).all() and gradient[[0, 2, 5]].any((1, 2)).all() and not gradient[[1, 3, 4]].any()
     total, count = ctc(logits, np.ones_like(frames), labels, np.full_like(lengths, 3), weight)
     assert float(total) == 0 and float(count) == 0
 
@@ -153,11 +155,11 @@ def test_near_is_scipys_dilation(frames):
     mask = rng.random((6, 25)) < 0.1
     valid = np.arange(25) < np.array([25, 25, 20, 8, 1, 0])[:, None]
     mask[0] = False
-    mask[:, 22] = True  # beyond the end of most clips: nothing is lost there, and nothing near it
+    mask[:, 22] = True  # beyond the end of most clips, where the mask has no effect
     expected = scipy.ndimage.binary_dilation(mask & valid, np.ones((1, 2 * frames + 1))) & valid
     np.testing.assert_array_equal(jax.jit(losses.near, static_argnums=1)(mask, frames, valid), expected)
 
 
-def test_near_takes_no_negative_width():
-    with pytest.raises(ValueError, match="-1 frames, expected 0 or more"):
+def test_a_negative_width_is_refused():
+    with pytest.raises(ValueError, match="found -1 frames"):
         losses.near(np.zeros((1, 3), bool), -1, np.ones((1, 3), bool))

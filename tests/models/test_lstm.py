@@ -1,6 +1,6 @@
-"""Every way to run the LSTM against PyTorch's figures, flax's layers, plain autodiff and a NumPy loop; values and every gradient.
+"""Every LSTM implementation against PyTorch, flax, plain autodiff and a NumPy loop: outputs and all gradients.
 
-lstm_torch.npz is by docs/figures/torch_lstm.py.
+docs/figures/torch_lstm.py wrote lstm_torch.npz.
 """
 
 import functools
@@ -17,15 +17,15 @@ from avsi_jax.models import lstm
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
-WAYS = ("separate", "joined", "cudnn")
-B, T, INPUTS, H = 3, 9, 6, 5  # PyTorch's figures are of these sizes: compiled once for both oracles
+IMPLEMENTATIONS = ("separate", "joined", "cudnn")
+B, T, INPUTS, H = 3, 9, 6, 5  # the sizes of the values from PyTorch, so that programs are compiled once for both oracles
 LENGTHS = np.int32([9, 5, 1])
-TOLERANCE = {"float32": 1e-5, "float64": 1e-10}  # of the largest entry
+TOLERANCE = {"float32": 1e-5, "float64": 1e-10}  # relative to the largest entry
 
 
 @pytest.fixture(autouse=True)
 def reference_for_cudnn(monkeypatch):
-    """Where there is no NVIDIA GPU: jax's own reference, by the weights it unpacks itself, in the place of the kernel."""
+    """Without an NVIDIA GPU, replaces the kernel by jax's own reference implementation, with the weights as jax unpacks them."""
 
     def by_reference(x, h, c, weights, lengths, inputs, units, layers, dropout, bidirectional):
         unpacked = rnn.unpack_lstm_weights(weights, inputs, units, layers, bidirectional)
@@ -49,7 +49,7 @@ class Flax(nn.Module):
 
 
 def values(dtype):
-    """Parameters of our tree with biases that are not 0 or 1, inputs and the weights of a scalar loss."""
+    """Parameters in our tree, with biases other than 0 and 1; inputs; and the weights of a scalar loss."""
     rng = np.random.default_rng(0)
     tree = jax.eval_shape(lambda: lstm.BidirectionalLSTM(H, "separate").init(jax.random.key(0), jnp.zeros((B, T, INPUTS))))
     params = jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(dtype), tree["params"])
@@ -59,18 +59,18 @@ def values(dtype):
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(model, params, x, weight, lengths):
-    """Outputs (B, T, 2H), and gradients of their weighted sum by parameters and inputs."""
+    """Outputs (B, T, 2H), and gradients of their weighted sum with respect to parameters and inputs."""
 
     def loss(params, x):
         out = model.apply({"params": params}, x, lengths)
         return (out * weight).sum(), out
 
-    (_, out), slopes = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x)
-    return out, *slopes
+    (_, out), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x)
+    return out, *gradients
 
 
 def output_and_gradients(model, params, x, weight, lengths):
-    """`run` in NumPy, in the type of x, every product in its full precision."""
+    """The result of `run` as NumPy arrays, in the type of x, with products in full precision."""
     with jax.enable_x64(x.dtype == np.float64), jax.default_matmul_precision("highest"):
         return jax.tree.map(np.asarray, run(model, params, x, weight, lengths))
 
@@ -82,27 +82,27 @@ def oracle(request):
     return given, output_and_gradients(Flax(), *given, LENGTHS), TOLERANCE[request.param]
 
 
-def assert_near(found, expected, tolerance):
+def assert_near(result, expected, tolerance):
     """The same tree, every leaf within `tolerance` of its largest entry."""
     paths = jax.tree_util.tree_leaves_with_path(expected)
-    leaves = jax.tree.leaves(found)
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    leaves = jax.tree.leaves(result)
+    assert jax.tree.structure(result) == jax.tree.structure(expected)
     for (path, leaf), other in zip(paths, leaves, strict=True):
         assert other.dtype == leaf.dtype
         np.testing.assert_allclose(other, leaf, atol=tolerance * np.abs(leaf).max(), rtol=0, err_msg=jax.tree_util.keystr(path))
 
 
-def takes(way, dtype):
-    """Skips float64 for cuDNN, which has none."""
-    if way == "cudnn" and dtype != np.float32:
-        pytest.skip("cuDNN takes float32 only")
+def skip_unsupported(implementation, dtype):
+    """Skips float64 for cuDNN, which supports float32 only."""
+    if implementation == "cudnn" and dtype != np.float32:
+        pytest.skip("cuDNN supports float32 only")
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_outputs_and_every_gradient_are_flaxs(oracle, way):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_outputs_and_every_gradient_are_flaxs(oracle, implementation):
     given, expected, tolerance = oracle
-    takes(way, given[1].dtype)
-    assert_near(output_and_gradients(lstm.BidirectionalLSTM(H, way), *given, LENGTHS), expected, tolerance)
+    skip_unsupported(implementation, given[1].dtype)
+    assert_near(output_and_gradients(lstm.BidirectionalLSTM(H, implementation), *given, LENGTHS), expected, tolerance)
 
 
 def lstm_by_hand(x, cell):
@@ -118,37 +118,37 @@ def lstm_by_hand(x, cell):
     return np.stack(out)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_outputs_are_those_of_a_loop(way):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_outputs_are_those_of_a_numpy_loop(implementation):
     params, x, weight = values("float32")
-    found = output_and_gradients(lstm.BidirectionalLSTM(H, way), params, x, weight, LENGTHS)[0]
+    result = output_and_gradients(lstm.BidirectionalLSTM(H, implementation), params, x, weight, LENGTHS)[0]
     for b, n in enumerate(LENGTHS):
         clip = x[b, :n]
         expected = [lstm_by_hand(clip, params["forward"]), lstm_by_hand(clip[::-1], params["backward"])[::-1]]
-        np.testing.assert_allclose(found[b, :n], np.concatenate(expected, -1), atol=1e-5)
-        assert not found[b, n:].any()
+        np.testing.assert_allclose(result[b, :n], np.concatenate(expected, -1), atol=1e-5)
+        assert not result[b, n:].any()
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_without_lengths_every_step_is_valid(way):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_without_lengths_every_time_step_is_valid(implementation):
     params, x, weight = values("float32")
-    layer = lstm.BidirectionalLSTM(H, way)
+    layer = lstm.BidirectionalLSTM(H, implementation)
     expected = output_and_gradients(layer, params, x, weight, np.full_like(LENGTHS, T))[0]
     np.testing.assert_allclose(layer.apply({"params": params}, x), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_padding_changes_nothing_valid(way):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_padding_does_not_change_valid_outputs(implementation):
     params, x, weight = values("float32")
     padding = np.arange(T) >= LENGTHS[:, None]
     dirty = np.where(padding[..., None], 1e3, x).astype(np.float32)
-    layer = lstm.BidirectionalLSTM(H, way)
+    layer = lstm.BidirectionalLSTM(H, implementation)
     clean, other = (output_and_gradients(layer, params, a, weight, LENGTHS) for a in (x, dirty))
     assert_near(other, clean, 0)
-    assert not clean[2][padding].any() and clean[2][~padding].any()  # and nothing flows back to it
+    assert not clean[2][padding].any() and clean[2][~padding].any()  # and padding gets no gradient
 
 
-def test_first_parameters_are_kerass():
+def test_initial_parameters_are_those_of_keras():
     """Glorot uniform kernels, orthogonal recurrent ones, biases 0 but 1 for the forget gate."""
     cell = lstm.CellParameters(32).init(jax.random.key(0), 48)["params"]
     assert sorted(cell) == sorted(f"{a}{g}" for a in "ih" for g in "ifgo")
@@ -162,18 +162,20 @@ def test_first_parameters_are_kerass():
         np.testing.assert_array_equal(cell[f"h{g}"]["bias"], np.full(32, float(g == "f")))
 
 
-def test_a_clip_of_no_steps_gives_nothing():
+def test_outputs_and_gradients_of_empty_clips_are_0():
     params, x, weight = values("float32")
-    for way in WAYS:
-        out, by_params, by_x = output_and_gradients(lstm.BidirectionalLSTM(H, way), params, x, weight, np.zeros_like(LENGTHS))
+    for implementation in IMPLEMENTATIONS:
+        out, by_params, by_x = output_and_gradients(
+            lstm.BidirectionalLSTM(H, implementation), params, x, weight, np.zeros_like(LENGTHS)
+        )
         assert not out.any() and not by_x.any()
         assert not any(leaf.any() for leaf in jax.tree.leaves(by_params))
 
 
-def figures_of_torch(dtype):
-    """(parameters, x, weight, lengths), (outputs, gradients by parameters, by x) as PyTorch gives them, in our tree."""
-    kept = np.load(Path(__file__).with_name("lstm_torch.npz"))
-    of = lambda name: kept[f"{dtype}/{name}"]
+def values_of_pytorch(dtype):
+    """(parameters, x, weight, lengths), (outputs, gradients of parameters, of x) of PyTorch, in our tree."""
+    stored = np.load(Path(__file__).with_name("lstm_torch.npz"))
+    of = lambda name: stored[f"{dtype}/{name}"]
 
     def cell(prefix, suffix):
         gates = lambda name: np.split(of(f"{prefix}{name}_l0{suffix}"), 4)  # in the order ifgo
@@ -181,26 +183,26 @@ def figures_of_torch(dtype):
         return {k: v for g, i, h, b in leaves for k, v in ((f"i{g}", {"kernel": i.T}), (f"h{g}", {"kernel": h.T, "bias": b}))}
 
     tree = lambda prefix: {"forward": cell(prefix, ""), "backward": cell(prefix, "_reverse")}
-    given = tree(""), of("x"), kept["weight"].astype(dtype), kept["lengths"]
+    given = tree(""), of("x"), stored["weight"].astype(dtype), stored["lengths"]
     return given, (of("outputs"), tree("gradient/"), of("gradient/x"))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("way", WAYS)
-def test_outputs_and_every_gradient_are_pytorchs(way, dtype):
-    takes(way, dtype)
-    given, expected = figures_of_torch(dtype)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_outputs_and_every_gradient_are_pytorchs(implementation, dtype):
+    skip_unsupported(implementation, dtype)
+    given, expected = values_of_pytorch(dtype)
     units = given[0]["forward"]["hi"]["bias"].size
-    assert_near(output_and_gradients(lstm.BidirectionalLSTM(units, way), *given), expected, TOLERANCE[dtype])
+    assert_near(output_and_gradients(lstm.BidirectionalLSTM(units, implementation), *given), expected, TOLERANCE[dtype])
 
 
-def draws(*shapes):
+def draw(*shapes):
     rng = np.random.default_rng(2)
     return [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
 
 
 def assert_same_gradient(ours, plain, given, by):
-    """The pullback of `by`, our own and jax's, in float64."""
+    """Compares the values and pullbacks of two functions at `given`, with cotangent `by`, in float64."""
 
     @jax.jit
     def both(given, by):
@@ -212,60 +214,60 @@ def assert_same_gradient(ours, plain, given, by):
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("side", ["forward", "backward", "both"])
-def test_gradient_of_our_own_is_plain_autodiffs(side, padded):
-    """The scans' own gradients against jax's of the same forward pass."""
+def test_custom_gradients_are_those_of_autodiff(side, padded):
+    """Against jax's gradients of the same forward pass."""
     ended = np.arange(T)[:, None, None] >= LENGTHS[:, None] if padded else None
     with jax.enable_x64(True):
         if side == "both":
-            *given, by = draws((T, 2, B, INPUTS), (2, 4, INPUTS, H), (2, 4, H, H), (2, 4, H), (T, 2, B, H))
+            *given, by = draw((T, 2, B, INPUTS), (2, 4, INPUTS, H), (2, 4, H, H), (2, 4, H), (T, 2, B, H))
             ended = np.stack([ended, ended[::-1]], 1) if padded else None
             assert_same_gradient(lambda *a: lstm.scan_joined(*a, ended), lambda *a: lstm._scan_joined(*a, ended)[0], given, by)
         else:
-            *given, by = draws((T, B, INPUTS), (4, INPUTS, H), (4, H, H), (4, H), (T, B, H))
-            back = side == "backward"
-            plain = lambda *a: lstm._scan_separate(back, *a, ended)[0]
-            assert_same_gradient(lambda *a: lstm.scan_separate(back, *a, ended), plain, given, by)
+            *given, by = draw((T, B, INPUTS), (4, INPUTS, H), (4, H, H), (4, H), (T, B, H))
+            backwards = side == "backward"
+            plain = lambda *a: lstm._scan_separate(backwards, *a, ended)[0]
+            assert_same_gradient(lambda *a: lstm.scan_separate(backwards, *a, ended), plain, given, by)
 
 
-@pytest.mark.parametrize("way", ["separate", "joined"])
-def test_bfloat16_is_near_float32(way):
-    """8 bits a factor: outputs within 1 %, gradients within 3 % of the largest entry; types as they came."""
+@pytest.mark.parametrize("implementation", ["separate", "joined"])
+def test_bfloat16_is_near_float32(implementation):
+    """With factors of 8 bits: outputs within 1 %, gradients within 3 % of the largest entry; types are kept."""
     params, x, weight = values("float32")
-    found = output_and_gradients(lstm.BidirectionalLSTM(H, way, "bfloat16"), params, x, weight, LENGTHS)
-    expected = output_and_gradients(lstm.BidirectionalLSTM(H, way), params, x, weight, LENGTHS)
-    assert_near(found[0], expected[0], 0.01)
-    assert_near(found, expected, 0.03)
-    assert np.abs(found[0] - expected[0]).max() > 1e-4  # and it was not float32 all along
+    result = output_and_gradients(lstm.BidirectionalLSTM(H, implementation, "bfloat16"), params, x, weight, LENGTHS)
+    expected = output_and_gradients(lstm.BidirectionalLSTM(H, implementation), params, x, weight, LENGTHS)
+    assert_near(result[0], expected[0], 0.01)
+    assert_near(result, expected, 0.03)
+    assert np.abs(result[0] - expected[0]).max() > 1e-4  # bfloat16 was used
 
 
-@pytest.mark.parametrize("way", ["separate", "joined"])
-def test_bfloat16_does_not_lose_what_c_gathers(way):
-    """1,000 times 0.0005 make 0.5; where c is carried in bfloat16 the sum stops at 0.125, whose next number lies 0.001 above."""
-    shut, step, steps = 20.0, 0.0005, 1000
+@pytest.mark.parametrize("implementation", ["separate", "joined"])
+def test_bfloat16_accumulates_c_in_float32(implementation):
+    """1,000 times 0.0005 is 0.5. In bfloat16 the sum would stop at 0.125, where the next number is 0.001 larger."""
+    large, step, steps = 20.0, 0.0005, 1000
     cell = {f"i{g}": {"kernel": jnp.zeros((1, 1))} for g in "ifgo"}
-    bias = {"i": np.log(step / (1 - step)), "f": shut, "g": shut, "o": shut}  # i = 0.0005; f, g, o = 1
+    bias = {"i": np.log(step / (1 - step)), "f": large, "g": large, "o": large}  # i = 0.0005; f, g, o = 1
     cell |= {f"h{g}": {"kernel": jnp.zeros((1, 1)), "bias": jnp.full(1, v)} for g, v in bias.items()}
-    layer = lstm.BidirectionalLSTM(1, way, "bfloat16")
+    layer = lstm.BidirectionalLSTM(1, implementation, "bfloat16")
     out = jax.jit(layer.apply)({"params": {"forward": cell, "backward": cell}}, jnp.zeros((1, steps, 1)))
     np.testing.assert_allclose(out[0, [-1, 0], [0, 1]], np.tanh(step * steps), rtol=0.01)
 
 
-def test_ways_are_named():
-    assert lstm.resolve_way("joined") == "joined" and lstm.resolve_way("auto") in WAYS
+def test_implementations_are_resolved_by_backend():
+    assert lstm.resolve_implementation("joined") == "joined" and lstm.resolve_implementation("auto") in IMPLEMENTATIONS
     if jax.default_backend() == "cpu":
-        assert lstm.resolve_way("auto") == "separate"
+        assert lstm.resolve_implementation("auto") == "separate"
     with pytest.raises(ValueError, match="'fast'.*auto, separate, joined"):
-        lstm.resolve_way("fast")
+        lstm.resolve_implementation("fast")
     with pytest.raises(ValueError, match="'float16'.*float32, bfloat16"):
-        lstm.resolve_way("auto", "float16")
+        lstm.resolve_implementation("auto", "float16")
 
 
-def test_cudnn_says_what_it_cannot_do(monkeypatch):
+def test_cudnn_refuses_unsupported_types_and_devices(monkeypatch):
     with pytest.raises(ValueError, match="'bfloat16'.*expected 'float32'"):
-        lstm.resolve_way("cudnn", "bfloat16")
+        lstm.resolve_implementation("cudnn", "bfloat16")
     params, x, weight = values("float64")
     with pytest.raises(ValueError, match="float64, expected float32"):
         output_and_gradients(lstm.BidirectionalLSTM(H, "cudnn"), params, x, weight, LENGTHS)
     monkeypatch.setattr(lstm, "has_cudnn", lambda: False)
     with pytest.raises(ValueError, match="expected an NVIDIA GPU"):
-        lstm.resolve_way("cudnn")
+        lstm.resolve_implementation("cudnn")

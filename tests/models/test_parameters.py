@@ -1,4 +1,4 @@
-"""Parameters of every config, counted by hand and as published; their names, which older checkpoints have too."""
+"""Number of parameters of every config, counted by hand and as published; names of parameters, as in older checkpoints."""
 
 import re
 
@@ -14,22 +14,22 @@ def dense(inputs, outputs):
 
 
 def stack(inputs, units=256, layers=3):
-    """Bidirectional LSTM layers: four gates, each of inputs, what was said before and one bias."""
+    """Bidirectional LSTM layers: four gates, each with inputs, previous outputs and one bias."""
     blstm = lambda n: 2 * 4 * units * (n + units + 1)
     return blstm(inputs) + (layers - 1) * blstm(2 * units) if layers else 0
 
 
 def unified(c):
-    """av_unified as its config has it: bands, 68 positions and speeds, and whether they are seen."""
-    lips, u, bands = 4 * 68 + 1, c.units, {"wide": 80, "paper": 64}[c.preset]
-    joined = c.stack * (bands + c.mask_input) + lips + 2 * u * (c.video_layers > 0)
-    layers = stack(lips, u, c.video_layers) + stack(joined, u, c.feedback) + dense(33, 2 * u) * (c.feedback > 0)
+    """av_unified with the fields of its config; visual features: positions and speeds of 68 landmarks, and their visibility."""
+    video, u, bands = 4 * 68 + 1, c.units, {"wide": 80, "paper": 64}[c.preset]
+    joined = c.stack * (bands + c.mask_input) + video + 2 * u * (c.video_layers > 0)
+    layers = stack(video, u, c.video_layers) + stack(joined, u, c.feedback) + dense(33, 2 * u) * (c.feedback > 0)
     layers += stack(2 * u if c.feedback else joined, u, c.layers - c.feedback)
     return layers + dense(2 * u, c.stack * bands) + dense(2 * u, 33)
 
 
 def convolutions(c):
-    """asr as its config has it: each layer sees five steps, and has two numbers a unit to standardise by."""
+    """asr with the fields of its config: kernels of five time steps, and two normalisation parameters per unit."""
     inputs = [c.stack * 80] + [c.units] * (c.layers - 1)
     return sum(dense(5 * n, c.units) + 2 * c.units for n in inputs) + dense(c.units, 33)
 
@@ -53,41 +53,41 @@ BY_HAND = {
     "av_unified_paper": unified(configs.load("av_unified_paper")),
     "asr": convolutions(configs.load("asr")),
 }
-PUBLISHED = {"a_si": 3_840_064, "av_si": 4_118_592, "av_s2s": 8_843_328, "av_mtl_s2s": 8_148_802}  # of their Keras models
-PUBLISHED_M = {"av_mtl_si": 4.19, "morrone_av_mtl": 4.44}  # the same, rounded
+PUBLISHED = {"a_si": 3_840_064, "av_si": 4_118_592, "av_s2s": 8_843_328, "av_mtl_s2s": 8_148_802}  # the paper's Keras models
+PUBLISHED_M = {"av_mtl_si": 4.19, "morrone_av_mtl": 4.44}  # in millions, rounded
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-def test_parameters_counted_by_hand(name):
-    count = build.count_of(configs.load(name))
+def test_the_number_of_parameters_is_that_counted_by_hand(name):
+    count = build.parameter_count(configs.load(name))
     assert count == BY_HAND[name] == PUBLISHED.get(name, count)
     assert round(count / 1e6, 2) == PUBLISHED_M.get(name, round(count / 1e6, 2))
 
 
-def test_every_config_of_a_system_is_counted():
+def test_every_config_is_counted_by_hand():
     assert set(BY_HAND) == set(configs.names()) - {"base", "eval", "tiny", "demo", "debug"}
     assert {configs.load(name).system for name in BY_HAND} == set(systems.SYSTEMS)
 
 
-def test_the_page_says_how_many():
+def test_the_numbers_in_the_documentation_are_current():
     page = (configs.HOME.parent / "docs" / "systems.md").read_text()
     rows = {cells[1].strip(" `"): cells[-3].strip() for line in page.splitlines() if len(cells := line.split("|")) == 8}
     variants = dict(re.findall(r"`(\w+)` \(([\d,]+)\)", page))
-    said = {name: int(number.replace(",", "")) for name, number in (rows | variants).items() if name in BY_HAND}
-    assert said == BY_HAND
+    documented = {name: int(number.replace(",", "")) for name, number in (rows | variants).items() if name in BY_HAND}
+    assert documented == BY_HAND
 
 
 @pytest.mark.parametrize(("system", "millions", "inputs"), [("a_si", 4.15, 257), ("av_si", 4.42, 257 + 136)])
-def test_morrones_smaller_networks_are_the_same_systems(system, millions, inputs):
-    """A and AV of Morrone et al. 2021, by fields."""
+def test_the_smaller_networks_of_morrone_are_made_by_fields(system, millions, inputs):
+    """A and AV of Morrone et al. 2021."""
     config = configs.load("morrone_av_mtl", [("system", system)])
-    assert build.count_of(config) == stack(inputs, 250) + dense(500, 257)
-    assert round(build.count_of(config) / 1e6, 2) == millions
+    assert build.parameter_count(config) == stack(inputs, 250) + dense(500, 257)
+    assert round(build.parameter_count(config) / 1e6, 2) == millions
 
 
 @pytest.mark.parametrize(("name", "parts"), [("a_si", ""), ("av_mtl_s2s", "encoder bottleneck ctc")])
-def test_checkpoints_of_older_versions_still_fit(name, parts):
-    """Names of what 2026's first runs saved."""
+def test_parameter_names_are_those_of_older_checkpoints(name, parts):
+    """The names that the first runs of 2026 saved."""
     tree = jax.eval_shape(lambda: build.init_params(configs.load(name)))
     assert sorted(tree) == sorted(["decoder", "output", *parts.split()])
     assert sorted(tree["decoder"]) == ["blstm_1", "blstm_2", "blstm_3"]

@@ -1,4 +1,4 @@
-"""What each network reads, and that padding and other clips are nothing to it."""
+"""Networks: which inputs affect their outputs, and that padding and other clips do not."""
 
 import dataclasses
 import functools
@@ -18,24 +18,24 @@ FRAMES, VIDEO = np.int32([13, 8, 3]), np.int32([7, 5, 2])
 POSITIONS = np.float32(np.linspace(0, 1, F)[None] * (VIDEO - 1)[:, None])
 SIZES = systems.Sizes(bands=K, labels=LABELS, layers=1, units=4, bottleneck=5, lstm="joined")
 
-# Every system, and every field that changes what flows where.
+# Every system, and every field that changes the flow of data.
 NETWORKS = {name: (name, {}) for name in systems.SYSTEMS} | {
-    "a_si told": ("a_si", {"mask_input": True}),
-    "av_mtl_si told": ("av_mtl_si", {"mask_input": True}),
-    "av_s2s joined whole": ("av_s2s", {"bottleneck": 0}),
-    "av_mtl_s2s told, linear, skip": ("av_mtl_s2s", {"mask_input": True, "bottleneck_relu": False, "skip": True}),
+    "a_si mask": ("a_si", {"mask_input": True}),
+    "av_mtl_si mask": ("av_mtl_si", {"mask_input": True}),
+    "av_s2s without bottleneck": ("av_s2s", {"bottleneck": 0}),
+    "av_mtl_s2s mask, linear, skip": ("av_mtl_s2s", {"mask_input": True, "bottleneck_relu": False, "skip": True}),
     "av_mtl_s2s at video rate": ("av_mtl_s2s", {"video_rate": "video", "skip": True}),
     "v_s2s at video rate": ("v_s2s", {"video_rate": "video"}),
     "av_unified, 2": ("av_unified", {"stack": 2}),
-    "av_unified told, 2": ("av_unified", {"stack": 2, "mask_input": True}),
+    "av_unified mask, 2": ("av_unified", {"stack": 2, "mask_input": True}),
     "av_unified feedback, 3": ("av_unified", {"stack": 3, "layers": 2, "feedback": 1}),
-    "av_unified lips first, 2": ("av_unified", {"stack": 2, "video_layers": 1}),
+    "av_unified video layer, 2": ("av_unified", {"stack": 2, "video_layers": 1}),
     "av_mtl_s2s bfloat16": ("av_mtl_s2s", {"dtype": "bfloat16"}),
     "av_unified bfloat16, 2": ("av_unified", {"stack": 2, "dtype": "bfloat16"}),
     "asr, 4": ("asr", {"stack": 4}),
 }
-FROM_THE_LIPS = ("av_mtl_s2s",)  # systems whose text comes from the lips alone
-DEAF = ("v_s2s",)
+CTC_OF_VIDEO_ALONE = ("av_mtl_s2s",)
+WITHOUT_AUDIO = ("v_s2s",)
 each = pytest.mark.parametrize("name", NETWORKS)
 
 
@@ -47,8 +47,8 @@ def system_of(name):
     return systems.get(NETWORKS[name][0])
 
 
-def invented(seed=0, video_rate="audio", frames=F):
-    """Clips of 13, 8 and 3 frames, or 7, 5 and 2 pictures; what lies behind them is noise too."""
+def random_features(seed=0, video_rate="audio", frames=F):
+    """Clips of 13, 8 and 3 spectrogram frames, or 7, 5 and 2 video frames; the padding is noise too."""
     rng = np.random.default_rng(seed)
     steps, lengths = (T, VIDEO) if video_rate == "video" else (frames, FRAMES)
     seen = rng.uniform(size=(B, steps)) < 0.7
@@ -67,14 +67,14 @@ def invented(seed=0, video_rate="audio", frames=F):
     )
 
 
-def given_to(name, seed=0, **more):
-    return invented(seed, sizes_of(name).video_rate, **more)
+def inputs_of(name, seed=0, **more):
+    return random_features(seed, sizes_of(name).video_rate, **more)
 
 
 @functools.cache
 def parameters(name):
     module = system_of(name).build(sizes_of(name))
-    tree = jax.eval_shape(lambda: module.init(jax.random.key(0), given_to(name)))["params"]
+    tree = jax.eval_shape(lambda: module.init(jax.random.key(0), inputs_of(name)))["params"]
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(np.float32), tree)
 
@@ -90,8 +90,8 @@ def network(name):
     return functools.partial(applied(name), parameters(name))
 
 
-def answer(output):
-    """What a system is for: the level, or a recogniser's logits."""
+def main_output(output):
+    """The level, or the logits of a recogniser."""
     return np.asarray(output.logits if output.level is None else output.level)
 
 
@@ -103,16 +103,16 @@ def assert_same(one, two):
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
-# ---- what goes in and what comes out -------------------------------------------------------------------------------------------
+# ---- inputs and outputs --------------------------------------------------------------------------------------------------------
 
 
 @each
-def test_shapes(name):
-    output, system, count = network(name)(given_to(name)), system_of(name), sizes_of(name).stack
-    assert (output.level is None) == (not system.restores) and (output.logits is None) == (not system.reads)
+def test_outputs_have_the_expected_shapes(name):
+    output, system, count = network(name)(inputs_of(name)), system_of(name), sizes_of(name).stack
+    assert (output.level is None) == (not system.restores) and (output.logits is None) == (not system.has_ctc_head)
     if system.restores:
         assert output.level.shape == (B, F, K)
-    if system.reads:
+    if system.has_ctc_head:
         assert output.logits.shape == (B, int(np.ceil(F / count)), LABELS)
         np.testing.assert_array_equal(output.num_steps, np.ceil(FRAMES / count))
     else:
@@ -120,60 +120,60 @@ def test_shapes(name):
 
 
 @each
-def test_reads_what_the_registry_says(name):
-    given, other = given_to(name), given_to(name, 1)
+def test_outputs_depend_on_the_inputs_that_the_registry_lists(name):
+    given, other = inputs_of(name), inputs_of(name, 1)
     before, system = network(name)(given), system_of(name)
     other_video = network(name)(given._replace(video=other.video))
-    assert differs(answer(other_video), answer(before)) == system.uses_video
+    assert differs(main_output(other_video), main_output(before)) == system.uses_video
     other_audio = network(name)(given._replace(spectrogram=other.spectrogram))
-    assert differs(answer(other_audio), answer(before)) == (NETWORKS[name][0] not in DEAF)
-    if system.reads:
+    assert differs(main_output(other_audio), main_output(before)) == (NETWORKS[name][0] not in WITHOUT_AUDIO)
+    if system.has_ctc_head:
         assert differs(other_video.logits, before.logits) == system.uses_video
-        assert differs(other_audio.logits, before.logits) == (NETWORKS[name][0] not in FROM_THE_LIPS)
+        assert differs(other_audio.logits, before.logits) == (NETWORKS[name][0] not in CTC_OF_VIDEO_ALONE)
 
 
 @each
-def test_truth_is_no_input_and_the_mask_only_where_it_is_told(name):
-    given, other = given_to(name), given_to(name, 2)
+def test_outputs_do_not_depend_on_the_target_and_on_the_mask_only_with_mask_input(name):
+    given, other = inputs_of(name), inputs_of(name, 2)
     before = network(name)(given)
     assert_same(network(name)(given._replace(target=other.target)), before)
-    told = network(name)(given._replace(mask=other.mask))
-    assert differs(answer(told), answer(before)) == sizes_of(name).mask_input
+    other_mask = network(name)(given._replace(mask=other.mask))
+    assert differs(main_output(other_mask), main_output(before)) == sizes_of(name).mask_input
     if not sizes_of(name).mask_input:
-        assert_same(told, before)
-    blind = network(name)(given._replace(seen=~given.seen))
-    assert differs(answer(blind), answer(before)) == system_of(name).drops
+        assert_same(other_mask, before)
+    other_visibility = network(name)(given._replace(seen=~given.seen))
+    assert differs(main_output(other_visibility), main_output(before)) == system_of(name).handles_missing_streams
 
 
 @each
-def test_padding_and_other_clips_change_nothing(name):
-    given, other = given_to(name), given_to(name, 3)
+def test_padding_and_other_clips_do_not_change_the_output_of_a_clip(name):
+    given, other = inputs_of(name), inputs_of(name, 3)
     at_video_rate = sizes_of(name).video_rate == "video"
     inside = given.valid.copy()
     frames = np.arange(given.seen.shape[1]) < (VIDEO if at_video_rate else FRAMES)[:, None]
-    inside[1] = frames[1] = False  # all of clip 1 is another one, and every clip's padding
+    inside[1] = frames[1] = False  # replace the padding of every clip, and clip 1 completely
     pick = lambda kept, field: np.where(kept, getattr(given, field), getattr(other, field))
-    dirty = given._replace(
+    changed = given._replace(
         spectrogram=pick(inside[..., None], "spectrogram"), mask=pick(inside, "mask"), video=pick(frames[..., None], "video"),
         seen=np.where(frames, given.seen, True), target=other.target,
     )  # fmt: skip
-    before, after = network(name)(given), network(name)(dirty)
+    before, after = network(name)(given), network(name)(changed)
     for field, lengths in (("level", FRAMES), ("logits", before.num_steps)):
         one, two = getattr(before, field), getattr(after, field)
         if one is not None:
             for b in (0, 2):
                 np.testing.assert_allclose(one[b, : lengths[b]], two[b, : lengths[b]], atol=1e-6)
-    assert differs(answer(before)[1], answer(after)[1])
+    assert differs(main_output(before)[1], main_output(after)[1])
 
 
-@pytest.mark.parametrize("name", ["av_unified told, 2", "av_unified lips first, 2", "asr, 4"])
-def test_a_longer_batch_changes_nothing(name):
-    """Five frames more behind the longest clip: its last step of 13 frames is not whole either way."""
-    given = given_to(name)
-    behind = lambda a: np.pad(a, ((0, 0), (0, 5), *[(0, 0)] * (a.ndim - 2)), constant_values=1)
-    wide = ("spectrogram", "mask", "video", "target", "positions")
-    longer = given._replace(**{f: behind(getattr(given, f)) for f in wide})
-    longer = longer._replace(valid=np.arange(F + 5) < FRAMES[:, None], seen=behind(given.seen))
+@pytest.mark.parametrize("name", ["av_unified mask, 2", "av_unified video layer, 2", "asr, 4"])
+def test_a_longer_batch_does_not_change_the_output(name):
+    """Five more frames of padding; the last time step of the clip of 13 frames is incomplete in both batches."""
+    given = inputs_of(name)
+    pad = lambda a: np.pad(a, ((0, 0), (0, 5), *[(0, 0)] * (a.ndim - 2)), constant_values=1)
+    fields = ("spectrogram", "mask", "video", "target", "positions")
+    longer = given._replace(**{f: pad(getattr(given, f)) for f in fields})
+    longer = longer._replace(valid=np.arange(F + 5) < FRAMES[:, None], seen=pad(given.seen))
     before, after = network(name)(given), network(name)(longer)
     np.testing.assert_array_equal(before.num_steps, after.num_steps)
     for b in range(B):
@@ -183,22 +183,22 @@ def test_a_longer_batch_changes_nothing(name):
             np.testing.assert_allclose(before.level[b, : FRAMES[b]], after.level[b, : FRAMES[b]], atol=1e-6)
 
 
-def test_bands_are_linear_or_end_in_a_relu():
-    """The paper's code has a ReLU in the audio-visual networks alone (CNN_RNN.py); it kills bands, so linear is the default."""
-    given = invented()
+def test_the_output_layer_is_linear_or_ends_in_a_relu():
+    """The paper's code has a ReLU, in the audio-visual networks only (CNN_RNN.py)."""
+    given = random_features()
     linear = np.asarray(network("av_mtl_s2s")(given).level)
     assert (linear < 0).any()
     relu = systems.get("av_mtl_s2s").build(dataclasses.replace(SIZES, output="relu"))
-    found = jax.jit(relu.apply)({"params": parameters("av_mtl_s2s")}, given)
-    np.testing.assert_allclose(found.level, np.maximum(linear, 0), atol=1e-6)
+    result = jax.jit(relu.apply)({"params": parameters("av_mtl_s2s")}, given)
+    np.testing.assert_allclose(result.level, np.maximum(linear, 0), atol=1e-6)
 
 
-def test_composite_keeps_what_was_heard():
-    given = invented()
+def test_composite_takes_the_prediction_only_in_the_gap():
+    given = random_features()
     out = np.random.default_rng(5).uniform(size=(B, F, K)).astype(np.float32)
-    together = np.asarray(systems.composite(jnp.asarray(out), given))
-    np.testing.assert_array_equal(together[given.mask], out[given.mask])
-    np.testing.assert_array_equal(together[~given.mask], given.spectrogram[~given.mask])
+    combined = np.asarray(systems.composite(jnp.asarray(out), given))
+    np.testing.assert_array_equal(combined[given.mask], out[given.mask])
+    np.testing.assert_array_equal(combined[~given.mask], given.spectrogram[~given.mask])
 
 
 def test_an_unknown_system_names_the_known_ones():
@@ -209,30 +209,30 @@ def test_an_unknown_system_names_the_known_ones():
 # ---- the encoder-decoder -------------------------------------------------------------------------------------------------------
 
 
-def test_video_rate_is_brought_to_the_frames_before_text_and_decoder():
-    """np.interp of what the encoder says of the pictures, then the rest of the network from there."""
+def test_at_video_rate_the_encoder_output_is_interpolated_for_ctc_head_and_decoder():
+    """Against np.interp of the encoder output and NumPy layers after it."""
     name = "av_mtl_s2s at video rate"
-    given, params = given_to(name), parameters(name)
+    given, params = inputs_of(name), parameters(name)
     output = network(name)(given)
     layers = jax.jit(systems.Stack(1, 4, "joined").apply)
     encoded = layers({"params": params["encoder"]}, given.video, VIDEO)
     weights = lambda part: (params[part]["kernel"], params[part]["bias"])
-    through = lambda x, part: np.asarray(x, np.float64) @ weights(part)[0] + weights(part)[1]
-    lips = np.maximum(through(encoded, "bottleneck"), 0)
-    bring = lambda a: np.stack(
+    dense = lambda x, part: np.asarray(x, np.float64) @ weights(part)[0] + weights(part)[1]
+    bottleneck = np.maximum(dense(encoded, "bottleneck"), 0)
+    interpolated = lambda a: np.stack(
         [np.stack([np.interp(POSITIONS[b], np.arange(T), a[b, :, v]) for v in range(a.shape[-1])], -1) for b in range(B)]
     )
-    np.testing.assert_allclose(output.logits, through(bring(lips), "ctc"), atol=1e-5)
-    x = np.float32(np.concatenate([given.spectrogram, bring(lips), bring(given.video)], -1))
+    np.testing.assert_allclose(output.logits, dense(interpolated(bottleneck), "ctc"), atol=1e-5)
+    x = np.float32(np.concatenate([given.spectrogram, interpolated(bottleneck), interpolated(given.video)], -1))
     decoded = layers({"params": params["decoder"]}, x, FRAMES)
-    np.testing.assert_allclose(output.level, through(decoded, "output"), atol=1e-5)
+    np.testing.assert_allclose(output.level, dense(decoded, "output"), atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "skips"), [("av_mtl_s2s", False), ("av_mtl_s2s told, linear, skip", True)])
-def test_skip_goes_round_the_encoder(name, skips):
-    """Where the encoder says nothing."""
+@pytest.mark.parametrize(("name", "skips"), [("av_mtl_s2s", False), ("av_mtl_s2s mask, linear, skip", True)])
+def test_skip_bypasses_the_encoder(name, skips):
+    """With a bottleneck of zeros, only skip lets video affect the output."""
     params = parameters(name) | {"bottleneck": jax.tree.map(np.zeros_like, parameters(name)["bottleneck"])}
-    one, two = (applied(name)(params, invented()._replace(video=invented(seed).video)) for seed in (0, 1))
+    one, two = (applied(name)(params, random_features()._replace(video=random_features(seed).video)) for seed in (0, 1))
     assert differs(one.level, two.level) == skips
     assert not differs(one.logits, two.logits)
 
@@ -241,111 +241,113 @@ def test_skip_goes_round_the_encoder(name, skips):
 def test_the_bottleneck_ends_in_a_relu_or_not(relu, lowest):
     sizes = dataclasses.replace(SIZES, bottleneck_relu=relu, labels=SIZES.bottleneck)
     module, params = systems.get("av_mtl_s2s").build(sizes), dict(parameters("av_mtl_s2s"))
-    params["ctc"] = {"kernel": np.eye(5, dtype=np.float32), "bias": np.zeros(5, np.float32)}  # the head shows what it reads
-    said = np.asarray(jax.jit(module.apply)({"params": params}, invented()).logits)
-    assert (said.min() < lowest) == (not relu) and said.max() > 0
+    params["ctc"] = {
+        "kernel": np.eye(5, dtype=np.float32),
+        "bias": np.zeros(5, np.float32),
+    }  # identity: shows the input of the head
+    values = np.asarray(jax.jit(module.apply)({"params": params}, random_features()).logits)
+    assert (values.min() < lowest) == (not relu) and values.max() > 0
 
 
-def test_without_a_bottleneck_the_head_reads_the_layers_themselves():
+def test_without_a_bottleneck_the_ctc_head_follows_the_layers_directly():
     for system in ("a_mtl_si", "av_mtl_si", "av_mtl_s2s"):
         module = systems.get(system).build(dataclasses.replace(SIZES, bottleneck=0))
-        tree = jax.eval_shape(lambda module=module: module.init(jax.random.key(0), invented()))["params"]
+        tree = jax.eval_shape(lambda module=module: module.init(jax.random.key(0), random_features()))["params"]
         assert "bottleneck" not in tree and tree["ctc"]["kernel"].shape == (2 * SIZES.units, LABELS), system
 
 
 # ---- av_unified ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["av_unified told, 2", "av_unified feedback, 3", "av_unified lips first, 2"])
-def test_lips_that_are_not_seen_say_nothing(name):
-    """A clip without a face: neither where its points lie nor that they are no numbers; other clips keep theirs."""
-    given = given_to(name)
+@pytest.mark.parametrize("name", ["av_unified mask, 2", "av_unified feedback, 3", "av_unified video layer, 2"])
+def test_video_without_a_visible_face_is_ignored(name):
+    """Neither other values nor NaN in that clip change the output; other clips still use their video."""
+    given = inputs_of(name)
     seen = given.seen.copy()
     seen[1] = False
     hidden = np.where(seen[..., None], given.video, np.float32(np.nan))
     before, after = (network(name)(given._replace(seen=seen, video=v)) for v in (given.video, hidden))
     assert_same(after, before)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
-    others = network(name)(given._replace(seen=seen, video=invented(1).video))
+    others = network(name)(given._replace(seen=seen, video=random_features(1).video))
     assert differs(others.level[0], before.level[0]) and not differs(others.level[1], before.level[1])
 
 
-@pytest.mark.parametrize("name", ["av_unified told, 2", "av_unified feedback, 3"])
-def test_lips_alone_will_do(name):
-    """No sound left: the same silence for every clip, and still each says something of its own."""
-    silent = given_to(name)._replace(spectrogram=np.zeros((B, F, K), np.float32), mask=np.ones((B, F), bool))
+@pytest.mark.parametrize("name", ["av_unified mask, 2", "av_unified feedback, 3"])
+def test_without_audio_the_output_depends_on_the_video(name):
+    """Everything masked: the same silence for every clip."""
+    silent = inputs_of(name)._replace(spectrogram=np.zeros((B, F, K), np.float32), mask=np.ones((B, F), bool))
     output = network(name)(silent)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(output))
-    assert differs(output.level, network(name)(silent._replace(video=invented(1).video)).level)
+    assert differs(output.level, network(name)(silent._replace(video=random_features(1).video)).level)
 
 
-def test_lips_are_averaged_over_a_step_and_audio_is_not():
-    """The two frames of a step change places."""
-    given = invented()._replace(seen=np.ones((B, F), bool), valid=np.ones((B, F), bool), num_frames=np.full(B, F, np.int32))
-    turned = np.r_[np.arange(12).reshape(6, 2)[:, ::-1].ravel(), 12]
-    before = network("av_unified told, 2")(given)
-    lips = network("av_unified told, 2")(given._replace(video=given.video[:, turned]))
-    np.testing.assert_allclose(lips.level, before.level, atol=1e-6)
-    audio = network("av_unified told, 2")(given._replace(spectrogram=given.spectrogram[:, turned]))
+def test_video_is_averaged_over_a_time_step_and_audio_is_not():
+    """Swapping the two frames of every time step changes the output only for audio."""
+    given = random_features()._replace(seen=np.ones((B, F), bool), valid=np.ones((B, F), bool), num_frames=np.full(B, F, np.int32))
+    swapped = np.r_[np.arange(12).reshape(6, 2)[:, ::-1].ravel(), 12]
+    before = network("av_unified mask, 2")(given)
+    video = network("av_unified mask, 2")(given._replace(video=given.video[:, swapped]))
+    np.testing.assert_allclose(video.level, before.level, atol=1e-6)
+    audio = network("av_unified mask, 2")(given._replace(spectrogram=given.spectrogram[:, swapped]))
     assert np.abs(np.asarray(audio.level) - before.level).max() > 1e-2
 
 
-@pytest.mark.parametrize(("name", "told"), [("av_unified told, 2", False), ("av_unified feedback, 3", True)])
-def test_feedback_tells_the_layers_after_what_was_read(name, told):
-    """What the head says depends on its own weights; the level only where it is told."""
-    params, given = parameters(name), invented()
+@pytest.mark.parametrize(("name", "has_feedback"), [("av_unified mask, 2", False), ("av_unified feedback, 3", True)])
+def test_the_level_depends_on_the_ctc_head_only_with_feedback(name, has_feedback):
+    params, given = parameters(name), random_features()
     other = params | {"ctc": jax.tree.map(lambda p: -p, params["ctc"])}
     before, after = (applied(name)(p, given) for p in (params, other))
-    assert differs(before.logits, after.logits) and differs(before.level, after.level) == told
+    assert differs(before.logits, after.logits) and differs(before.level, after.level) == has_feedback
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 @pytest.mark.parametrize("frames", [1, 12, 13])
-def test_unfold_is_the_inverse_of_fold(count, frames):
+def test_unstack_frames_is_the_inverse_of_stack_frames(count, frames):
     x = np.random.default_rng(0).normal(size=(2, frames, 3)).astype(np.float32)
-    folded = np.asarray(systems.fold(jnp.asarray(x), count))
-    assert folded.shape == (2, -(-frames // count), 3 * count)
-    for step in range(folded.shape[1]):  # frame by frame, zeros behind the last
+    stacked = np.asarray(systems.stack_frames(jnp.asarray(x), count))
+    assert stacked.shape == (2, -(-frames // count), 3 * count)
+    for step in range(stacked.shape[1]):  # frame by frame, zeros after the last
         parts = [x[:, f] if f < frames else np.zeros((2, 3)) for f in range(step * count, (step + 1) * count)]
-        np.testing.assert_array_equal(folded[:, step], np.concatenate(parts, -1))
-    np.testing.assert_array_equal(systems.unfold(folded, frames, count), x)
+        np.testing.assert_array_equal(stacked[:, step], np.concatenate(parts, -1))
+    np.testing.assert_array_equal(systems.unstack_frames(stacked, frames, count), x)
 
 
 @pytest.mark.parametrize(("name", "plain"), [("av_mtl_s2s bfloat16", "av_mtl_s2s"), ("av_unified bfloat16, 2", "av_unified, 2")])
-def test_bfloat16_reaches_the_layers_and_changes_little(name, plain):
-    found, expected = (answer(network(n)(given_to(n))) for n in (name, plain))
-    assert found.dtype == np.float32 and 0 < np.abs(found - expected).max() < 0.03 * np.abs(expected).max()
+def test_bfloat16_changes_the_output_a_little(name, plain):
+    result, expected = (main_output(network(n)(inputs_of(n))) for n in (name, plain))
+    assert result.dtype == np.float32 and 0 < np.abs(result - expected).max() < 0.03 * np.abs(expected).max()
 
 
-# ---- drop-out ------------------------------------------------------------------------------------------------------------------
+# ---- dropout -------------------------------------------------------------------------------------------------------------------
 
 
-def test_dropout_takes_the_same_values_in_every_step():
-    """Gal & Ghahramani 2016: one mask a clip and value, over all of its time; what stays is larger by as much as is lost."""
-    stack_, x = systems.Stack(1, 4, "joined", dropout=0.25), np.random.default_rng(0).normal(size=(8, 6, K)).astype(np.float32)
+def test_dropout_masks_the_same_values_in_every_time_step():
+    """Gal & Ghahramani 2016: one mask per clip, the same at all times; kept values are scaled up."""
+    stack, x = systems.Stack(1, 4, "joined", dropout=0.25), np.random.default_rng(0).normal(size=(8, 6, K)).astype(np.float32)
     params, lengths = {"params": parameters("a_si")["decoder"]}, np.full(8, 6, np.int32)
     clips = np.arange(8, dtype=np.uint32)
-    run = jax.jit(jax.vmap(lambda key: stack_.apply(params, x, lengths, clips, rngs={"dropout": key})))
+    run = jax.jit(jax.vmap(lambda key: stack.apply(params, x, lengths, clips, rngs={"dropout": key})))
     off = np.asarray(jax.jit(systems.Stack(1, 4, "joined").apply)(params, x, lengths))
-    on = np.asarray(run(jax.random.split(jax.random.key(0), 200)))  # draws, clips, steps, values
-    lost = on == 0
-    np.testing.assert_allclose(on, np.where(lost, 0, off / 0.75), atol=1e-6)
-    np.testing.assert_array_equal(lost, np.broadcast_to(lost[:, :, :1], lost.shape))
-    masks = lost[:, :, 0]
+    on = np.asarray(run(jax.random.split(jax.random.key(0), 200)))  # draws, clips, time steps, values
+    zero = on == 0
+    np.testing.assert_allclose(on, np.where(zero, 0, off / 0.75), atol=1e-6)
+    np.testing.assert_array_equal(zero, np.broadcast_to(zero[:, :, :1], zero.shape))
+    masks = zero[:, :, 0]
     assert masks.mean() == pytest.approx(0.25, abs=4 * np.sqrt(0.25 * 0.75 / masks.size))
     assert len({m.tobytes() for m in masks}) == 200 and differs(masks[:, 0], masks[:, 1])
-    one = lambda order: stack_.apply(params, x, lengths, clips[order], rngs={"dropout": jax.random.key(3)}) == 0
-    np.testing.assert_array_equal(one(slice(None, None, -1)), one(slice(None))[::-1])  # by the clip, wherever it stands
+    one = lambda order: stack.apply(params, x, lengths, clips[order], rngs={"dropout": jax.random.key(3)}) == 0
+    np.testing.assert_array_equal(one(slice(None, None, -1)), one(slice(None))[::-1])  # depends on the clip, not on its position
 
 
 @pytest.mark.parametrize("system", ["av_mtl_si", "av_mtl_s2s", "av_unified", "asr"])
-def test_dropout_is_for_training_alone(system):
-    """One system of each kind of network."""
+def test_dropout_is_applied_in_training_only(system):
+    """One system of each network class."""
     module = systems.get(system).build(dataclasses.replace(SIZES, dropout=0.5))
-    params, given = {"params": parameters(system)}, invented()
+    params, given = {"params": parameters(system)}, random_features()
     draw = lambda key: (module.apply(params, given, True, rngs={"dropout": key}), module.apply(params, given))
     both = jax.jit(draw)
     (one, off), (again, _), (other, _) = (both(jax.random.key(i)) for i in (1, 1, 2))
     assert_same(one, again)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), off, network(system)(given))
-    assert differs(answer(one), answer(other)) and np.abs(answer(one) - answer(off)).max() > 1e-2
+    assert differs(main_output(one), main_output(other)) and np.abs(main_output(one) - main_output(off)).max() > 1e-2

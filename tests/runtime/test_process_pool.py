@@ -1,4 +1,4 @@
-"""avsi_jax.runtime.process_pool: children that crash, hang, eat memory or can't start lose their own job and nothing else."""
+"""Children that crash, hang, use too much memory or cannot start: only their own job fails."""
 
 import os
 import signal
@@ -15,23 +15,23 @@ from avsi_jax.runtime import process_pool
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def work(what, value):
-    """What a clip may do to its process."""
-    if what == "square":
+def work(action, value):
+    """A job; most actions stand for what a clip may do to the process that decodes it."""
+    if action == "square":
         return value**2
-    if what == "crash":
+    if action == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
-    if what == "leave":
+    if action == "exit":
         os._exit(3)
-    if what == "hang":
+    if action == "hang":
         time.sleep(600)
-    if what == "eat":
+    if action == "allocate":
         return len(np.ones(value, np.uint8))
-    if what == "raise":
+    if action == "raise":
         raise ValueError(f"no {value}")
-    if what == "size":
+    if action == "size":
         return value.size
-    if what == "odd":
+    if action == "unpicklable":
         return lambda: value
     return os.environ.get(value), os.getpid()
 
@@ -40,46 +40,44 @@ def fail():
     os._exit(9)
 
 
-def run(jobs, number=2, **options):
-    limits = {"workers": number, "timeout_s": 30, "memory_mb": 2048} | options
+def run(jobs, workers=2, **options):
+    """{index: result or reason of the failure}; every job must have exactly one outcome."""
+    limits = {"workers": workers, "timeout_s": 30, "memory_mb": 2048} | options
     outcomes = list(process_pool.run(work, jobs, **limits))
-    assert sorted(o.index for o in outcomes) == list(range(len(jobs)))  # every job exactly once
-    return {o.index: o.lost or o.result for o in outcomes}
+    assert sorted(o.index for o in outcomes) == list(range(len(jobs)))
+    return {o.index: o.failure or o.result for o in outcomes}
 
 
-@pytest.mark.parametrize("number", [1, 3])
-def test_every_job_is_done_once(number):
-    assert run([("square", n) for n in range(40)], number) == {n: n * n for n in range(40)}
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_job_is_done_once(workers):
+    assert run([("square", n) for n in range(40)], workers) == {n: n * n for n in range(40)}
 
 
-def test_none_to_do():
+def test_an_empty_list_of_jobs_has_no_outcomes():
     assert run([]) == {}
 
 
-def test_bad_jobs_are_lost_alone():
-    bad = {3: ("crash", 0), 4: ("eat", 2**33), 8: ("leave", 0), 9: ("crash", 0)}
-    found = run([bad.get(n, ("square", n)) for n in range(14)])
-    assert found == {n: n * n for n in range(14)} | {
-        3: "ended its process by SIGSEGV",
-        4: "needs more memory than a clip may take",
-        8: "ended its process with status 3",
-        9: "ended its process by SIGSEGV",
-    }
+def test_only_the_bad_jobs_fail():
+    bad = {3: ("crash", 0), 4: ("allocate", 2**33), 8: ("exit", 0), 9: ("crash", 0)}
+    outcomes = run([bad.get(n, ("square", n)) for n in range(14)])
+    failures = {n: outcomes.pop(n) for n in bad}
+    assert outcomes == {n: n * n for n in range(14) if n not in bad}
+    assert "SIGSEGV" in failures[3] and "memory" in failures[4] and "status 3" in failures[8] and "SIGSEGV" in failures[9]
 
 
 def test_a_job_that_hangs_is_ended():
-    start = time.monotonic()
-    assert run([("hang", 0), ("square", 2), ("square", 3)], 1, timeout_s=1) == {0: "took more than 1 s", 1: 4, 2: 9}
-    assert time.monotonic() - start < 60
+    outcomes = run([("hang", 0), ("square", 2), ("square", 3)], 1, timeout_s=1)
+    assert "1 s" in outcomes.pop(0) and outcomes == {1: 4, 2: 9}
 
 
-def test_large_jobs_behind_one_that_hangs_hold_nobody_up():
-    """Far more than a pipe takes is given to a child that never reads it: the time limit holds all the same."""
+def test_large_jobs_behind_one_that_hangs_do_not_block_the_parent():
+    """Far more than the pipe's buffer holds is sent to a child that never reads it: the time limit still works."""
     large = ("size", np.zeros(1_000_000))
-    assert run([("hang", 0), large, large], 1, timeout_s=1, ahead=3) == {0: "took more than 1 s", 1: 1_000_000, 2: 1_000_000}
+    outcomes = run([("hang", 0), large, large], 1, timeout_s=1, ahead=3)
+    assert "1 s" in outcomes.pop(0) and outcomes == {1: 1_000_000, 2: 1_000_000}
 
 
-def test_jobs_are_read_as_children_get_free():
+def test_jobs_are_read_as_children_become_free():
     read, ahead = [0], []
 
     def jobs():
@@ -93,7 +91,7 @@ def test_jobs_are_read_as_children_get_free():
     assert len(ahead) == 30 and 2 <= max(ahead) <= 2 * 3
 
 
-def test_where_jobs_can_not_be_read_that_is_told_and_nobody_is_left():
+def test_an_error_of_the_job_generator_is_raised_and_no_child_is_left():
     def jobs():
         yield "hang", 0
         raise KeyError("the second job")
@@ -104,22 +102,22 @@ def test_where_jobs_can_not_be_read_that_is_told_and_nobody_is_left():
     assert list(process_pool.run(work, iter(()), workers=1, timeout_s=30, memory_mb=2048)) == []
 
 
-def test_what_a_job_raises_is_raised_and_nobody_is_left():
+def test_an_exception_of_a_job_is_raised_and_no_child_is_left():
     with pytest.raises(ValueError, match="no luck"):
         run([("raise", "luck"), ("hang", 0)])
-    with pytest.raises(RuntimeError, match="can't be sent"):
-        run([("odd", 1)])
+    with pytest.raises(RuntimeError, match="lambda"):
+        run([("unpicklable", 1)])
     assert not [c for c in process_pool.multiprocessing.active_children() if c.is_alive()]
 
 
-def test_children_that_can_not_start_are_told():
-    with pytest.raises(OSError, match="a worker process can't start .*status 9"):
+def test_children_that_cannot_start_are_an_error():
+    with pytest.raises(OSError, match="can't start .*status 9"):
         run([("square", 1)], start=fail)
 
 
-def test_one_thread_a_child():
-    found = run([("env", "OMP_NUM_THREADS")] * 4)
-    assert {threads for threads, _ in found.values()} == {"1"} and len({pid for _, pid in found.values()}) == 2
+def test_each_child_uses_one_thread():
+    outcomes = run([("env", "OMP_NUM_THREADS")] * 4)
+    assert {threads for threads, _ in outcomes.values()} == {"1"} and len({pid for _, pid in outcomes.values()}) == 2
 
 
 def test_a_killed_parent_leaves_no_child():
@@ -132,9 +130,9 @@ for outcome in process_pool.run(test_process_pool.work, [("pid", "x"), ("hang", 
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
         child = int(parent.stdout.readline())
         parent.kill()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while Path(f"/proc/{child}").exists() and _state(child) != "Z":
-        assert time.monotonic() < deadline, "the child lives on"
+        assert time.monotonic() < deadline, "the child is still running"
         time.sleep(0.05)
 
 

@@ -1,9 +1,9 @@
-"""One process that goes through hostile inputs by the API, the command and the page, and tells how each came out.
+"""One process that passes hostile inputs through the API, the command and the page, and reports each outcome.
 
-python -m tests.support.hostile_child ROOT FIRST [page|command]: ROOT/inputs.json lists the inputs, FIRST is the number of the first to take. With
-`page` the page's own handlers are gone through (Gradio is imported), else what they call; with `command` the command follows, of
-all clips at once. A line of JSON on stdout before and after each; LONGEST_S after one has begun the process ends with status 1,
-the stack on stderr.
+python -m tests.support.hostile_child ROOT FIRST [page|command]: ROOT/inputs.json lists the inputs, FIRST is the index of the first
+one to process. With `page` the event handlers of the page are called (Gradio is imported), else what they call; with `command`
+avsi-inpaint follows, with all clips at once. Prints a line of JSON on stdout before and after each input. HANG_S after an input was
+begun the process exits with status 1 and the stack on stderr.
 """
 
 import contextlib
@@ -15,22 +15,23 @@ import resource
 import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 
-LONGEST_S, MOST_BYTES = 30, 16 * 2**30  # of address space: to keep the machine from harm
+HANG_S, MAX_BYTES = 120, 16 * 2**30  # per input; of address space, to protect the machine
 GAP = (0.4, 0.6)
 
 
 def peak_mb() -> float:
-    """Of the memory held since it was last asked."""
+    """Peak resident memory since the last call."""
     status = Path("/proc/self/status").read_text()
     peak = int(status[status.index("VmHWM:") :].split()[1]) / 1024
     Path("/proc/self/clear_refs").write_text("5")
     return peak
 
 
-def answer(work, path: Path) -> tuple[str, str]:
-    """(how it came out, what was said)."""
+def outcome_of(work: Callable, path: Path) -> tuple[str, str]:
+    """('done', result), ('refused', message of a ValueError or OSError) or ('raised', traceback of any other error)."""
     try:
         return "done", str(work(path) or "")
     except (ValueError, OSError) as error:
@@ -41,8 +42,8 @@ def answer(work, path: Path) -> tuple[str, str]:
         return "raised", "".join(traceback.format_exception(error))[-3000:]
 
 
-def command(program, *argv: str) -> str:
-    """What a command that is to end by code 2 says; AssertionError for another code, or for words on stdout."""
+def refused_by_command(program: Callable, *argv: str) -> str:
+    """Raises ValueError with what a command prints on stderr; AssertionError unless its exit code is 2 and stdout is empty."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = program(list(argv))
@@ -50,12 +51,13 @@ def command(program, *argv: str) -> str:
     raise ValueError(err.getvalue().rstrip("\n"))
 
 
-def ways_of_clips(root: Path, inpainter, by_page: bool) -> dict:
+def ways_for_clips(root: Path, inpainter, by_page: bool) -> dict[str, Callable]:
+    """{name: function of a path} through which each clip goes."""
     from avsi_jax.app import session
 
-    inline = lambda work, jobs, **limits: [session.workers.Outcome(0, work(*jobs[0]))]
-    session.workers.run = inline  # a child of its own for each upload takes a second: it is gone through over HTTP
-    sessions = session.SessionStore(root / "tmp" / "visits", inpainter, session.Limits())
+    run_inline = lambda work, jobs, **limits: [session.process_pool.JobOutcome(0, work(*jobs[0]))]
+    session.process_pool.run = run_inline  # a worker process per upload takes a second: it is tested over HTTP
+    sessions = session.SessionStore(root / "tmp" / "sessions", inpainter, session.Limits())
 
     def api(path):
         repair = inpainter.inpaint(path, [GAP])
@@ -63,86 +65,89 @@ def ways_of_clips(root: Path, inpainter, by_page: bool) -> dict:
         return repair.warnings
 
     def handlers(path):
-        """The page's; its error is one line of HTML."""
+        """Through the event handlers; their error is one line of HTML."""
         import gradio
 
         from avsi_jax.app import ui
 
-        session_handlers, request = ui.Handlers(sessions), types.SimpleNamespace(session_hash="one")
+        page, request = ui.Handlers(sessions), types.SimpleNamespace(session_hash="one")
         try:
-            session_handlers.handler(session_handlers.take)(request, str(path))
-            session_handlers.handler(session_handlers.restore)(request, "0.4-0.6", -1, False)
+            page.handler(page.load)(request, str(path))
+            page.handler(page.restore)(request, "0.4-0.6", -1, False)
         except gradio.Error as error:
-            assert "That did not work" not in error.message, error.message
+            assert "Internal error" not in error.message, error.message
             raise ValueError(error.message) from None
 
-    def visited(path):
+    def by_session(path):
         from avsi_jax.app import rendering
 
-        of = sessions.of("one")
-        clip = of.take(path)
-        assert rendering.clip(clip, clip.gaps)
-        of.restore("0.4-0.6")
+        one = sessions.get("one")
+        clip = one.load(path)
+        assert rendering.clip(clip, clip.detected_gaps)
+        one.restore("0.4-0.6")
 
-    return {"api": api, "page": handlers if by_page else visited}
+    return {"api": api, "page": handlers if by_page else by_session}
 
 
-def ways_of_weights(root: Path) -> dict:
-    from avsi_jax.app import cli
+def ways_for_weights(root: Path) -> dict[str, Callable]:
+    """{name: function of a path} through which each folder of weights goes."""
+    from avsi_jax.app import cli as app_cli
     from avsi_jax.inference import weights
     from avsi_jax.inpainting import cli as inpainting_cli
     from avsi_jax.inpainting.api import Inpainter
 
-    clip = str(root / "whole" / "a.wav")
+    clip = str(root / "valid" / "a.wav")
+    command = lambda path: refused_by_command(inpainting_cli.main, clip, "-o", str(root / "out"), f"--checkpoint={path}")
     return {
         "read": weights.read,
         "api": Inpainter.load,
-        "command": lambda path: command(inpainting_cli.main, clip, "-o", str(root / "out"), f"--checkpoint={path}"),
-        "page": lambda path: command(cli.main, f"--checkpoint={path}"),
+        "command": command,
+        "page": lambda path: refused_by_command(app_cli.main, f"--checkpoint={path}"),
     }
 
 
-def whole_command(root: Path, inpainter) -> dict:
-    """All clips by the command, in this process: code, what it wrote, s, MB."""
+def run_command(root: Path, inpainter) -> dict:
+    """avsi-inpaint with all clips, in this process: exit code, output, seconds of CPU, MB."""
     from avsi_jax.inpainting import api, cli
 
     api.Inpainter.load = staticmethod(lambda checkpoint: inpainter)  # the same weights, compiled already
     out, err = io.StringIO(), io.StringIO()
     peak_mb()
-    began = time.monotonic()
+    began = time.process_time()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = cli.main(arguments(root))
-    return {"code": code, "out": out.getvalue(), "err": err.getvalue(), "seconds": time.monotonic() - began, "peak_mb": peak_mb()}
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue(), "cpu_s": time.process_time() - began, "peak_mb": peak_mb()}
 
 
 def arguments(root: Path) -> list[str]:
+    """Arguments of avsi-inpaint for all clips."""
     return [f"{root}/in", "-o", f"{root}/out", "--json", "--report", f"--checkpoint={root}/good"]
 
 
 def main(root: Path, first: int, more: str) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
-    tell = lambda **told: print(json.dumps(told), file=real, flush=True)
-    real, sys.stdout = sys.stdout, sys.stderr
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+    report = lambda **fields: print(json.dumps(fields), file=stdout, flush=True)
+    stdout, sys.stdout = sys.stdout, sys.stderr
     from avsi_jax.inpainting.api import Inpainter
 
     inpainter = Inpainter.load(root / "good")
-    ways = {True: ways_of_weights(root), False: ways_of_clips(root, inpainter, more == "page")}
-    for kind in ("wav", "mkv"):  # compiled, and loaded, before time is taken
+    ways = {True: ways_for_weights(root), False: ways_for_clips(root, inpainter, more == "page")}
+    for kind in ("wav", "mkv"):  # compiles and loads everything before time is measured
         for way in ways[False].values():
-            way(root / "whole" / f"a.{kind}")
-    tell(ready=peak_mb())
+            way(root / "valid" / f"a.{kind}")
+    report(ready=peak_mb())
     for number, (name, kind) in list(enumerate(json.loads((root / "inputs.json").read_text())))[first:]:
         path = Path(os.fsdecode(bytes.fromhex(name)))
         for way, work in ways[kind == "weights"].items():
-            tell(number=number, way=way, how="begun")
-            faulthandler.dump_traceback_later(LONGEST_S, exit=True)
+            report(number=number, way=way, outcome="begun")
+            faulthandler.dump_traceback_later(HANG_S, exit=True)
             peak_mb()
-            began = time.monotonic()
-            how, said = answer(work, path)
+            began = time.process_time()
+            outcome, text = outcome_of(work, path)
             faulthandler.cancel_dump_traceback_later()
-            tell(number=number, way=way, how=how, transcript=said, seconds=time.monotonic() - began, peak_mb=peak_mb())
+            report(number=number, way=way, outcome=outcome, text=text, cpu_s=time.process_time() - began, peak_mb=peak_mb())
     if more == "command":
-        tell(command=whole_command(root, inpainter))
+        report(command=run_command(root, inpainter))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""200 inputs that mean harm, or are merely broken, the same bytes every time: 174 clips; tests/support/hostile_weights.py has 26 weights.
+"""174 malicious or broken clips, the same bytes every time; with the 26 weights of tests/support/hostile_weights.py, 200 inputs.
 
-`clips(folder)` writes them and tells what they are; `canary(folder)` writes what play lists name. They are made from a clip of
-1.2 s with a hole in its sound, in every kind of file that is read. Nothing here is anyone's recording.
+`clips(folder)` writes and lists them; `canary(folder)` writes the files that playlists refer to. They are made from a synthetic
+clip of 1.2 s with a gap in its audio, in every file format that is read.
 """
 
 import gzip
@@ -18,29 +18,29 @@ from typing import NamedTuple
 import numpy as np
 
 GAP = (0.4, 0.6)
-SECRET = "canary-5f1d9c7e-seen-by-nobody"
+SECRET = "canary-5f1d9c7e-must-not-be-read"
 KINDS = ("mpg", "mp4", "mkv", "mov", "avi", "wav", "flac")
-REFUSED, DONE, EITHER = "refused", "done", "either"  # what is to become of an input
+REFUSED, DONE, EITHER = "refused", "done", "either"  # expected outcomes of an input
 
 
 class Input(NamedTuple):
-    """kind: its class; fate: REFUSED, DONE or EITHER; default: whether it is one of the 20 that every test run takes."""
+    """kind: its class. expected: REFUSED, DONE or EITHER. default: one of the 20 that every test run uses."""
 
     path: Path
     kind: str
-    fate: str
+    expected: str
     default: bool
 
 
 class Maker:
-    """Numbers the inputs and writes them; of all of them, or of the default ones."""
+    """Numbers the inputs and writes them, either all or (few) the default ones."""
 
     def __init__(self, folder: Path, few: bool):
         self.folder, self.few, self.count, self.made = folder, few, 0, []
         folder.mkdir()
 
-    def add(self, kind: str, name: str, data, fate: str = EITHER, *, default: bool = False, exact: bool = False) -> None:
-        """data: bytes, or data(path) that makes it. Stems differ: the command writes them into one folder."""
+    def add(self, kind: str, name: str, data, expected: str = EITHER, *, default: bool = False, exact: bool = False) -> None:
+        """data: bytes, or a function of the path that writes them. Stems differ, since the outputs share one folder."""
         self.count += 1
         if self.few and not default:
             return
@@ -49,14 +49,14 @@ class Maker:
             data(path)
         else:
             path.write_bytes(data)
-        self.made.append(Input(path, kind, fate, default))
+        self.made.append(Input(path, kind, expected, default))
 
 
-# ---- good clips ------------------------------------------------------------------------------------------------------------------
+# ---- valid clips ----------------------------------------------------------------------------------------------------------------
 
 
-def audio(rate: int) -> np.ndarray:
-    """(N,) float32, 1.2 s of a buzz with a rush in it, silent in GAP."""
+def waveform(rate: int) -> np.ndarray:
+    """(N,) float32, 1.2 s of a modulated tone with noise, silent in GAP."""
     time = np.arange(round(1.2 * rate)) / rate
     x = 0.2 * np.sin(2 * np.pi * 140 * time) * (1 + 0.5 * np.sin(2 * np.pi * 3 * time))
     x += np.random.default_rng(0).normal(0, 0.02, len(time))
@@ -64,31 +64,31 @@ def audio(rate: int) -> np.ndarray:
     return x.astype(np.float32)
 
 
-def video_file(path: Path, container: str, video: str, audio: str, form: str = "yuv420p", rate: int = 16_000) -> None:
-    """30 pictures of 64x48 and the sound."""
+def video_file(path: Path, container: str, video_codec: str, audio_codec: str, pixels: str = "yuv420p", rate: int = 16_000) -> None:
+    """Writes a clip with 30 video frames of 64x48 and the audio."""
     import av
 
-    samples = np.rint(32_767 * audio(rate)).astype(np.int16)[None]
+    samples = np.rint(32_767 * waveform(rate)).astype(np.int16)[None]
     with av.open(str(path), "w", format=container, options={"movflags": "faststart"} if container in ("mp4", "mov") else {}) as out:
-        frames, heard = out.add_stream(video, rate=25), out.add_stream(audio, rate=rate, layout="mono")
-        frames.width, frames.height, frames.pix_fmt, frames.thread_count = 64, 48, form, 1
+        video, audio = out.add_stream(video_codec, rate=25), out.add_stream(audio_codec, rate=rate, layout="mono")
+        video.width, video.height, video.pix_fmt, video.thread_count = 64, 48, pixels, 1
         for k in range(30):
             rgb = np.full((48, 64, 3), 4 * k, np.uint8)
             rgb[10:20, k : k + 8] = 255
-            frame = av.VideoFrame.from_ndarray(rgb, format="rgb24").reformat(format=form)
+            frame = av.VideoFrame.from_ndarray(rgb, format="rgb24").reformat(format=pixels)
             frame.pts, frame.time_base = k, Fraction(1, 25)
-            out.mux(frames.encode(frame))
-        resampler = av.AudioResampler(heard.format, "mono", rate, heard.codec_context.frame_size or 1024)
+            out.mux(video.encode(frame))
+        resampler = av.AudioResampler(audio.format, "mono", rate, audio.codec_context.frame_size or 1024)
         frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
         frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
         for piece in [*resampler.resample(frame), *resampler.resample(None)]:
-            out.mux(heard.encode(piece))
-        for stream in (frames, heard):
+            out.mux(audio.encode(piece))
+        for stream in (video, audio):
             out.mux(stream.encode(None))
 
 
-def good(folder: Path) -> dict[str, bytes]:
-    """A whole clip of every kind, by suffix."""
+def valid_clips(folder: Path) -> dict[str, bytes]:
+    """A valid clip in every format: {suffix: bytes}."""
     import soundfile
 
     folder.mkdir()
@@ -98,12 +98,12 @@ def good(folder: Path) -> dict[str, bytes]:
     video_file(folder / "a.mov", "mov", "mjpeg", "pcm_s16le", "yuvj420p")
     video_file(folder / "a.avi", "avi", "mpeg4", "pcm_s16le")
     for kind in ("wav", "flac"):
-        soundfile.write(folder / f"a.{kind}", audio(16_000), 16_000, "PCM_16")
+        soundfile.write(folder / f"a.{kind}", waveform(16_000), 16_000, "PCM_16")
     return {kind: (folder / f"a.{kind}").read_bytes() for kind in KINDS}
 
 
 def canary(folder: Path) -> dict[str, Path]:
-    """What is named by play lists and is not to be opened: a text, and a film that could be played."""
+    """Files that playlists refer to and that must not be opened: a text, and a video that could be played."""
     folder.mkdir()
     (folder / "canary.txt").write_text(f"{SECRET}\n" * 20)
     video_file(folder / "canary.ts", "mpegts", "mpeg1video", "mp2", rate=44_100)
@@ -115,22 +115,22 @@ def canary(folder: Path) -> dict[str, Path]:
 
 def clips(folder: Path, named: dict[str, Path], few: bool = False) -> list[Input]:
     """174 of them, or 18."""
-    whole, maker = good(folder.parent / "whole"), Maker(folder, few)
-    _fuzzed(maker, whole)
+    valid, maker = valid_clips(folder.parent / "valid"), Maker(folder, few)
+    _fuzzed(maker, valid)
     _empty(maker)
-    _claims_of_audio(maker, whole)
-    _claims_of_films(maker, whole)
+    _false_audio_headers(maker, valid)
+    _false_video_headers(maker, valid)
     _bombs(maker)
-    _lists(maker, named)
-    _other_kinds(maker, whole)
-    _extremes(maker)
-    _odd_files(maker, whole)
+    _playlists(maker, named)
+    _other_files(maker, valid)
+    _extreme_samples(maker)
+    _special_files(maker, valid)
     return maker.made
 
 
-def _fuzzed(maker: Maker, whole) -> None:
-    """Bytes changed in the header and behind it, at places that a seed draws; ends cut off."""
-    for place, (kind, data) in enumerate(whole.items()):
+def _fuzzed(maker: Maker, valid) -> None:
+    """Bytes changed at random in the header and after it, and truncated files."""
+    for place, (kind, data) in enumerate(valid.items()):
         for seed in range(4):
             rng = np.random.default_rng([place, seed])
             changed = np.frombuffer(data, np.uint8).copy()
@@ -154,7 +154,7 @@ def _empty(maker: Maker) -> None:
 
 
 def wav(data: bytes, *, tag=1, channels=1, rate=16_000, bits=16, align=None, size=None, riff=None, extra=b"") -> bytes:
-    """A .wav that says what it is told to say."""
+    """A .wav file whose header has these values."""
     align = max(1, channels * bits // 8) if align is None else align
     form = struct.pack("<HHIIHH", tag, channels, rate, min(rate * align, 2**32 - 1), align % 65536, bits) + extra
     size = len(data) if size is None else size
@@ -162,21 +162,21 @@ def wav(data: bytes, *, tag=1, channels=1, rate=16_000, bits=16, align=None, siz
     return b"RIFF" + struct.pack("<I", len(body) if riff is None else riff) + body
 
 
-def _claims_of_audio(maker: Maker, whole) -> None:
-    """Rates, channels, bits and lengths that are lies or beyond reason."""
-    pcm = np.rint(32_767 * audio(16_000)).astype("<i2").tobytes()
-    told = {
+def _false_audio_headers(maker: Maker, valid) -> None:
+    """Headers with false or extreme rates, channels, bits and lengths."""
+    pcm = np.rint(32_767 * waveform(16_000)).astype("<i2").tobytes()
+    headers = {
         "rate 0": {"rate": 0}, "rate 1": {"rate": 1}, "rate most": {"rate": 2**32 - 1},
         "rate prime": {"rate": 2**31 - 1}, "channels 0": {"channels": 0, "align": 2}, "channels 1024": {"channels": 1024},
         "channels most": {"channels": 65_535}, "bits 0": {"bits": 0}, "bits 3": {"bits": 3}, "bits most": {"bits": 65_535},
         "align 0": {"align": 0}, "size most": {"size": 2**32 - 1}, "riff 0": {"riff": 0}, "tag none": {"tag": 0x7777},
         "tag adpcm": {"tag": 2, "bits": 4, "extra": struct.pack("<HHH", 32, 65_535, 7)},
     }  # fmt: skip
-    for name, fields in told.items():
+    for name, fields in headers.items():
         maker.add("claim", f"{name}.wav", wav(pcm, **fields), default=name in ("rate most", "channels most"))
     rf64 = b"RF64\xff\xff\xff\xffWAVEds64" + struct.pack("<IQQQI", 28, 2**62, 2**62, 2**61, 0) + wav(pcm, size=2**32 - 1)[12:]
     maker.add("claim", "rf64.wav", rf64)
-    flac = whole["flac"]
+    flac = valid["flac"]
     bits = int.from_bytes(flac[18:26], "big")  # rate 20, channels 3, bits 5, samples 36
     of = lambda bits: flac[:18] + bits.to_bytes(8, "big") + flac[26:]
     maker.add("claim", "samples most.flac", of(bits | (2**36 - 1)), default=True)
@@ -187,36 +187,36 @@ def _claims_of_audio(maker: Maker, whole) -> None:
     maker.add("claim", "picture.flac", flac[:42] + b"\x06\xff\xff\xff" + struct.pack(">II", 3, 2**31) + flac[42:])
 
 
-def _claims_of_films(maker: Maker, whole) -> None:
-    """Sizes, counts and lengths of pictures and tables that are lies or beyond reason."""
+def _false_video_headers(maker: Maker, valid) -> None:
+    """Headers with false or extreme sizes, counts and lengths of video frames and tables."""
 
     def put(kind: str, name: str, mark: bytes, offset: int, value: bytes, **options) -> None:
-        data = whole[kind]
+        data = valid[kind]
         at = data.index(mark) + offset
         maker.add("claim", f"{name}.{kind}", data[:at] + value + data[at + len(value) :], **options)
 
     put("mpg", "size", b"\0\0\1\xb3", 4, b"\xff\xff\xff", default=True)
     put("mpg", "size 0", b"\0\0\1\xb3", 4, b"\0\0\0")
-    most = b"\xff\xff\xff\xff"
+    maximum = b"\xff\xff\xff\xff"
     for kind in ("mp4", "mov"):
         coded = b"mp4v" if kind == "mp4" else b"jpeg"
         put(kind, "size", coded + bytes(6), 28, b"\xff\xff\xff\xff", default=kind == "mov")
         put(kind, "time 1", b"mdhd", 16, b"\0\0\0\1")
         put(kind, "time 0", b"mdhd", 16, b"\0\0\0\0")
-        put(kind, "lasts", b"stts", 8, most + most)
-        put(kind, "sizes", b"stsz", 8, most + most)
-        put(kind, "offset", b"stco", 12, most)
-        put(kind, "box", b"moov", -4, most)
+        put(kind, "duration", b"stts", 8, maximum + maximum)
+        put(kind, "sizes", b"stsz", 8, maximum + maximum)
+        put(kind, "offset", b"stco", 12, maximum)
+        put(kind, "box", b"moov", -4, maximum)
     put("mkv", "size", b"\xb0\x81\x40", 1, b"\x84\x7f\xff\xff\xff")
     put("mkv", "rate nan", b"\xb5\x88", 2, struct.pack(">d", np.nan))
     put("mkv", "rate huge", b"\xb5\x88", 2, struct.pack(">d", 1e300))
-    put("mkv", "lasts", b"\x44\x89\x88", 3, struct.pack(">d", 1e300))
+    put("mkv", "duration", b"\x44\x89\x88", 3, struct.pack(">d", 1e300))
     put("avi", "size", b"vids", 56 + 8, struct.pack("<II", 2**31 - 1, 2**31 - 1))
-    put("avi", "frames", b"avih", 24, most)
+    put("avi", "frames", b"avih", 24, maximum)
 
 
 def png(width: int, height: int) -> bytes:
-    """A black picture of one bit a point, made without holding it."""
+    """A black image of one bit per pixel, compressed without holding it in memory."""
     pack, rows = zlib.compressobj(9), b"".join(b"\0" + bytes((width + 7) // 8) for _ in range(64))
     data = b"".join(pack.compress(rows) for _ in range(height // 64)) + pack.flush()
     chunk = lambda name, x: struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x))
@@ -225,34 +225,34 @@ def png(width: int, height: int) -> bytes:
     )
 
 
-def painted(path: Path, kind: str, image: bytes, count: int, told: int) -> None:
-    """A film of `count` times one .png, whose header tells of pictures of `told` points squared; and the sound."""
+def png_video(path: Path, kind: str, image: bytes, count: int, header_size: int) -> None:
+    """Writes a clip of `count` times one .png, whose header claims frames of header_size x header_size; and the audio."""
     import av
 
     with av.open(str(path), "w", format=kind) as out:
         video, audio = out.add_stream("png", rate=25), out.add_stream("pcm_s16le", rate=16_000, layout="mono")
-        video.width, video.height, video.pix_fmt = told, told, "monob"
+        video.width, video.height, video.pix_fmt = header_size, header_size, "monob"
         out.start_encoding()
         for k in range(count):
             packet = av.Packet(image)
             packet.pts = packet.dts = round(k / 25 / video.time_base)
             packet.stream, packet.time_base, packet.is_keyframe = video, video.time_base, True
             out.mux(packet)
-        samples = np.rint(32_767 * audio(16_000)).astype("<i2")
+        samples = np.rint(32_767 * waveform(16_000)).astype("<i2")
         frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
         frame.sample_rate, frame.pts, frame.time_base = 16_000, 0, Fraction(1, 16_000)
         out.mux(audio.encode(frame))
 
 
 def _bombs(maker: Maker) -> None:
-    """Small files, much inside."""
+    """Small files that decode to a lot of data."""
     import soundfile
 
-    for name, kind, size, count, told in (
-        ("one", "mov", 16_128, 1, 16_128), ("hidden", "mov", 16_128, 1, 64), ("film", "avi", 4096, 60, 4096),
-        ("hidden film", "avi", 4096, 60, 64),
+    for name, kind, size, count, header_size in (
+        ("one", "mov", 16_128, 1, 16_128), ("hidden", "mov", 16_128, 1, 64), ("video", "avi", 4096, 60, 4096),
+        ("hidden video", "avi", 4096, 60, 64),
     ):  # fmt: skip
-        make = lambda path, kind=kind, size=size, rest=(count, told): painted(path, kind, png(size, size), *rest)
+        make = lambda path, kind=kind, size=size, rest=(count, header_size): png_video(path, kind, png(size, size), *rest)
         maker.add("bomb", f"{name}.{kind}", make)
 
     def silent(path: Path) -> None:
@@ -263,8 +263,8 @@ def _bombs(maker: Maker) -> None:
     maker.add("bomb", "silence.flac", silent)
 
 
-def _lists(maker: Maker, named: dict[str, Path]) -> None:
-    """What names other files, in place of a clip."""
+def _playlists(maker: Maker, named: dict[str, Path]) -> None:
+    """Files that refer to other files, in place of a clip."""
     video_file, text = named["ts"].as_posix(), named["txt"].as_posix()
     hls = f"#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:2\n#EXTINF:1.2,\n{video_file}\n#EXT-X-ENDLIST\n".encode()
     concat = f"ffconcat version 1.0\nfile '{video_file}'\n".encode()
@@ -288,8 +288,8 @@ def _lists(maker: Maker, named: dict[str, Path]) -> None:
     maker.add("list", "meta.mpg", f";FFMETADATA1\ntitle={text}\n".encode(), REFUSED)
 
 
-def _other_kinds(maker: Maker, whole) -> None:
-    """Other things than clips under a clip's name."""
+def _other_files(maker: Maker, valid) -> None:
+    """Files that are not clips under a clip's name."""
     packed, archive = io.BytesIO(), io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("../../outside.wav", bytes(2**25))
@@ -297,21 +297,21 @@ def _other_kinds(maker: Maker, whole) -> None:
         file.addfile(tarfile.TarInfo("../../outside.wav"), io.BytesIO())
     page = b"<!doctype html><script>document.title='x'</script><img src=x onerror=alert(1)>" * 20
     for name, data in {
-        "text.mp4": b"this is no film, it is a text\n" * 50, "page.mov": page, "json.mkv": b'{"a": [1, 2]}' * 99,
+        "text.mp4": b"this is not a video, it is a text\n" * 50, "page.mov": page, "json.mkv": b'{"a": [1, 2]}' * 99,
         "zip bomb.mp4": packed.getvalue(), "gzip bomb.mkv": gzip.compress(bytes(2**25)), "tar.avi": archive.getvalue(),
         "pickle.wav": b"\x80\x04cos\nsystem\n(S'touch outside'\ntR.", "program.flac": b"\x7fELF" + bytes(500),
         "drawing.mpg": b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>" * 9,
         "script.mpeg": b"#!/bin/sh\ntouch outside\n" * 30, "noise.avi": np.random.default_rng(1).bytes(5000),
     }.items():  # fmt: skip
         maker.add("other", name, data, EITHER if name.startswith("noise") else REFUSED, default=name == "zip bomb.mp4")
-    maker.add("other", "film.wav", whole["mp4"], REFUSED)
-    maker.add("other", "sound.mp4", whole["wav"], REFUSED)
-    maker.add("other", "avi.mkv", whole["avi"])
+    maker.add("other", "video.wav", valid["mp4"], REFUSED)
+    maker.add("other", "audio.mp4", valid["wav"], REFUSED)
+    maker.add("other", "avi.mkv", valid["avi"])
 
 
-def _extremes(maker: Maker) -> None:
-    """Sounds of numbers that are none, or at the edge."""
-    x = audio(16_000)
+def _extreme_samples(maker: Maker) -> None:
+    """Audio of numbers that are not finite, or extreme."""
+    x = waveform(16_000)
     odd = {"nan": np.nan, "inf": np.inf, "minus inf": -np.inf}
     for name, value in odd.items():
         samples = x.copy()
@@ -328,8 +328,8 @@ def _extremes(maker: Maker) -> None:
     maker.add("extreme", "none.wav", wav(b""), REFUSED)
 
 
-def _odd_files(maker: Maker, whole) -> None:
-    """No regular files; and names that are hard to print, of clips that are to be repaired."""
+def _special_files(maker: Maker, valid) -> None:
+    """Files that are not regular files; and valid clips with names that are hard to print."""
     maker.add("no file", "folder.mp4", lambda path: path.mkdir(), REFUSED)
     maker.add("no file", "link.wav", lambda path: path.symlink_to(path.parent / "nowhere.wav"), REFUSED)
     maker.add("no file", "circle.wav", lambda path: path.symlink_to(path), REFUSED)
@@ -341,4 +341,4 @@ def _odd_files(maker: Maker, whole) -> None:
         ("-rf --overwrite", "new\nline", "'quoted' \"twice\" `id` $(id)", "\u05d0\u202egnp\U0001f600", os.fsdecode(b"\xff\xfe"),
          "\x1b[31m<b>&amp;", "%03d", "x" * 220, "concat:a|b")
     ):  # fmt: skip
-        maker.add("name", f"{name}{number}.wav", whole["wav"], DONE, default=number == 1, exact=True)
+        maker.add("name", f"{name}{number}.wav", valid["wav"], DONE, default=number == 1, exact=True)

@@ -1,4 +1,4 @@
-"""26 folders of weights that mean harm, or are merely broken: those of the 200 inputs of tests/support/hostile_clips.py that are no clips."""
+"""26 malicious or broken folders of weights; with the clips of tests/support/hostile_clips.py, 200 inputs."""
 
 import gzip
 import hashlib
@@ -15,7 +15,7 @@ from tests.support.hostile_clips import REFUSED, Input, Maker
 
 
 def weights_of(folder: Path, good: Path, few: bool = False) -> list[Input]:
-    """26 folders of weights, or 2, from those in `good`, each spoilt in one way; whoever changes tensors changes the sha256 too."""
+    """26 folders of weights, or (few) 2, made from those in `good` by one change each; the sha256 is updated with the tensors."""
     config, tensors = (good / "config.json").read_bytes(), (good / "model.safetensors").read_bytes()
     length = struct.unpack("<Q", tensors[:8])[0]
     header, numbers = json.loads(tensors[8 : 8 + length]), tensors[8 + length :]
@@ -29,16 +29,16 @@ def weights_of(folder: Path, good: Path, few: bool = False) -> list[Input]:
                     data(path / file)
                 elif data is not None:
                     sum_ = hashlib.sha256(of_tensors if isinstance(of_tensors, bytes) else b"").hexdigest()
-                    told = json.loads(config)["sha256"].encode()
-                    (path / file).write_bytes(data.replace(told, sum_.encode()) if sha and file == "config.json" else data)
+                    stored = json.loads(config)["sha256"].encode()
+                    (path / file).write_bytes(data.replace(stored, sum_.encode()) if sha and file == "config.json" else data)
 
         maker.add("weights", name, make, REFUSED, default=default)
 
     def with_header(change) -> bytes:
         new = json.loads(json.dumps(header))
         change(new)
-        told = json.dumps(new).encode()
-        return struct.pack("<Q", len(told)) + told + numbers
+        encoded = json.dumps(new).encode()
+        return struct.pack("<Q", len(encoded)) + encoded + numbers
 
     def with_config(change) -> bytes:
         new = json.loads(config)

@@ -1,6 +1,6 @@
-"""Real processes on this machine that train as one, as the hosts of a pod do: each with its own CPU devices, joined by gloo.
+"""Starts real processes on this machine that train together like the hosts of a pod, each with its own CPU devices, over gloo.
 
-`run(command)` for tests that wait for the end, `popen(command)` for those that kill, stop or signal one of them on the way.
+`run(command)` is for tests that wait for the end, `popen(command)` for those that kill, stop or signal a process on the way.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ COORDINATES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 class Finished(NamedTuple):
-    """How one process ended; a negative returncode is the signal that killed it."""
+    """The result of one process; a negative returncode is the signal that killed it."""
 
     returncode: int
     stdout: str
@@ -27,21 +27,21 @@ class Finished(NamedTuple):
 
 
 class Process(subprocess.Popen):
-    """One of the processes; `stdout_text()` and `stderr_text()` read what it has written so far."""
+    """A running process; `stdout_text()` and `stderr_text()` return its output so far."""
 
     def __init__(self, command, folder: Path, rank: int, **options):
-        self.rank, self.written = rank, [folder / f"{rank}.{name}" for name in ("stdout", "stderr")]
-        with open(self.written[0], "wb") as out, open(self.written[1], "wb") as err:  # files: a pipe nobody reads fills up
+        self.rank, self.output_files = rank, [folder / f"{rank}.{name}" for name in ("stdout", "stderr")]
+        with open(self.output_files[0], "wb") as out, open(self.output_files[1], "wb") as err:  # an unread pipe would fill up
             super().__init__(command, stdout=out, stderr=err, start_new_session=True, **options)
 
     def stdout_text(self) -> str:
-        return self.written[0].read_text(errors="replace")
+        return self.output_files[0].read_text(errors="replace")
 
     def stderr_text(self) -> str:
-        return self.written[1].read_text(errors="replace")
+        return self.output_files[1].read_text(errors="replace")
 
     def kill_all(self) -> None:
-        """It and its children."""
+        """Kills the process and its children."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self.wait()
@@ -54,7 +54,7 @@ def free_port() -> int:
 
 
 def command_of(source_or_args) -> list[str]:
-    """Python source, or the arguments of a command: ["-m", "avsi_jax.train", ...] and ["file.py", ...] get python before them."""
+    """The command for Python source or for arguments; python is put before ["-m", "avsi_jax.train", ...] and ["file.py", ...]."""
     if isinstance(source_or_args, str):
         return [sys.executable, "-c", source_or_args]
     args = [str(a) for a in source_or_args]
@@ -62,7 +62,7 @@ def command_of(source_or_args) -> list[str]:
 
 
 def environment(rank: int, processes: int, devices: int, port: int, **more: str) -> dict[str, str]:
-    """What tells a process its place; of one process alone, what tells it nothing. A value None takes a variable away."""
+    """Environment variables of a process; a single process gets no place among others. A value of None unsets a variable."""
     env = {k: v for k, v in os.environ.items() if k not in (*COORDINATES, "XLA_FLAGS")}
     env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
     if processes > 1:
@@ -72,13 +72,13 @@ def environment(rank: int, processes: int, devices: int, port: int, **more: str)
 
 @contextlib.contextmanager
 def popen(source_or_args, processes: int = 2, devices: int = 2, *, cwd: Path = ROOT, **env: str):
-    """The started processes, by rank; whatever is still alive in the end is killed."""
+    """Starts the processes and yields them by rank; kills those that are still running at the end."""
     command, port, started = command_of(source_or_args), free_port(), []
     with tempfile.TemporaryDirectory(prefix="avsi_jax_processes_") as folder:
         try:
             for rank in range(processes):
-                where = environment(rank, processes, devices, port, **env)
-                started.append(Process(command, Path(folder), rank, env=where, cwd=cwd))
+                variables = environment(rank, processes, devices, port, **env)
+                started.append(Process(command, Path(folder), rank, env=variables, cwd=cwd))
             yield started
         finally:
             for process in started:
@@ -86,7 +86,7 @@ def popen(source_or_args, processes: int = 2, devices: int = 2, *, cwd: Path = R
 
 
 def wait(started: list[Process], timeout: float, *, patience: float = 20) -> list[Finished]:
-    """Until all have ended; where one fails the others get `patience` seconds more, and are then killed, as after `timeout`."""
+    """Waits until all have ended, for at most `timeout` seconds, and at most `patience` after one failed; kills the others then."""
     end = time.monotonic() + timeout
     while any(p.poll() is None for p in started) and time.monotonic() < end:
         if any(p.returncode for p in started):
@@ -101,14 +101,14 @@ def wait(started: list[Process], timeout: float, *, patience: float = 20) -> lis
 def run(
     source_or_args, processes: int = 2, devices: int = 2, *, timeout: float = 120, patience: float = 20, **options
 ) -> list[Finished]:
-    """How each process ended, by rank (see wait, popen). A test that expects success calls `succeed`."""
+    """The results by rank (see wait, popen). A test that expects success calls `succeed`."""
     with popen(source_or_args, processes, devices, **options) as started:
         return wait(started, timeout, patience=patience)
 
 
 def succeed(source_or_args, processes: int = 2, devices: int = 2, **options) -> list[str]:
-    """What each process wrote to stdout; AssertionError with everybody's last words where one failed."""
+    """The stdout of each process; AssertionError with the end of every stderr where one failed."""
     finished = run(source_or_args, processes, devices, **options)
-    words = "\n".join(f"--- process {i}: exit {f.returncode}\n{f.stderr[-3000:]}" for i, f in enumerate(finished))
-    assert not any(f.returncode for f in finished), words
+    errors = "\n".join(f"--- process {i}: exit {f.returncode}\n{f.stderr[-3000:]}" for i, f in enumerate(finished))
+    assert not any(f.returncode for f in finished), errors
     return [f.stdout for f in finished]

@@ -1,7 +1,7 @@
-"""avsi-train that is sent a signal at a chosen moment: `python -m tests.support.signal_at_phase SIGNAL PHASE NTH [avsi-train's arguments]`.
+"""avsi-train with a signal at a chosen moment: `python -m tests.support.signal_at_phase SIGNAL PHASE NTH [avsi-train arguments]`.
 
-PHASE: one of avsi_jax.runtime.goodput, the signal comes when it is entered for the NTH time; 'import': before anything is imported; 'after':
-NTH seconds after the first step; 'saving': while a checkpoint is being written, the NTH one.
+PHASE: a phase of avsi_jax.runtime.goodput, for a signal when it is entered for the NTH time; 'import': NTH seconds after the start,
+during imports; 'after': NTH seconds after the first training step; 'saving': while the NTH checkpoint is being written.
 """
 
 import os
@@ -12,39 +12,41 @@ import time
 
 
 def send(name: str) -> None:
+    """Sends a signal to this process."""
     os.kill(os.getpid(), getattr(signal, name))
 
 
 def arrange(name: str, phase: str, nth: float, put=setattr) -> None:
-    """Has this process sent the signal then; `put` sets an attribute of a class (monkeypatch.setattr takes it back)."""
+    """Arranges for the signal in this process; `put` sets a class attribute (with monkeypatch.setattr it is undone)."""
     from avsi_jax.runtime import goodput
     from avsi_jax.training import checkpoints
 
     entered, enter, saves, save = [], goodput.PhaseTimer.enter, [], checkpoints.Checkpoints.save
 
-    def entering(self, now: str) -> None:
-        enter(self, now)
-        entered.append(now)
-        if now == phase and entered.count(now) == nth:
+    def enter_and_send(self, new_phase: str) -> None:
+        enter(self, new_phase)
+        entered.append(new_phase)
+        if new_phase == phase and entered.count(new_phase) == nth:
             send(name)
-        if phase == "after" and entered.count(goodput.STEP) == 1 and now == goodput.STEP:
+        if phase == "after" and entered.count(goodput.STEP) == 1 and new_phase == goodput.STEP:
             threading.Timer(nth, send, [name]).start()
 
-    def saving(self, step, *args, **options) -> None:
+    def save_and_send(self, step, *args, **options) -> None:
         save(self, step, *args, **options)
         saves.append(step)
         if len(saves) == nth:
-            until = time.monotonic() + 10
+            deadline = time.monotonic() + 10
             while not list(self.folder.glob(f"{step}.*tmp*")) and not (self.folder / str(step)).exists():
-                assert time.monotonic() < until, "nothing is being written"
+                assert time.monotonic() < deadline, "no checkpoint is being written"
             send(name)
 
-    put(goodput.PhaseTimer, "enter", entering)
+    put(goodput.PhaseTimer, "enter", enter_and_send)
     if phase == "saving":
-        put(checkpoints.Checkpoints, "save", saving)
+        put(checkpoints.Checkpoints, "save", save_and_send)
 
 
 def main() -> int:
+    """Runs the command line; returns the exit code of avsi-train."""
     name, phase, nth, *arguments = sys.argv[1:]
     if phase == "import":
         threading.Timer(float(nth), send, [name]).start()

@@ -1,34 +1,34 @@
-"""Eight clips of unequal lengths as a step takes them, one without text and one that doesn't count: what tests of steps share."""
+"""A batch of eight clips of unequal lengths, one without text and one of weight 0, for tests of training steps."""
 
 import numpy as np
 
 from tests.support import tiny_data
 
-SAID = ["lay red at t seven now", "bin blue at t one now"] * 4
-SAID[2] = ""
-COUNTED = np.float32([1, 1, 1, 1, 1, 0, 1, 1])
+TEXTS = ["lay red at t seven now", "bin blue at t one now"] * 4
+TEXTS[2] = ""
+WEIGHTS = np.float32([1, 1, 1, 1, 1, 0, 1, 1])
 
 
 def make_batch() -> dict:
-    """As input_pipeline.train_batches gives it."""
+    """The batch, as from input_pipeline.train_batches."""
     from avsi_jax.data import input_pipeline
 
     examples = []
     for seed, clip_id in enumerate(list(tiny_data.clip_ids())[:8]):
-        raw = tiny_data.measurement(seed) | {"id": clip_id, "speaker": "s1", "text": SAID[seed], "words": []}
+        raw = tiny_data.measurement(seed) | {"id": clip_id, "speaker": "s1", "text": TEXTS[seed], "words": []}
         raw["audio"] = raw["audio"][: 48_000 - 2_500 * seed]
         examples.append(input_pipeline.to_example(raw))
     batch = {k: np.stack([e[k] for e in examples]) for k in examples[0] if k != "clip_id"}
-    return batch | {"clip_id": [e["clip_id"] for e in examples], "weight": COUNTED}
+    return batch | {"clip_id": [e["clip_id"] for e in examples], "weight": WEIGHTS}
 
 
 def arrays(batch: dict) -> dict:
-    """What a step is given of it."""
+    """The arrays of a batch, which are the input of a training step."""
     return {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
 
 
 def run(step, batch: dict, count: int, state):
-    """The states after each of `count` steps, and the metrics of each as sum / count."""
+    """Runs a training step `count` times on one batch; returns the states after each step and the metrics of each as means."""
     import jax
 
     states, metrics = [], []

@@ -1,8 +1,9 @@
-"""A dataset small enough to train on in seconds, without the corpus: invented voices and lips, written by the real builder.
+"""A dataset small enough to train on in seconds, without the Grid corpus: synthetic voices and landmarks.
 
-`build(root)` writes root/data (records) by root/measured (one .npz a clip). A voice is a buzz that changes pitch, colour and
-loudness from word to word, so that STOI and PESQ have something to hear; the lips follow the loudness. Lengths of sound and
-picture differ from clip to clip. The builder imports tensorflow, which tests of training must not: it runs in a process of its own.
+`build(root)` writes the records to root/data with the real builder, from root/measured (one .npz per clip). A voice is a harmonic
+sound whose pitch, timbre and loudness change from word to word, so that STOI and PESQ are meaningful; the lips open with the
+loudness. Lengths of audio and video differ between clips. The builder imports tensorflow, which tests of training must not do, so
+it runs in a process of its own.
 """
 
 import subprocess
@@ -12,45 +13,45 @@ from pathlib import Path
 import numpy as np
 
 RATE, FPS = 16_000, 25
-SPEAKERS = {"s1": 9, "s26": 3, "s30": 3}  # train, validation, test: clips of each
-SAMPLES = (47_647, 48_000, 41_000)  # of a clip's sound, in turn
+SPEAKERS = {"s1": 9, "s26": 3, "s30": 3}  # number of clips for train, validation and test
+SAMPLES = (47_647, 48_000, 41_000)  # lengths of the clips' audio, in turn
 FRAMES = (75, 75, 66)
 WORDS_S = ((0.40, 0.75), (0.75, 1.05), (1.05, 1.25), (1.25, 1.55), (1.55, 1.90), (1.90, 2.30))
 
 
 def clip_ids() -> dict[str, str]:
-    """Clip id -> speaker; ids that the corpus gives to the speaker."""
+    """{clip id: speaker}, with ids that the speakers have in the corpus."""
     from tfds_grid import grid_ids
 
     return {clip_id: speaker for speaker, count in SPEAKERS.items() for clip_id in grid_ids.ids_of(speaker)[:count]}
 
 
 def voice(seed: int, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sound (N,) in [-1, 1] and its loudness (N,) in [0, 1]: six words of harmonics of a drifting pitch under two formants."""
+    """Audio (N,) in [-1, 1] and its loudness (N,) in [0, 1]: six words of harmonics of a rising pitch with two formants."""
     rng = np.random.default_rng(seed)
     time = np.arange(num_samples) / RATE
     audio, loudness = 0.002 * rng.normal(size=num_samples), np.zeros(num_samples)
     for start, end in WORDS_S:
         part = np.clip((time - start) / (end - start), 0, 1)
-        swell = np.sin(np.pi * part) ** 0.7
+        envelope = np.sin(np.pi * part) ** 0.7
         pitch = rng.uniform(100, 180) * (1 + 0.1 * part)
         phase = 2 * np.pi * np.cumsum(pitch) / RATE
         formants = rng.uniform([300, 900], [800, 2600])
         for k in range(1, 21):
-            colour = sum(np.exp(-(((k * pitch - f) / 250) ** 2)) for f in formants) + 0.02
-            audio += 0.08 * swell * colour * np.sin(k * phase)
-        loudness = np.maximum(loudness, swell)
+            gain = sum(np.exp(-(((k * pitch - f) / 250) ** 2)) for f in formants) + 0.02
+            audio += 0.08 * envelope * gain * np.sin(k * phase)
+        loudness = np.maximum(loudness, envelope)
     return np.clip(audio, -1, 1), loudness
 
 
 def measurement(seed: int) -> dict[str, np.ndarray]:
-    """What tfds_grid.clips would have measured on a clip."""
+    """The measurements that tfds_grid.clips would make on a clip."""
     rng = np.random.default_rng(1000 + seed)
     samples, frames = SAMPLES[seed % 3], FRAMES[seed % 3]
     audio, loudness = voice(seed, samples)
-    open_ = np.interp(np.arange(frames) / FPS, np.arange(samples) / RATE, loudness)
+    opening = np.interp(np.arange(frames) / FPS, np.arange(samples) / RATE, loudness)
     points = rng.uniform([120, 80], [240, 250], (68, 2)) + rng.normal(0, 0.2, (frames, 68, 2))
-    points[:, 48:, 1] += 8 * open_[:, None]
+    points[:, 48:, 1] += 8 * opening[:, None]
     return {
         "audio": np.rint(32_767 * audio).astype(np.int16),
         "offset_s": np.float32(0.011),
@@ -63,7 +64,7 @@ def measurement(seed: int) -> dict[str, np.ndarray]:
 
 
 def align(clip_id: str) -> str:
-    """An .align of the clip: its words, times in 1/25000 s."""
+    """The text of the clip's .align file: its words with times in 1/25000 s."""
     from avsi_jax.data import grid_text
 
     rows = [
@@ -75,7 +76,7 @@ def align(clip_id: str) -> str:
 
 
 def write(root: Path) -> None:
-    """Made-up corpus -> records, by the real builder (imports tensorflow)."""
+    """Writes the dataset with the real builder (imports tensorflow)."""
     from tfds_grid import grid_dataset_builder, prepare
 
     raw, measured = root / "raw", {}
@@ -93,15 +94,10 @@ def write(root: Path) -> None:
 
 
 def build(root: Path) -> Path:
-    """Writes the dataset in a process of its own; returns the folder to give to config.data_dir."""
-    root_of_checkout = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.tiny_data", str(root)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=root_of_checkout,
-    )
+    """Writes the dataset in a process of its own; returns the folder for config.data_dir."""
+    command = [sys.executable, "-m", "tests.support.tiny_data", str(root)]
+    checkout = Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=checkout)
     if done.returncode:
         raise RuntimeError(f"the tiny dataset could not be written:\n{done.stderr[-2000:]}")
     return root / "data"

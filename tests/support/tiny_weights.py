@@ -1,4 +1,4 @@
-"""A network small enough to write, read and spoil many times: what the tests of weights and of their export share."""
+"""Weights of a tiny network, quick to write, read and modify, for tests of weights and export."""
 
 import shutil
 from pathlib import Path
@@ -10,14 +10,14 @@ from avsi_jax.inference.trained_run import Run
 
 
 def run(**fields) -> Run:
-    """A run of a tiny av_unified: numbers drawn for its parameters and made up to standardise by; nothing is compiled."""
+    """A run of a tiny av_unified with random parameters and arbitrary normalisation; nothing is compiled."""
     import jax
 
     from avsi_jax.data.features import Normalisation, Scale
     from avsi_jax.models import build
 
-    wanted = {"units": 4, "layers": 1, "data_dir": "/somewhere/data", "preset": "wide"} | fields
-    config = configs.load("av_unified", [(k, str(v)) for k, v in wanted.items()])
+    config_fields = {"units": 4, "layers": 1, "data_dir": "/somewhere/data", "preset": "wide"} | fields
+    config = configs.load("av_unified", [(k, str(v)) for k, v in config_fields.items()])
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: build.init_params(config))
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
@@ -25,12 +25,12 @@ def run(**fields) -> Run:
 
 
 def written(folder: Path) -> Path:
-    """The weights of `run` as they are written, in `folder`."""
+    """Writes the weights of `run` to `folder`."""
     from avsi_jax.inference import weights
 
     return weights.write(folder, run(), {"note": "made up", "measured": {}})
 
 
 def copied(folder: Path, target: Path) -> Path:
-    """A copy of such a folder, to be spoilt."""
+    """Copies such a folder, so that a test can modify it."""
     return Path(shutil.copytree(folder, target))

@@ -1,4 +1,4 @@
-"""The build by Apache Beam: what avsi-prepare writes, byte for byte. Run by `make test-beam`, in an environment of its own."""
+"""The build with Apache Beam gives the bytes that avsi-prepare writes. Run by `make test-beam`, in an environment of its own."""
 
 import importlib.util
 import json
@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 needs_beam = pytest.mark.skipif(
     importlib.util.find_spec("apache_beam") is None, reason="apache-beam is not in this environment: make test-beam"
 )
-RUNNER = "--runner=FnApiRunner"  # within the process; what Beam calls DirectRunner may fetch a program from the network first
+RUNNER = "--runner=FnApiRunner"  # runs in this process; the DirectRunner may download a program first
 CLIPS_OF = {"s1": 6, "s2": 1}  # all in a seen split
 KINDS = (("", ".mpg"), ("alignments/", ".align"), ("audio_25k/", ".wav"))
-BROKEN_SPEAKER = "s26"  # the only clip of validation, which is then left out
+BROKEN_SPEAKER = "s26"  # its broken clip is the only one of validation, so that the split is left out
 FLAGS = ("--max_skipped=0.2", "--max_shard_mb=0.3")
 MAY_DIFFER = {"seconds", "clips_per_s", "peak_memory_mb"}  # in build_report.json
 
@@ -40,10 +40,10 @@ def run(module, *args, code=0, cwd=ROOT):
 
 
 def copy_real_clips(grid, raw):
-    """Clips of the corpus, one of them with the original wav, and their words."""
-    banned = speakers.reserved_ids(grid)
+    """Copies clips of the corpus with their words, one of them with the original wav."""
+    reserved = speakers.reserved_ids(grid)
     for speaker, count in CLIPS_OF.items():
-        names = sorted(p.stem for p in (grid / speaker).glob("*.mpg") if p.stem not in banned)[:count]
+        names = sorted(p.stem for p in (grid / speaker).glob("*.mpg") if p.stem not in reserved)[:count]
         if speaker == "s2":
             names = sorted(p.stem for p in (grid / "audio_25k" / speaker).glob("*.wav"))[:count]
         assert len(names) == count, f"{grid}: found {len(names)} clips of {speaker}, expected {count}"
@@ -55,7 +55,7 @@ def copy_real_clips(grid, raw):
 
 @pytest.fixture(scope="module")
 def raw(request, tmp_path_factory):
-    """Seven real clips, or six synthetic ones where there is no corpus, and one that can't be decoded."""
+    """Seven real clips, or six synthetic ones without the corpus, and one that can't be decoded."""
     raw = tmp_path_factory.mktemp("beam") / "raw"
     try:
         copy_real_clips(request.getfixturevalue("grid_dir"), raw)
@@ -69,7 +69,7 @@ def raw(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def local(raw, tmp_path_factory):
-    """data_dir of a build by avsi-prepare, all configs."""
+    """The data_dir of a build of all configs by avsi-prepare."""
     data_dir = tmp_path_factory.mktemp("local")
     run("tfds_grid.prepare", f"--raw={raw}", f"--data_dir={data_dir}", "--builder_config=all", *FLAGS)
     return data_dir
@@ -81,7 +81,7 @@ def version_folder(data_dir, config):
 
 
 def compare(here, there, *, without=()):
-    """The same files of the same bytes; returns their names."""
+    """Checks that two folders have the same files with the same bytes; returns their names."""
     names = {p.name for p in here.iterdir()} - set(without)
     assert names == {p.name for p in there.iterdir()} - set(without)
     for name in names - {"build_report.json"}:
@@ -97,7 +97,7 @@ def compare(here, there, *, without=()):
     ("config", "options"),
     [
         ("speaker_independent", []),
-        # workers that are processes of their own, as on a cluster: all that they are given is sent
+        # workers in processes of their own, as on a cluster: all data is serialised
         ("speaker_independent_mouth", ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]),
     ],
 )
@@ -106,7 +106,7 @@ def test_beam_builds_the_same_bytes(raw, local, tmp_path, config, options):
     run("tfds_grid.beam_build", *flags, "--", RUNNER, *options)
     here, there = version_folder(local, config), version_folder(tmp_path, config)
     names = compare(here, there)
-    assert any("of-0000" in n and not n.endswith("of-00001") for n in names), "a split of several files was to be compared"
+    assert any("of-0000" in n and not n.endswith("of-00001") for n in names), "no split has several files"
     ours, theirs = (json.loads((folder / "build_report.json").read_text()) for folder in (here, there))
     assert set(ours) == set(theirs) and theirs["clips_per_s"] > 0 and theirs["seconds"].keys() == {"pipeline"}
     assert {k: v for k, v in ours.items() if k not in MAY_DIFFER} == {k: v for k, v in theirs.items() if k not in MAY_DIFFER}
@@ -115,42 +115,42 @@ def test_beam_builds_the_same_bytes(raw, local, tmp_path, config, options):
 
 
 @needs_beam
-def test_the_command_of_tfds_builds_the_same_bytes(raw, tmp_path):
-    """`tfds build`: one clip after the other, no report; one file a split at this size."""
+def test_tfds_build_gives_the_same_bytes(raw, tmp_path):
+    """`tfds build` measures one clip after the other and writes no report."""
     pytest.importorskip("mlcroissant", reason="the command tfds needs the package mlcroissant: make test-beam")
-    whole = shutil.copytree(raw, tmp_path / "raw", ignore=shutil.ignore_patterns(BROKEN_SPEAKER))
-    run("tfds_grid.prepare", f"--raw={whole}", f"--data_dir={tmp_path / 'ours'}")
-    flags = ("--imports=tfds_grid.grid_dataset_builder", f"--manual_dir={whole}", f"--data_dir={tmp_path / 'theirs'}")
+    valid = shutil.copytree(raw, tmp_path / "raw", ignore=shutil.ignore_patterns(BROKEN_SPEAKER))
+    run("tfds_grid.prepare", f"--raw={valid}", f"--data_dir={tmp_path / 'ours'}")
+    flags = ("--imports=tfds_grid.grid_dataset_builder", f"--manual_dir={valid}", f"--data_dir={tmp_path / 'theirs'}")
     run("tensorflow_datasets.scripts.cli.main", "build", "grid/speaker_independent", *flags, cwd=tmp_path)
     ours, theirs = (version_folder(tmp_path / who, "speaker_independent") for who in ("ours", "theirs"))
     assert len(compare(ours, theirs, without=["build_report.json"])) >= 4
 
 
-def crash(clip, cache, mouth):
-    """In place of measuring.measure_one, in the child."""
+def measure_or_crash(clip, cache, mouth):
+    """Replaces measuring.measure_one in the child process."""
     if clip.id.endswith("n"):
         os.kill(os.getpid(), signal.SIGKILL)
-    return measuring.Measured(clip.id, None, unusable="looked at")
+    return measuring.Measured(clip.id, None, unusable="reached")
 
 
 @needs_beam
 def test_a_clip_that_kills_its_process_is_skipped(monkeypatch):
     from tfds_grid import beam_pipeline
 
-    monkeypatch.setattr(measuring, "measure_one", crash)
+    monkeypatch.setattr(measuring, "measure_one", measure_or_crash)
     jobs = [beam_pipeline.Job(speakers.RawClip(i, "s1", None), "train") for i in ("bbaf1s", "bbaf2n", "bbaf3s")]
-    made = beam_pipeline.MakeRecords(None, mouth=False, workers=1, code={}).process(jobs)
-    found = {m.measured.id: m.measured.unusable for m in made}
-    assert found.pop("bbaf2n").startswith("decoding it ended its process by SIGKILL")
-    assert found == {"bbaf1s": "looked at", "bbaf3s": "looked at"}
+    results = beam_pipeline.MakeRecords(None, mouth=False, workers=1, code={}).process(jobs)
+    unusable = {r.measured.id: r.measured.unusable for r in results}
+    assert "SIGKILL" in unusable.pop("bbaf2n")
+    assert unusable == {"bbaf1s": "reached", "bbaf3s": "reached"}
 
 
 @needs_beam
-def test_a_worker_of_other_code_is_refused():
+def test_a_worker_with_other_package_versions_is_refused():
     from tfds_grid import beam_pipeline
 
     code = beam_pipeline.code_here()
-    with pytest.raises(RuntimeError, match=rf"a worker of Beam has av {code['av']}, not 0\.0; install there"):
+    with pytest.raises(RuntimeError, match=rf"av {code['av']}, not 0\.0"):
         beam_pipeline.MakeRecords(None, mouth=False, workers=1, code=code | {"av": "0.0"}).setup()
 
 
@@ -158,11 +158,12 @@ def test_a_worker_of_other_code_is_refused():
 
 
 @needs_beam
-def test_too_many_unusable_clips_leave_nothing(raw, tmp_path):
-    some = tmp_path / "raw"
-    shutil.copytree(raw / BROKEN_SPEAKER, some / BROKEN_SPEAKER)
-    done = run("tfds_grid.beam_build", f"--raw={some}", f"--data_dir={tmp_path / 'data'}", "--", RUNNER, code=2)
-    assert "1 of 1 clips can't be used (100.0%, listed above), more than --max_skipped=0.02" in done.stderr.splitlines()[-1]
+def test_too_many_unusable_clips_leave_no_dataset(raw, tmp_path):
+    broken = tmp_path / "raw"
+    shutil.copytree(raw / BROKEN_SPEAKER, broken / BROKEN_SPEAKER)
+    done = run("tfds_grid.beam_build", f"--raw={broken}", f"--data_dir={tmp_path / 'data'}", "--", RUNNER, code=2)
+    last = done.stderr.splitlines()[-1]
+    assert "1 of 1 clips" in last and "--max_skipped=0.02" in last
     assert not list((tmp_path / "data" / "grid" / "speaker_independent").iterdir())
 
 
@@ -170,9 +171,9 @@ def test_too_many_unusable_clips_leave_nothing(raw, tmp_path):
 def test_errors_take_one_line(raw, local, capsys):
     flags = [f"--raw={raw}", f"--data_dir={local}"]
     for argv, message in {
-        (*flags,): "no runner given, and Beam's own choice, the DirectRunner, is for tests",
-        (*flags, "--", "--parallelism=2"): "name one after two dashes: -- --runner=DataflowRunner, FlinkRunner, SparkRunner",
-        (*flags, "--", RUNNER): "holds a dataset already; --overwrite replaces it",
+        (*flags,): "no runner given",
+        (*flags, "--", "--parallelism=2"): "-- --runner=DataflowRunner, FlinkRunner, SparkRunner",
+        (*flags, "--", RUNNER): "--overwrite",
         (f"--raw={raw}/none", f"--data_dir={local}", "--", RUNNER): "no such folder",
     }.items():
         assert beam_build.main(argv) == 2
@@ -181,7 +182,7 @@ def test_errors_take_one_line(raw, local, capsys):
 
 
 def test_missing_beam_names_the_extra(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "apache_beam", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "apache_beam", None)  # as if it were not installed
     assert beam_build.main([f"--raw={tmp_path}", f"--data_dir={tmp_path}", "--", RUNNER]) == 2
     assert 'pip install "avsi_jax[prepare,beam]" -c constraints/beam.txt' in capsys.readouterr().err
 
@@ -197,13 +198,13 @@ def test_help_needs_neither_beam_nor_tensorflow():
 
 
 def commands_of(page):
-    """The commands of a page that build by Beam, as lists of words."""
+    """The Beam build commands of a docs page, as lists of words."""
     blocks = page.read_text().replace("\\\n", "").split("```")[1::2]
     return [shlex.split(b) for b in blocks if b.strip().startswith("python -m tfds_grid.beam_build") and "RUNNER [" not in b]
 
 
 @needs_beam
-def test_the_commands_of_the_docs_hold_no_unknown_option():
+def test_the_commands_in_the_docs_have_only_known_options():
     from apache_beam.options.pipeline_options import PipelineOptions
 
     commands = commands_of(ROOT / "docs" / "beam.md")
@@ -221,8 +222,8 @@ def pins_of(name):
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
-def test_pins_differ_only_where_beam_wants_it():
-    """Records are the work of av, opencv, ai-edge-litert, soxr: the same bytes need the same releases."""
+def test_pins_differ_only_where_beam_requires_it():
+    """Records depend on av, opencv, ai-edge-litert and soxr: the same bytes need the same versions."""
     tests, beam = pins_of("tests.txt"), pins_of("beam.txt")
     assert {name for name in tests.keys() & beam.keys() if tests[name] != beam[name]} == {"protobuf"}
     assert int(beam["protobuf"].split(".")[0]) < 7 and "apache-beam" in beam

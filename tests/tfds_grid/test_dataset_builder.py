@@ -1,4 +1,4 @@
-"""Real clips -> records: who is in which split, what a record holds, and what the report says."""
+"""Real clips -> records: the splits, the content of a record, and the report."""
 
 import collections
 import hashlib
@@ -15,9 +15,9 @@ from avsi_jax.data import input_pipeline as pipeline
 from tests.support.dataset_builds import ROOT, make, run, run_code, splits_of
 from tfds_grid import clips, prepare, speakers
 
-# bbizzn has a damaged opening, lrae3s 74 pictures, swwp2s a wav
+# bbizzn starts with damaged frames, lrae3s has 74 frames, swwp2s has a wav
 KEPT = {"bbaz5s": "s1", "bbizzn": "s1", "lrae3s": "s1", "swwp2s": "s2", "bbac3n": "s30", "bgbsza": "s26"}
-ALLOWING = ["--max_skipped=0.2"]  # one of seven is broken
+ALLOW_SKIPPED = ["--max_skipped=0.2"]  # one of seven is broken
 NO_WORDS, RESERVED, BROKEN, EXCLUDED = "bbaz5s", "lwwz2p", "pwij3p", "pwbj8s"
 
 
@@ -43,21 +43,21 @@ def test_the_published_speakers_are_unseen():
 
 
 @pytest.mark.parametrize(("protocol", "seen"), [("speaker_independent", "_seen"), ("speaker_dependent", "")])
-def test_hashed_shares(protocol, seen):
-    found = [speakers.split_of(i, "s5", protocol) for i in ids_of_corpus()]
-    assert found == [speakers.split_of(i, "s5", protocol) for i in ids_of_corpus()]
+def test_hashed_splits_have_shares_of_80_10_and_10(protocol, seen):
+    splits = [speakers.split_of(i, "s5", protocol) for i in ids_of_corpus()]
+    assert splits == [speakers.split_of(i, "s5", protocol) for i in ids_of_corpus()]
     for split, share in {"train": 0.8, f"validation{seen}": 0.1, f"test{seen}": 0.1}.items():
-        assert found.count(split) / len(found) == pytest.approx(share, abs=0.02)
+        assert splits.count(split) / len(splits) == pytest.approx(share, abs=0.02)
 
 
-def test_hash_is_sha256_of_the_id():
+def test_splits_use_the_sha256_of_the_id():
     for clip_id in ids_of_corpus(200):
         tenth = int.from_bytes(hashlib.sha256(clip_id.encode()).digest()[:4], "big") % 10
         expected = {8: "validation_seen", 9: "test_seen"}.get(tenth, "train")
         assert speakers.split_of(clip_id, "s1", "speaker_independent") == expected
 
 
-def test_unknown_speakers_are_never_scored():
+def test_unknown_speakers_are_only_in_train():
     assert {speakers.split_of(i, "unknown1", "speaker_independent") for i in ids_of_corpus(200)} == {"train"}
 
 
@@ -85,7 +85,7 @@ def raw(grid_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def data_dir(raw, tmp_path_factory):
     data_dir = tmp_path_factory.mktemp("data")
-    run(f"--raw={raw}", f"--data_dir={data_dir}", "--builder_config=all", *ALLOWING, f"--exclude={raw / 'exclude.txt'}")
+    run(f"--raw={raw}", f"--data_dir={data_dir}", "--builder_config=all", *ALLOW_SKIPPED, f"--exclude={raw / 'exclude.txt'}")
     return data_dir
 
 
@@ -99,7 +99,7 @@ def examples(folder):
     return {x["id"]: x | {"split": s} for s in splits_of(folder) for x in pipeline.Records(folder, s)}
 
 
-def test_every_clip_is_in_its_split(examples):
+def test_every_clip_is_in_the_right_split(examples):
     assert {i: x["speaker"] for i, x in examples.items()} == KEPT
     for clip_id, x in examples.items():
         assert x["split"] == speakers.split_of(clip_id, x["speaker"], "speaker_independent")
@@ -113,19 +113,19 @@ def test_no_clip_is_in_two_splits(data_dir, config):
     assert sorted(ids) == sorted(KEPT)
 
 
-def test_a_record_holds_what_the_design_says(examples):
+def test_records_have_the_documented_shapes_and_types(examples):
     for clip_id, x in examples.items():
         frames = 74 if clip_id == "lrae3s" else 75  # grid/README.md
         assert x["landmarks"].shape == (frames, 68, 2) and x["landmarks"].dtype == np.float32
         assert x["landmarks_valid"].shape == (frames,) and x["landmarks_valid"].dtype == bool
         assert (~x["landmarks_valid"]).sum() == (12 if clip_id == "bbizzn" else 0)
         assert x["frame_size"].tolist() == [360, 288] and x["fps"] == 25
-        face_models, mouth = x["landmarks"][:, 36:48].mean((0, 1)), x["landmarks"][:, 48:].mean((0, 1))
-        assert 100 < face_models[0] < 260 and face_models[1] + 20 < mouth[1] < 288
+        eyes, mouth = x["landmarks"][:, 36:48].mean((0, 1)), x["landmarks"][:, 48:].mean((0, 1))
+        assert 100 < eyes[0] < 260 and eyes[1] + 20 < mouth[1] < 288
         assert x["audio"].shape == ((48_000,) if clip_id == "swwp2s" else (47_647,)) and x["audio"].dtype == np.int16
 
 
-def test_text_and_words(examples):
+def test_records_have_text_and_timed_words(examples):
     x = examples["swwp2s"]
     assert x["text"] == "set white with p two soon"
     # alignments/s2/swwp2s.align: 12250 to 19250 is "set", the last word ends at 55250
@@ -149,7 +149,7 @@ def test_audio_of_the_video_is_the_mean_of_its_channels(raw, examples):
     assert examples["bbaz5s"]["offset_s"] == np.float32(0.011)  # grid/README.md: the MP2 encoder's delay
 
 
-def test_audio_of_the_wav_is_in_step_with_the_frame(raw, examples):
+def test_audio_of_the_wav_has_no_offset_to_the_video(raw, examples):
     import soundfile
     import soxr
 
@@ -159,23 +159,23 @@ def test_audio_of_the_wav_is_in_step_with_the_frame(raw, examples):
     assert abs(examples["swwp2s"]["offset_s"]) < 0.0003
 
 
-def test_mouths_are_kept_apart(data_dir, folder):
+def test_mouth_crops_are_only_in_the_mouth_configs(data_dir, folder):
     assert "mouth" not in pipeline.Records(folder, "test")[0]
     folder = pipeline.find_dataset(data_dir, "speaker_independent_mouth")
     x = pipeline.Records(folder, "test")[0]
     assert "mouth" not in pipeline.Records(folder, "test", mouth=False)[0]
     assert x["mouth"].shape == (75, 96, 96) and x["mouth"].dtype == np.uint8
-    assert x["mouth"].std(axis=(1, 2)).min() > 5  # a picture, no plain grey
+    assert x["mouth"].std(axis=(1, 2)).min() > 5  # an image, not plain grey
 
 
-def test_the_report_tells_what_became_of_every_clip(folder):
+def test_the_report_lists_the_result_for_every_clip(folder):
     report = json.loads((folder / "build_report.json").read_text())
     assert report["clips"] == {"found": 10, "written": 6, "left_out": 3, "skipped": 1} and report["reserved_ids_left_out"] == 2
     assert sum(report["splits"].values()) == 6 and not set(report["splits"]) & set(report["splits_without_a_clip"])
     assert set(report["splits"]) | set(report["splits_without_a_clip"]) == set(speakers.SPLITS["speaker_independent"])
     assert report["speakers"]["test"] == {"s30": 1}
     assert set(report["left_out"]) == {f"s1/{RESERVED}.mpg", f"s1/{EXCLUDED}.mpg", "unknown1/unknown1a.mpg"}
-    assert set(report["skipped"]) == {BROKEN} and report["notes"]["pictures"] == {"lrae3s": "74, not 75"}
+    assert set(report["skipped"]) == {BROKEN} and report["notes"]["frames"] == {"lrae3s": "74, not 75"}
     assert set(report["notes"]["face"]) == {"bbizzn"}
     assert report["invalid_landmark_frames"] == {"total": 12, "clips": {"bbizzn": 12}}
     assert report["clips_without_words_file"] == [NO_WORDS] and report["clips_with_wav"] == ["swwp2s"]
@@ -183,19 +183,19 @@ def test_the_report_tells_what_became_of_every_clip(folder):
     assert report["versions"]["dataset"] == "2.1.0" and "numpy" in report["versions"]
 
 
-def test_an_existing_dataset_is_kept(raw, data_dir, folder):
+def test_an_existing_dataset_is_kept_without_overwrite(raw, data_dir, folder):
     before = {p.name: p.stat().mtime for p in folder.iterdir()}
-    done = run(f"--raw={raw}", f"--data_dir={data_dir}", *ALLOWING, code=2)
-    assert "holds a dataset already; --overwrite replaces it" in done.stderr
+    done = run(f"--raw={raw}", f"--data_dir={data_dir}", *ALLOW_SKIPPED, code=2)
+    assert "--overwrite" in done.stderr
     assert before == {p.name: p.stat().mtime for p in folder.iterdir()}
 
 
 def test_a_second_build_gives_the_same_bytes(raw, data_dir, folder, tmp_path):
-    """One worker, nothing cached but one clip, another folder."""
-    some = next((data_dir / prepare.CACHE).glob("bbaz5s-*.npz"))
+    """With one worker, one cached clip, in another folder."""
+    cached = next((data_dir / prepare.CACHE).glob("bbaz5s-*.npz"))
     (tmp_path / prepare.CACHE).mkdir()
-    shutil.copy(some, tmp_path / prepare.CACHE)
-    run(f"--raw={raw}", f"--data_dir={tmp_path}", "--workers=1", *ALLOWING, f"--exclude={raw / 'exclude.txt'}")
+    shutil.copy(cached, tmp_path / prepare.CACHE)
+    run(f"--raw={raw}", f"--data_dir={tmp_path}", "--workers=1", *ALLOW_SKIPPED, f"--exclude={raw / 'exclude.txt'}")
     again = pipeline.find_dataset(tmp_path)
     names = sorted(p.name for p in folder.iterdir())
     assert names == sorted(p.name for p in again.iterdir()) and any("tfrecord" in n for n in names)
@@ -203,15 +203,15 @@ def test_a_second_build_gives_the_same_bytes(raw, data_dir, folder, tmp_path):
         assert (folder / name).read_bytes() == (again / name).read_bytes(), name
 
 
-def test_a_killed_build_leaves_nothing_half(raw, tmp_path):
-    """Killed while it measures: its workers end too, and what the cache holds can be read."""
+def test_a_killed_build_leaves_no_partial_files(raw, tmp_path):
+    """Killed while it measures: its workers end too, and the files in the cache can be read."""
     command = [sys.executable, "-m", "tfds_grid.prepare", f"--raw={raw}", f"--data_dir={tmp_path}", "--workers=1"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as build:
         while not list(tmp_path.glob(f"{prepare.CACHE}/*.npz")):
             assert build.poll() is None
             time.sleep(0.05)
         build.kill()
-        build.stderr.read()  # ends when the last process that holds it has ended
+        build.stderr.read()  # returns when the last process that holds the pipe has ended
     files = list((tmp_path / prepare.CACHE).glob("*.npz"))
     assert 1 <= len(files) < len(KEPT) and all("landmarks" in clips.load_measured(f) for f in files)
     assert not (tmp_path / "grid").exists()
@@ -255,12 +255,12 @@ tfds.testing.test_main()
 """
 
 
-def test_tfds_reads_the_same(folder):
+def test_tfds_and_our_reader_give_the_same_records(folder):
     run_code(TFDS_READS, folder)
 
 
 def test_the_builder_passes_the_tests_of_tfds(synthetic_dir):
-    """On synthetic dummy data, and the way of `tfds build`: no cache, the clips measured by the builder itself."""
+    """On synthetic data, as `tfds build` does it: no cache, the builder measures the clips itself."""
     pytest.importorskip("dill", reason="TFDS's test class needs the package dill")
-    found = (speakers.split_of(p.stem, p.parent.name, "speaker_independent") for p in synthetic_dir.glob("s*/*.mpg"))
-    run_code(TFDS_TESTS.replace("{SPLITS}", repr(dict(collections.Counter(found)))), synthetic_dir)
+    splits = (speakers.split_of(p.stem, p.parent.name, "speaker_independent") for p in synthetic_dir.glob("s*/*.mpg"))
+    run_code(TFDS_TESTS.replace("{SPLITS}", repr(dict(collections.Counter(splits)))), synthetic_dir)

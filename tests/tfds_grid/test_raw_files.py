@@ -1,4 +1,4 @@
-"""Raw folders as users have them: archives of every kind, hostile ones refused, clips found by id in whatever folder."""
+"""Raw folders: archives of every kind, hostile archives refused, clips found by id in any folder."""
 
 import io
 import lzma
@@ -12,7 +12,7 @@ from avsi_jax.data import grid_text
 from tfds_grid import grid_ids, raw_files, speakers
 from tfds_grid.raw_files import RawDataError
 
-HIS, HERS = grid_ids.ids_of("s1")[:4], grid_ids.ids_of("s4")[:4]  # s1 and s4
+S1, S4 = grid_ids.ids_of("s1")[:4], grid_ids.ids_of("s4")[:4]
 
 
 def names(raw, cache):
@@ -50,15 +50,17 @@ def make_tar(path, members, mode="w"):
 # ----------------------------------------------------------------------------------------------------------------- the table
 
 
-def test_the_table_knows_the_corpus():
-    """Oracle: grid/README.md, 34 speakers of 1000 sentences, 15 of them kept from the table; two ids by their files there."""
+def test_the_table_covers_the_corpus():
+    """Oracle: 34 speakers with 1000 sentences each, 15 of them left out of the table; the speakers of two known clips."""
     ids = {f"s{n}": grid_ids.ids_of(f"s{n}") for n in range(1, 35)}
     assert sum(map(len, ids.values())) == 33_985 and max(map(len, ids.values())) == 1000 and min(map(len, ids.values())) >= 985
-    assert len({i for found in ids.values() for i in found}) == 33_985 and all(map(grid_text.is_grid_id, ids["s21"]))
+    assert len({i for ids_of_speaker in ids.values() for i in ids_of_speaker}) == 33_985 and all(
+        map(grid_text.is_grid_id, ids["s21"])
+    )
     assert grid_ids.speaker_of("swwp2s") == "s2" and grid_ids.speaker_of("bbaz5s") == "s1" and grid_ids.speaker_of("nosuch") is None
 
 
-def test_every_shared_clip_is_its_speakers(grid_dir):
+def test_shared_clips_belong_to_the_speakers_of_their_folders(grid_dir):
     clips = [p for p in grid_dir.glob("s*/*.mpg") if grid_text.is_grid_id(p.stem)]
     assert len(clips) > 100 and all(grid_ids.speaker_of(p.stem) == p.parent.name for p in clips)
 
@@ -73,7 +75,7 @@ def test_the_table_is_made_from_alignments(tmp_path, monkeypatch, capsys):
         assert grid_ids.speaker_of("bbaf2n") == "s3" and grid_ids.ids_of("s10") == ["swwp2s"]
     finally:
         grid_ids._speakers.cache_clear()
-    with pytest.raises(ValueError, match="found under s3 and under s4"):
+    with pytest.raises(ValueError, match="s3 .* s4"):
         grid_ids.make_table(["s3/bbaf2n.align", "s4/bbaf2n.align"])
     before = grid_ids.TABLE.read_text()
     few = make_tar(tmp_path / "few.tar", {"alignments/s3/bbaf2n.align": b""})
@@ -104,18 +106,18 @@ ARCHIVES = {
 def test_archives_are_read_in_place(tmp_path, name):
     content = {"./a/bbaf2n.mpg": b"one" * 1000, "bbaf3n.mpg": b"two", "__MACOSX/._bbaf3n.mpg": b"x", ".DS_Store": b"x"}
     ARCHIVES[name](tmp_path / "raw" / "deep" / name, content)
-    found = raw_files.list_files(tmp_path / "raw", tmp_path / "cache")
-    assert {f.place: f.read() for f in found} == {"deep/s1/a/bbaf2n.mpg": b"one" * 1000, "deep/s1/bbaf3n.mpg": b"two"}
-    assert [(f.stem, f.suffix, f.folders) for f in found] == [
+    files = raw_files.list_files(tmp_path / "raw", tmp_path / "cache")
+    assert {f.place: f.read() for f in files} == {"deep/s1/a/bbaf2n.mpg": b"one" * 1000, "deep/s1/bbaf3n.mpg": b"two"}
+    assert [(f.stem, f.suffix, f.folders) for f in files] == [
         ("bbaf2n", ".mpg", ["deep", "s1", "a"]),
         ("bbaf3n", ".mpg", ["deep", "s1"]),
     ]
-    with found[0].on_disk() as path:
+    with files[0].on_disk() as path:
         assert path.suffix == ".mpg" and path.read_bytes() == b"one" * 1000
     assert not path.exists()
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")}
     assert len(before) == (2 if name not in ("s1.zip", "s1.tar") else 0)  # the folder and one plain .tar
-    assert raw_files.list_files(tmp_path / "raw", tmp_path / "cache") == found
+    assert raw_files.list_files(tmp_path / "raw", tmp_path / "cache") == files
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")}
 
 
@@ -142,14 +144,14 @@ def locked_zip(path):
 
 
 def newer_zip(path):
-    """Says that it needs version 9.9 of zip."""
+    """A zip file that requires version 9.9 of the format."""
     data = bytearray(make_zip(path, {"bbaf2n.mpg": b"x"}).read_bytes())
     data[data.index(b"PK\1\2") + 6] = 99
     path.write_bytes(data)
 
 
-def torn_header(path, kind):
-    """Six members; the third one's header is damaged, or the file ends in it."""
+def damaged_header(path, kind):
+    """Six members; the header of the third is damaged, or the file ends in it."""
     make_tar(path, {f"{n}.mpg": bytes(700) for n in range(6)})
     data = bytearray(path.read_bytes())
     third = data.index(b"2.mpg")
@@ -165,29 +167,32 @@ HOSTILE = {
     "link.zip": (link_in_zip, "link or device"),
     "bomb.zip": (lambda p: make_zip(p, {"bbaf2n.mpg": bytes(2**26 + 1)}), "unpacks from .* to 67,108,865 bytes"),
     "locked.zip": (locked_zip, "needs a password"),
-    "torn.zip": (lambda p: p.write_bytes(make_zip(p, {"a.mpg": b"x" * 999}).read_bytes()[:-30]), "can't be read as an archive"),
+    "cut.zip": (lambda p: p.write_bytes(make_zip(p, {"a.mpg": b"x" * 999}).read_bytes()[:-30]), "can't be read as an archive"),
     "text.zip": (lambda p: p.write_text("<html>sign in first</html>"), "can't be read as an archive"),
     "empty.zip": (lambda p: p.touch(), "can't be read as an archive"),
     "nested.zip": (lambda p: make_zip(p, {"grid/s1.zip": b"x"}), "holds the archive 'grid/s1.zip'; unpack nested.zip once"),
     "newer.zip": (lambda p: newer_zip(p), "can't be (read as an archive|unpacked)"),
     "nested.tar": (lambda p: make_tar(p, {"s1.tar.gz": b"x"}), "holds the archive"),
-    "header.tar": (lambda p: torn_header(p, 2), "can't be read as an archive .*damaged"),
-    "cut.tar": (lambda p: torn_header(p, 1), "can't be read as an archive"),
+    "header.tar": (lambda p: damaged_header(p, 2), "can't be read as an archive .*damaged"),
+    "cut.tar": (lambda p: damaged_header(p, 1), "can't be read as an archive"),
     "absolute.tar": (lambda p: make_tar(p, {"/etc/bbaf2n.mpg": b"x"}), "points outside"),
     "up.tar": (lambda p: make_tar(p, {"../bbaf2n.mpg": b"x"}), "points outside"),
     "link.tar": (link_in_tar, "link, device"),
     "hard.tar": (lambda p: link_in_tar(p, tarfile.LNKTYPE), "link, device"),
     "device.tar": (lambda p: link_in_tar(p, tarfile.CHRTYPE), "link, device"),
-    "torn.tar": (lambda p: p.write_bytes(make_tar(p, {"a.mpg": b"x" * 9999}).read_bytes()[:2000]), "can't be read as an archive"),
+    "cut2.tar": (
+        lambda p: p.write_bytes(make_tar(p, {"a.mpg": b"x" * 9999}).read_bytes()[:2000]),
+        "can't be read as an archive",
+    ),
     "text.tar": (lambda p: p.write_text("no tar"), "can't be read as an archive"),
     "bomb.tar.xz": (lambda p: p.write_bytes(lzma.compress(bytes(2**26 + 2**20))), "to more than 67,108,864 bytes"),
-    "torn.tar.gz": (lambda p: p.write_bytes(make_tar(p, {"a.mpg": bytes(9999)}, "w:gz").read_bytes()[:-40]), "as an archive"),
+    "cut.tar.gz": (lambda p: p.write_bytes(make_tar(p, {"a.mpg": bytes(9999)}, "w:gz").read_bytes()[:-40]), "as an archive"),
     "text.tar.gz": (lambda p: p.write_text("no gzip"), "not compressed by"),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_and_damaged_archives_are_refused_loudly(tmp_path, name):
+def test_hostile_and_damaged_archives_are_refused(tmp_path, name):
     write, reason = HOSTILE[name]
     (tmp_path / "raw").mkdir()
     write(tmp_path / "raw" / name)
@@ -197,26 +202,26 @@ def test_hostile_and_damaged_archives_are_refused_loudly(tmp_path, name):
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] and not (tmp_path / "bbaf2n.mpg").exists()
 
 
-def test_damage_inside_an_archive_is_named_when_it_is_read(tmp_path):
+def test_a_damaged_member_raises_when_it_is_read(tmp_path):
     path = make_zip(tmp_path / "raw" / "s1.zip", {"bbaf2n.mpg": bytes(range(256)) * 100})
     data = bytearray(path.read_bytes())
     data[60] ^= 255  # in the packed bytes
     path.write_bytes(data)
-    (found,) = raw_files.list_files(tmp_path / "raw", tmp_path / "cache")
+    (file,) = raw_files.list_files(tmp_path / "raw", tmp_path / "cache")
     with pytest.raises(RawDataError, match="s1/bbaf2n.mpg: can't be unpacked"):
-        found.read()
+        file.read()
 
 
-def test_a_file_may_not_be_larger_than_asked(tmp_path):
+def test_a_file_above_the_size_limit_is_refused(tmp_path):
     make(tmp_path, "a.align", content=bytes(1000))
-    (found,) = raw_files.list_files(tmp_path, tmp_path)
-    assert len(found.read(1000)) == 1000
+    (file,) = raw_files.list_files(tmp_path, tmp_path)
+    assert len(file.read(1000)) == 1000
     with pytest.raises(RawDataError, match="more than 999 bytes"):
-        found.read(999)
+        file.read(999)
 
 
-def test_links_to_folders(tmp_path):
-    """Followed, also where a name begins like another; each folder once, so that links that go round end."""
+def test_links_to_folders_are_followed_once(tmp_path):
+    """Each folder is listed once, so that circular links end."""
     make(tmp_path / "grid", "bbaf2n.mpg")
     make(tmp_path / "grid_too", "s1/bbaf3n.mpg")
     (tmp_path / "grid_too/linked").symlink_to(tmp_path / "grid")
@@ -232,7 +237,7 @@ def test_links_to_folders(tmp_path):
     assert names(tmp_path / "round", tmp_path) == ["0/bbaf2n.mpg"]
 
 
-def test_an_unreadable_folder_is_told(tmp_path, monkeypatch):
+def test_an_unreadable_folder_raises(tmp_path, monkeypatch):
     make(tmp_path, "s1/bbaf2n.mpg")
     real = raw_files.os.scandir
 
@@ -249,101 +254,113 @@ def test_an_unreadable_folder_is_told(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------------------------------- layouts
 
 
-def test_all_layouts_mixed(tmp_path):
+def test_mixed_layouts_are_read(tmp_path):
     raw = tmp_path / "raw"
-    make_zip(raw / "s1.zip", {f"s1/{HIS[0]}.mpg": b"v"})  # Zenodo
-    make_zip(raw / "audio_25k.zip", {f"audio_25k/s1/{HIS[0]}.wav": b"w"})
-    make_zip(raw / "alignments.zip", {f"alignments/s1/{HIS[0]}.align": b"a"})
-    make_zip(raw / "s4.mpg_6000.part1.zip", {f"{HERS[0]}.mpg": b"v"})  # the corpus' own site
-    make_zip(raw / "s4.mpg_vcd.zip", {f"{HERS[1]}.mpg": b"v"})
-    make_tar(raw / "s4.tar", {f"align/{HERS[0]}.align": b"a"})
-    make_tar(raw / "s4_50kHz.tar", {f"s4/{HERS[0]}.wav": b"w"})
-    make(raw, f"s4/video/mpg_6000/{HERS[2]}.mpg", f"s4/align/{HERS[2]}.align", f"s4/audio/{HERS[2]}.wav")
-    make(raw, *(f"s1/{HIS[1]}/{n}.png" for n in (10, 9, 1)), f"s1/{HIS[1]}/cover.png", f"wavs/{HIS[1]}.wav")  # pictures and sound
-    make(raw, f"s1/{HIS[2]}.MPG", f"s4/{HERS[3]}/7.png")  # a single picture is no clip
-    found = find(raw, tmp_path)
-    assert not found.left_out and not found.without_video
-    assert {c.id: c.speaker for c in found.clips} == dict.fromkeys(HIS[:3], "s1") | dict.fromkeys(HERS[:3], "s4")
-    parts = {c.id: tuple(f and f.place for f in (c.video, c.audio, c.words)) for c in found.clips}
+    make_zip(raw / "s1.zip", {f"s1/{S1[0]}.mpg": b"v"})  # Zenodo
+    make_zip(raw / "audio_25k.zip", {f"audio_25k/s1/{S1[0]}.wav": b"w"})
+    make_zip(raw / "alignments.zip", {f"alignments/s1/{S1[0]}.align": b"a"})
+    make_zip(raw / "s4.mpg_6000.part1.zip", {f"{S4[0]}.mpg": b"v"})  # as on the corpus' own site
+    make_zip(raw / "s4.mpg_vcd.zip", {f"{S4[1]}.mpg": b"v"})
+    make_tar(raw / "s4.tar", {f"align/{S4[0]}.align": b"a"})
+    make_tar(raw / "s4_50kHz.tar", {f"s4/{S4[0]}.wav": b"w"})
+    make(raw, f"s4/video/mpg_6000/{S4[2]}.mpg", f"s4/align/{S4[2]}.align", f"s4/audio/{S4[2]}.wav")
+    make(raw, *(f"s1/{S1[1]}/{n}.png" for n in (10, 9, 1)), f"s1/{S1[1]}/cover.png", f"wavs/{S1[1]}.wav")  # images and audio
+    make(raw, f"s1/{S1[2]}.MPG", f"s4/{S4[3]}/7.png")  # a single image is no clip
+    corpus = find(raw, tmp_path)
+    assert not corpus.left_out and not corpus.without_video
+    assert {c.id: c.speaker for c in corpus.clips} == dict.fromkeys(S1[:3], "s1") | dict.fromkeys(S4[:3], "s4")
+    parts = {c.id: tuple(f and f.place for f in (c.video, c.audio, c.words)) for c in corpus.clips}
     assert parts == {
-        HIS[0]: (f"s1/s1/{HIS[0]}.mpg", f"audio_25k/audio_25k/s1/{HIS[0]}.wav", f"alignments/alignments/s1/{HIS[0]}.align"),
-        HIS[1]: (None, f"wavs/{HIS[1]}.wav", None),
-        HIS[2]: (f"s1/{HIS[2]}.MPG", None, None),
-        HERS[0]: (f"s4/{HERS[0]}.mpg", f"s4_50kHz/s4/{HERS[0]}.wav", f"s4/align/{HERS[0]}.align"),
-        HERS[1]: (f"s4/{HERS[1]}.mpg", None, None),
-        HERS[2]: (f"s4/video/mpg_6000/{HERS[2]}.mpg", f"s4/audio/{HERS[2]}.wav", f"s4/align/{HERS[2]}.align"),
+        S1[0]: (
+            f"s1/s1/{S1[0]}.mpg",
+            f"audio_25k/audio_25k/s1/{S1[0]}.wav",
+            f"alignments/alignments/s1/{S1[0]}.align",
+        ),
+        S1[1]: (None, f"wavs/{S1[1]}.wav", None),
+        S1[2]: (f"s1/{S1[2]}.MPG", None, None),
+        S4[0]: (f"s4/{S4[0]}.mpg", f"s4_50kHz/s4/{S4[0]}.wav", f"s4/align/{S4[0]}.align"),
+        S4[1]: (f"s4/{S4[1]}.mpg", None, None),
+        S4[2]: (f"s4/video/mpg_6000/{S4[2]}.mpg", f"s4/audio/{S4[2]}.wav", f"s4/align/{S4[2]}.align"),
     }
-    assert [f.name for c in found.clips if c.id == HIS[1] for f in c.images] == ["1.png", "9.png", "10.png"]
+    assert [f.name for c in corpus.clips if c.id == S1[1] for f in c.frames] == ["1.png", "9.png", "10.png"]
 
 
-def test_swapped_folders_change_nothing(tmp_path):
-    make(tmp_path / "raw", f"s4/{HIS[0]}.mpg", f"s1/{HERS[0]}.mpg", f"alignments/s4/{HIS[0]}.align", f"s1/{HIS[1]}.mpg")
-    make(tmp_path / "raw", f"downloads/{HERS[1]}.mpg")
-    found = {c.id: c for c in find(tmp_path / "raw", tmp_path).clips}
-    assert {i: (c.speaker, c.found_under) for i, c in found.items()} == {
-        HIS[0]: ("s1", "s4"), HERS[0]: ("s4", "s1"), HIS[1]: ("s1", ""), HERS[1]: ("s4", "")
+def test_speakers_do_not_depend_on_folders(tmp_path):
+    make(tmp_path / "raw", f"s4/{S1[0]}.mpg", f"s1/{S4[0]}.mpg", f"alignments/s4/{S1[0]}.align", f"s1/{S1[1]}.mpg")
+    make(tmp_path / "raw", f"downloads/{S4[1]}.mpg")
+    clips = {c.id: c for c in find(tmp_path / "raw", tmp_path).clips}
+    assert {i: (c.speaker, c.found_under) for i, c in clips.items()} == {
+        S1[0]: ("s1", "s4"), S4[0]: ("s4", "s1"), S1[1]: ("s1", ""), S4[1]: ("s4", "")
     }  # fmt: skip
-    assert found[HIS[0]].words.place == f"alignments/s4/{HIS[0]}.align"
+    assert clips[S1[0]].words.place == f"alignments/s4/{S1[0]}.align"
 
 
-def test_of_two_files_of_an_id_the_better_is_taken(tmp_path):
-    raw, clip = tmp_path / "raw", HIS[0]
+def test_the_preferred_of_two_files_of_an_id_is_used(tmp_path):
+    raw, clip = tmp_path / "raw", S1[0]
     make(raw, f"a/s1/{clip}.mp4", f"b/s1/{clip}.mpg", f"a/s4/{clip}.mpg", f"s1/{clip}/1.png", f"s1/{clip}/2.png")
-    make(raw, f"sounds/s4/{clip}.wav", f"sounds/s1/{clip}.wav", f"x/s4/{clip}.align", f"y/s1/{clip}.align")
-    found = find(raw, tmp_path)
-    (taken,) = found.clips
-    assert (taken.video.place, taken.audio.place, taken.words.place) == (
-        f"b/s1/{clip}.mpg", f"sounds/s1/{clip}.wav", f"y/s1/{clip}.align"
+    make(raw, f"wavs/s4/{clip}.wav", f"wavs/s1/{clip}.wav", f"x/s4/{clip}.align", f"y/s1/{clip}.align")
+    corpus = find(raw, tmp_path)
+    (used,) = corpus.clips
+    assert (used.video.place, used.audio.place, used.words.place) == (
+        f"b/s1/{clip}.mpg", f"wavs/s1/{clip}.wav", f"y/s1/{clip}.align"
     )  # fmt: skip
-    assert set(found.left_out) == {f"a/s1/{clip}.mp4", f"a/s4/{clip}.mpg", f"s1/{clip}"}
-    assert set(found.left_out.values()) == {f"second file of this id, taken: b/s1/{clip}.mpg"}
+    assert set(corpus.left_out) == {f"a/s1/{clip}.mp4", f"a/s4/{clip}.mpg", f"s1/{clip}"}
+    assert set(corpus.left_out.values()) == {f"second file of this id, used: b/s1/{clip}.mpg"}
 
 
-def test_what_is_left_out_has_a_reason(tmp_path):
+def test_files_left_out_have_a_reason(tmp_path):
     raw = tmp_path / "raw"
-    make(raw, f"s1/{HIS[0]}.mpg", f"s1/{HIS[1]}.mpg", f"s1/{HIS[2]}.mpg", f"s1/{HIS[2]} (1).mpg", "s1/Ünïcode é.mpg", "notes.txt")
-    (raw / "RESERVED.txt").write_text(f"{HIS[0]}  # kept for a check\n\n")
-    found = find(raw, tmp_path, exclude=[HIS[1]])
-    assert [c.id for c in found.clips] == [HIS[2]]
-    assert {place: reason.split(",")[0] for place, reason in found.left_out.items()} == {
-        f"s1/{HIS[0]}.mpg": "reserved id",
-        f"s1/{HIS[1]}.mpg": "reserved id",
-        f"s1/{HIS[2]} (1).mpg": "its name is none of Grid's sentences",
-        "s1/Ünïcode é.mpg": "its name is none of Grid's sentences",
+    make(
+        raw,
+        f"s1/{S1[0]}.mpg",
+        f"s1/{S1[1]}.mpg",
+        f"s1/{S1[2]}.mpg",
+        f"s1/{S1[2]} (1).mpg",
+        "s1/Ünïcode é.mpg",
+        "notes.txt",
+    )
+    (raw / "RESERVED.txt").write_text(f"{S1[0]}  # a comment\n\n")
+    corpus = find(raw, tmp_path, exclude=[S1[1]])
+    assert [c.id for c in corpus.clips] == [S1[2]]
+    assert {place: reason.split(",")[0] for place, reason in corpus.left_out.items()} == {
+        f"s1/{S1[0]}.mpg": "reserved id",
+        f"s1/{S1[1]}.mpg": "reserved id",
+        f"s1/{S1[2]} (1).mpg": "its name is not one of Grid's sentences",
+        "s1/Ünïcode é.mpg": "its name is not one of Grid's sentences",
     }
 
 
 def test_audio_without_video_is_counted(tmp_path):
     ids = grid_ids.ids_of("s21")[:3]
-    make(tmp_path / "raw", *(f"audio_25k/s21/{i}.wav" for i in ids), f"alignments/s21/{ids[0]}.align", f"s1/{HIS[0]}.mpg")
-    found = find(tmp_path / "raw", tmp_path)
-    assert found.without_video == {"s21": 3} and len(found.clips) == 1
+    make(tmp_path / "raw", *(f"audio_25k/s21/{i}.wav" for i in ids), f"alignments/s21/{ids[0]}.align", f"s1/{S1[0]}.mpg")
+    corpus = find(tmp_path / "raw", tmp_path)
+    assert corpus.without_video == {"s21": 3} and len(corpus.clips) == 1
 
 
-def test_own_recordings(tmp_path):
+def test_own_recordings_use_the_topmost_folder_as_speaker(tmp_path):
     raw = tmp_path / "raw"
     make(raw, "Anna B/take 1.mov", "Anna B/take 1.txt", "Jörg/take 1.mp4", "s30/bbaf2n.mpg", "clip.mp4", "Jörg/take 1.wav")
     make(raw, "Cy/a/take.mp4", "Dee/a/take.mp4", "Dee/a/take.txt", "Eve/take.1/01.png", "Eve/take.1/02.png")
     make(raw, "Eve/take.1.wav", "x.webm")
-    found = find(raw, tmp_path, layout="folder")
-    assert {c.id: c.speaker for c in found.clips} == {
+    corpus = find(raw, tmp_path, layout="folder")
+    assert {c.id: c.speaker for c in corpus.clips} == {
         "Anna B/take 1": "Anna B", "Jörg/take 1": "Jörg", "clip": "unknown", "s30/bbaf2n": "s30",
         "Cy/a/take": "Cy", "Dee/a/take": "Dee", "Eve/take.1": "Eve",
     }  # fmt: skip
-    assert found.ignored == {".webm": 1} and not found.left_out
-    by_id = {c.id: c for c in found.clips}
+    assert corpus.ignored == {".webm": 1} and not corpus.left_out
+    by_id = {c.id: c for c in corpus.clips}
     assert by_id["Anna B/take 1"].words.place == "Anna B/take 1.txt" and by_id["Jörg/take 1"].audio.place == "Jörg/take 1.wav"
     assert by_id["Cy/a/take"].words is None and by_id["Dee/a/take"].words and by_id["Eve/take.1"].audio.place == "Eve/take.1.wav"
-    assert by_id["Anna B/take 1"].audio is None and not any(c.is_grid for c in found.clips)
-    # nobody is Grid's there: s30 of this folder is no test speaker, and everybody is hashed
+    assert by_id["Anna B/take 1"].audio is None and not any(c.is_grid for c in corpus.clips)
+    # no speaker counts as Grid's there: s30 is not a test speaker, and all clips are hashed
     splits = {speakers.split_of(f"me/{n}", "s30", "speaker_independent", layout="folder") for n in range(200)}
     assert splits == {"train", "validation_seen", "test_seen"}
 
 
 @pytest.mark.parametrize("layout", ["grid", "zenodo"])
-def test_a_wrong_folder_is_told_what_to_fetch(tmp_path, layout):
-    with pytest.raises(FileNotFoundError, match=r"no such folder; .*zenodo\.3625687.*s1\.zip .*audio_25k\.zip.*alignments\.zip"):
+def test_the_error_for_a_missing_folder_says_what_to_download(tmp_path, layout):
+    with pytest.raises(FileNotFoundError, match=r"zenodo\.3625687"):
         find(tmp_path / "none", tmp_path, layout=layout)
     if layout != "grid":
-        with pytest.raises(ValueError, match="--layout=zenodo: expected one of grid, folder"):
+        with pytest.raises(ValueError, match="--layout=zenodo"):
             find(tmp_path, tmp_path, layout=layout)

@@ -1,4 +1,4 @@
-"""A folder's manifest: any byte that is changed in it, by whomever, is found, its file named; a copy is as good as the folder."""
+"""Manifests: any changed byte in a folder is detected and its file named; a copy of the folder is valid too."""
 
 import shutil
 from pathlib import Path
@@ -13,20 +13,20 @@ LATE = ("late.txt", "sub/late.json")
 
 @pytest.fixture
 def folder(tmp_path):
-    """Files of all sizes, two of which are written after the manifest, and sealed."""
+    """Files of several sizes, two of which are written after the manifest."""
     from etils import epath
 
     rng = np.random.default_rng(0)
-    here = epath.Path(tmp_path) / "folder"
+    path = epath.Path(tmp_path) / "folder"
     for name, size in {"a": 0, "b/c": 1, "b/d/e": 300, "f": 70_000}.items():
-        (here / name).parent.mkdir(parents=True, exist_ok=True)
-        (here / name).write_bytes(rng.bytes(size))
-    (here / "late.txt").write_text("not yet")
-    checksums.write(here, besides=LATE)
-    (here / "sub").mkdir()
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(rng.bytes(size))
+    (path / "late.txt").write_text("not yet")
+    checksums.write(path, excluded=LATE)
+    (path / "sub").mkdir()
     for name in LATE:
-        (here / name).write_text(f"written later: {name}")
-    return here
+        (path / name).write_text(f"written later: {name}")
+    return path
 
 
 def flip(path, at, by):
@@ -35,18 +35,18 @@ def flip(path, at, by):
     path.write_bytes(bytes(content))
 
 
-def test_a_whole_folder_and_its_copy_have_no_fault(folder, tmp_path):
+def test_an_unchanged_folder_and_its_copy_have_no_fault(folder, tmp_path):
     assert checksums.find_fault(folder) is None and not checksums.is_sealed(folder)
     checksums.seal(folder, LATE)
     assert checksums.find_fault(folder) is None and checksums.is_sealed(folder)
     shutil.copytree(folder, tmp_path / "copy")
     assert checksums.find_fault(tmp_path / "copy") is None
-    (folder / "stranger").write_text("not ours")
+    (folder / "other").write_text("not in the manifest")
     assert checksums.find_fault(folder) is None
 
 
-def test_any_byte_of_any_file_counts(folder):
-    """Of small files every byte, of others some; among them the manifest and the seal, blanks and all."""
+def test_any_changed_byte_of_any_file_is_detected(folder):
+    """Every byte of small files, including white space in manifest and seal, and some bytes of the others."""
     checksums.seal(folder, LATE)
     rng = np.random.default_rng(1)
     flips = 0
@@ -63,7 +63,7 @@ def test_any_byte_of_any_file_counts(folder):
 
 
 @pytest.mark.parametrize("name", ["a", "b/d/e", "late.txt"])
-def test_a_missing_or_a_cut_file_is_named(folder, name):
+def test_missing_and_changed_files_are_named(folder, name):
     checksums.seal(folder, LATE)
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content + b"x")
@@ -72,13 +72,13 @@ def test_a_missing_or_a_cut_file_is_named(folder, name):
     assert checksums.find_fault(folder) == f"{name} is missing"
 
 
-def test_a_manifest_that_is_no_list_of_files(folder):
+def test_a_malformed_manifest_is_a_fault(folder):
     for text in ("", "[]", "{", '{"a": 1}'):
         (folder / checksums.MANIFEST).write_text(text)
-        assert checksums.find_fault(folder) == "manifest.json is not what was written"
+        assert checksums.find_fault(folder).startswith("manifest.json ")
 
 
-def test_without_a_manifest_nothing_is_said(tmp_path):
+def test_a_folder_without_a_manifest_has_no_fault(tmp_path):
     assert checksums.find_fault(tmp_path) is None
     checksums.seal(tmp_path, LATE)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""What goes wrong under a training: damaged, copied, mismatched checkpoints, full disks, mistakes, saves and rows done twice."""
+"""Failures around a training: damaged, copied and mismatched checkpoints, full disks, user errors, repeated saves and rows."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from tests.support.tiny_runs import arguments
 
 @pytest.fixture
 def run(trained, tmp_path):
-    """A copy of the session's two epochs: checkpoints of steps 2 and 4."""
+    """A copy of the session's training, with checkpoints of steps 2 and 4."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
@@ -31,11 +31,11 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size)
 
 
-# -------------------------------------------------------------------------------------------------------------------- damaged
+# --------------------------------------------------------------------------------------------------------- damaged checkpoints
 
 
-def test_a_flipped_byte_anywhere_in_a_checkpoint_is_found(run):
-    """In every file of it, Orbax' own among them, at its ends and at random; the file is named."""
+def test_a_changed_byte_in_any_file_of_a_checkpoint_is_detected(run):
+    """In the first, the last and random bytes of every file, including those of Orbax; the file is named."""
     newest, rng, flips = run / "checkpoints" / "4", np.random.default_rng(0), 0
     assert checksums.is_sealed(newest) and find_fault(newest) is None
     for path in files_of(newest):
@@ -50,47 +50,48 @@ def test_a_flipped_byte_anywhere_in_a_checkpoint_is_found(run):
     assert flips > 500 and find_fault(newest) is None
 
 
-def test_the_one_before_a_damaged_checkpoint_is_used(run, trained, tiny_config, capsys):
-    """A warning names file and folder; the damaged one is kept aside; the run ends as if nothing had been."""
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(run, trained, tiny_config, capsys):
+    """A warning names file and folder, the damaged checkpoint is moved, and the run ends with the same numbers."""
     victim = max(files_of(run / "checkpoints" / "4" / "state"), key=lambda p: p.stat().st_size)
     flip(victim, 1000)
     cli.train(tiny_config(), run)
-    said = capsys.readouterr().err
-    assert f"warning: checkpoint 4 is damaged (state/{victim.relative_to(run / 'checkpoints' / '4' / 'state')} is not what" in said
-    assert "resumed at step 2" in said and (run / "damaged" / "4").is_dir()
+    messages = capsys.readouterr().err
+    assert f"warning: checkpoint 4 is damaged (state/{victim.relative_to(run / 'checkpoints' / '4' / 'state')} is not" in messages
+    assert "resumed at step 2" in messages and (run / "damaged" / "4").is_dir()
     assert (run / "metrics.csv").read_bytes() == (trained / "metrics.csv").read_bytes()
     assert find_fault(run / "checkpoints" / "4") is None and find_fault(run / "damaged" / "4") is not None
 
 
-def test_with_no_whole_checkpoint_nothing_is_touched(run, tiny_config):
+def test_without_any_valid_checkpoint_nothing_is_changed(run, tiny_config):
     for step in ("2", "4"):
         (run / "checkpoints" / step / "state" / "_METADATA").unlink()
     before = {p: p.read_bytes() for p in files_of(run)}
-    with pytest.raises(CheckpointError, match=r"no whole checkpoint in .*4: state/_METADATA is missing; 2: state") as error:
+    with pytest.raises(CheckpointError, match=r"4: state/_METADATA is missing; 2: state") as error:
         set_damaged_aside(run)
     assert "\n" not in str(error.value) and before == {p: p.read_bytes() for p in files_of(run)}
 
 
-def test_a_damaged_checkpoint_is_not_evaluated(run):
+def test_a_damaged_checkpoint_is_not_loaded(run):
     from avsi_jax.inference.restorer import Restorer
 
     flip(max(files_of(run / "checkpoints" / "4" / "state"), key=lambda p: p.stat().st_size), 500)
-    with pytest.raises(CheckpointError, match=r"checkpoint 4 in .* is damaged \(state/.* is not what was written\).*\[2, 4\]"):
+    with pytest.raises(CheckpointError, match=r"checkpoint 4 in .* is damaged \(state/.*\[2, 4\]"):
         Restorer.from_workdir(run, "4")
     assert Restorer.from_workdir(run, "2").step == 2
 
 
-def test_a_checkpoint_from_before_there_were_manifests_is_taken(run):
+def test_a_checkpoint_without_a_manifest_is_accepted(run):
+    """Older versions wrote none."""
     for name in (checksums.MANIFEST, checksums.SEAL):
         (run / "checkpoints" / "4" / name).unlink()
     assert set_damaged_aside(run) == [] and Checkpoints(run, read_only=True).latest_step() == 4
 
 
 @pytest.mark.parametrize("copy", [["cp", "-r"], ["rsync", "-r"]])
-def test_a_copied_run_goes_on(run, tmp_path, tiny_config, capsys, copy):
-    """Times, owners and links are not needed; what a save that never ended left is copied too, and does no harm."""
+def test_a_copied_run_resumes(run, tmp_path, tiny_config, capsys, copy):
+    """Times, owners and links are not needed; files of an unfinished save are copied too, and do no harm."""
     if not shutil.which(copy[0]):
-        pytest.skip(f"{copy[0]} is not here")
+        pytest.skip(f"{copy[0]} is not installed")
     (run / "checkpoints" / "6.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     (run / "checkpoints" / "6.orbax-checkpoint-tmp" / "state" / "half").write_text("x")
     subprocess.run([*copy, f"{run}/", str(tmp_path / "copy")], check=True)
@@ -99,18 +100,17 @@ def test_a_copied_run_goes_on(run, tmp_path, tiny_config, capsys, copy):
     assert Checkpoints(tmp_path / "copy", read_only=True).latest_step() == 6
 
 
-# ---------------------------------------------------------------------------------------------------------------- mismatched
+# ------------------------------------------------------------------------------------------------- mismatched configs and data
 
 
-def test_another_dataset_is_refused_by_what_differs(run, tiny_config, tiny_dir, tmp_path):
-    """One byte of one clip is another, its checksums are right: the same names, lengths and version."""
+def test_another_dataset_is_refused_by_its_fingerprint(run, tiny_config, tiny_dir, tmp_path):
+    """One byte of one clip differs, with a correct checksum; names, lengths and version are the same."""
     other = Path(shutil.copytree(tiny_dir, tmp_path / "data"))
-    told = json.loads((run / "run.json").read_text())
-    fingerprint = told["dataset"]["fingerprint"]["train"]
+    fingerprint = json.loads((run / "run.json").read_text())["dataset"]["fingerprint"]["train"]
     assert len(fingerprint) == 16 and input_pipeline.Records(dataset_of(other), "train").fingerprint() == fingerprint
     rewrite_first_record(dataset_of(other), "train")
     assert input_pipeline.Records(dataset_of(other), "train").fingerprint() != fingerprint
-    with pytest.raises(ValueError, match=r"holds a run on another dataset \(fingerprint: .*there, .*here\); resume with") as error:
+    with pytest.raises(ValueError, match=r"another dataset \(fingerprint: .*there, .*here\)") as error:
         cli.train(tiny_config(data_dir=other), run)
     assert "\n" not in str(error.value)
 
@@ -120,7 +120,7 @@ def dataset_of(data_dir):
 
 
 def rewrite_first_record(dataset, split) -> None:
-    """Changes a sample of the first clip's sound, with a new checksum."""
+    """Changes a sample of the first clip's audio, and the checksum accordingly."""
     import google_crc32c
 
     (path,) = sorted(Path(dataset).glob(f"*-{split}.tfrecord-*"))
@@ -132,20 +132,20 @@ def rewrite_first_record(dataset, split) -> None:
     path.write_bytes(bytes(content))
 
 
-def test_epochs_bind_where_they_shape_the_rate(run, tiny_config):
-    """Under a cosine another number of epochs is another schedule for what is done already."""
+def test_the_number_of_epochs_of_a_cosine_schedule_cannot_change(run, tiny_config):
+    """Another number would be another schedule for the steps that are done."""
     fields = {"schedule": "cosine", "epochs": 1}
     (run / "config.json").write_text(tiny_config(**fields).to_json())
     with pytest.raises(ValueError, match="epochs: 1 there, 2 here"):
         cli.train(tiny_config(**fields | {"epochs": 2}), run)
 
 
-# ------------------------------------------------------------------------------------------------------------- no room to save
+# ------------------------------------------------------------------------------------------------------------------ full disks
 
-# What is said goes through a pipe: a file of it would be limited too, and the line that is looked for come out cut off.
+# stderr goes through a pipe: in a file it would be limited as well, and the expected line could be truncated.
 LIMITED = """
 import resource, subprocess, sys
-limited = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)  # a write beyond it fails as to a full disk
+limited = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)  # longer writes fail as on a full disk
 command = [sys.executable, "-m", "avsi_jax.train", *sys.argv[2:]]
 done = subprocess.run(command, stderr=subprocess.PIPE, preexec_fn=limited)
 sys.stderr.buffer.write(done.stderr)
@@ -153,47 +153,47 @@ sys.exit(done.returncode)
 """
 
 
-def test_a_disk_that_fills_up_in_a_save(run, tiny_dir):
-    """The third epoch's checkpoint can't be written: one line with path and bytes, the two before it stay whole."""
+def test_a_full_disk_ends_the_run_and_keeps_its_checkpoints(run, tiny_dir):
+    """The third epoch's checkpoint can't be written: one line names path and bytes, the two earlier checkpoints stay valid."""
     command = ["-c", LIMITED, 30_000, *arguments(run, tiny_dir, epochs=3)]
-    (done,) = processes.run(command, processes=1, devices=4, timeout=200)
-    # Threads of Orbax write into the same line, before it and behind.
-    assert done.returncode == 2, (done.returncode, done.stderr)
-    assert done.stderr.count(f"{run / 'checkpoints'}: checkpoint 6 of ") == 1, done.stderr[-3000:]
-    assert "bytes could not be written" in done.stderr and "the checkpoints [2, 4] are kept" in done.stderr
-    assert "avsi_jax/" not in done.stderr, "no traceback of ours; tensorstore's threads may say what they think"
+    (finished,) = processes.run(command, processes=1, devices=4, timeout=200)
+    # Threads of Orbax may print into the same line, before and after it.
+    assert finished.returncode == 2, (finished.returncode, finished.stderr)
+    assert finished.stderr.count(f"{run / 'checkpoints'}: checkpoint 6 of ") == 1, finished.stderr[-3000:]
+    assert "[2, 4]" in finished.stderr
+    assert "avsi_jax/" not in finished.stderr, "no traceback of ours; tensorstore's threads may print theirs"
     assert [find_fault(run / "checkpoints" / step) for step in ("2", "4")] == [None, None]
     assert set_damaged_aside(run) == [] and Checkpoints(run, read_only=True).latest_step() == 4
 
 
-def test_what_orbax_says_on_leaving_hides_no_failed_save(run, monkeypatch):
-    """A save that failed may fail once more as its manager is closed, by another error: seen with its event loop."""
+def test_an_error_while_closing_does_not_hide_a_failed_save(run, monkeypatch):
+    """Orbax may raise another error when it is closed after a failed save, as seen with its event loop."""
     saved = Checkpoints(run)
 
-    def fail(why):
-        raise RuntimeError(why)
+    def fail(message):
+        raise RuntimeError(message)
 
     closed = saved._manager.close
     monkeypatch.setattr(saved._manager, "wait_until_finished", lambda: fail("no space left"))
     monkeypatch.setattr(saved._manager, "close", lambda: fail("Event loop is closed"))
-    with pytest.raises(CheckpointError, match="could not be written .no space left"):
+    with pytest.raises(CheckpointError, match="no space left"):
         saved.close()
     monkeypatch.undo()
     closed()
 
 
-def test_too_little_room_is_told_before_anything_is_written(run, tiny_config, monkeypatch):
+def test_too_little_disk_space_is_an_error_before_anything_is_written(run, tiny_config, monkeypatch):
     from avsi_jax.training import checkpoints
 
     usage = shutil.disk_usage(run)
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: usage._replace(free=1234))
-    with pytest.raises(CheckpointError, match=r"no room for checkpoint 6 in .*: 1234 bytes free, expected \d{5}.*\[2, 4\]"):
+    with pytest.raises(CheckpointError, match=r"checkpoint 6 in .*: 1234 bytes free, expected \d{5}.*\[2, 4\]"):
         cli.train(tiny_config(epochs=3), run)
     assert not list((run / "checkpoints").glob("6*"))
 
 
-def test_a_folder_that_can_not_be_written(run, tiny_config, monkeypatch):
-    """Root may write anywhere: a file stands where the folder should be."""
+def test_a_folder_that_cannot_be_written_is_an_error(run, tiny_config, monkeypatch):
+    """A file in place of the folder, since root may write anywhere."""
     shutil.rmtree(run / "checkpoints")
     (run / "checkpoints").write_text("in the way")
     with pytest.raises((CheckpointError, OSError), match="checkpoints") as error:
@@ -201,11 +201,11 @@ def test_a_folder_that_can_not_be_written(run, tiny_config, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-# -------------------------------------------------------------------------------------------------------------- on one's own
+# ----------------------------------------------------------------------------------------------------------------- user errors
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "message"),
     [
         (["--config.batch_size=-4"], "config.batch_size: found -4, expected 1 or more"),
         (["--config.batch_size=0"], "config.batch_size: found 0, expected 1 or more"),
@@ -221,15 +221,18 @@ def test_a_folder_that_can_not_be_written(run, tiny_config, monkeypatch):
         (["--workdir=s3://bucket/run"], "found s3://, expected a folder or gs://"),
     ],
 )
-def test_a_mistake_takes_one_line_and_nothing_is_written(tiny_dir, tmp_path, capsys, fields, says):
+def test_a_user_error_is_one_line_and_nothing_is_written(tiny_dir, tmp_path, capsys, fields, message):
     assert cli.main([*arguments(tmp_path / "run", tiny_dir), *fields]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("avsi-train: ") and said.count("\n") == 1 and says in said
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("avsi-train: ") and stderr.count("\n") == 1 and message in stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_a_row_is_not_written_twice(run, tiny_dir, trained, tmp_path, capsys, monkeypatch):
-    """Stopped in a validation, gone on, killed before the next checkpoint, gone on: the epoch's row is there once."""
+# -------------------------------------------------------------------------------------------------------- repeated rows and saves
+
+
+def test_the_row_of_an_epoch_is_not_written_twice(run, tiny_dir, trained, tmp_path, capsys, monkeypatch):
+    """Stopped during a validation, resumed, killed before the next checkpoint, resumed again."""
     from tests.support import signal_at_phase
 
     command = arguments(tmp_path / "new", tiny_dir, checkpoint_every=2, checkpoint_seconds=0)
@@ -243,8 +246,8 @@ def test_a_row_is_not_written_twice(run, tiny_dir, trained, tmp_path, capsys, mo
     def die(*_):
         raise Killed
 
-    with monkeypatch.context() as patched:  # after the row of the first epoch, in the first step of the second
-        patched.setattr("avsi_jax.training.progress_log.Console.report", die)
+    with monkeypatch.context() as patched:  # after the row of the first epoch
+        patched.setattr("avsi_jax.training.progress_log.Console.epoch", die)
         with pytest.raises(Killed):
             cli.main(command)
     assert cli.main(command) == 0
@@ -252,22 +255,21 @@ def test_a_row_is_not_written_twice(run, tiny_dir, trained, tmp_path, capsys, mo
     assert len((tmp_path / "new" / "timing.csv").read_text().splitlines()) == 3
 
 
-def test_a_checkpoint_that_is_saved_anew_is_never_gone(run, tiny_config):
-    """Between the old one's leaving and the new one's coming: a restart takes the old one back; after it the old one goes."""
+def test_a_checkpoint_that_is_replaced_is_never_lost(run, tiny_config):
+    """If the new one is missing, a restart recovers the old one; once the new one is saved, the old one is deleted."""
+    import jax
+
     from avsi_jax.training import train_step
 
-    config = tiny_config()
     saved = Checkpoints(run)
-    state, host = saved.restore(4, train_step.init_state(config, 2))
+    state, host = saved.restore(4, train_step.init_state(tiny_config(), 2))
     saved._set_aside(4)
     assert saved.all_steps() == [2] and (run / "replaced" / "4").is_dir()
     saved.close()
     assert set_damaged_aside(run) == [] and not (run / "replaced").exists()
     saved = Checkpoints(run)
     assert saved.all_steps() == [2, 4] == sorted([2, saved.latest_step()])
-    import jax
-
-    saved.save(4, jax.tree.map(jax.numpy.asarray, state), host | {"anew": 1}, 0.5, anew=True)
+    saved.save(4, jax.tree.map(jax.numpy.asarray, state), host | {"replaced": 1}, 0.5, replace=True)
     saved.close()
     assert not (run / "replaced").exists() and find_fault(run / "checkpoints" / "4") is None
-    assert Checkpoints(run, read_only=True).restore(4, state)[1]["anew"] == 1
+    assert Checkpoints(run, read_only=True).restore(4, state)[1]["replaced"] == 1

@@ -1,4 +1,4 @@
-"""Configs and weights written before a rename are read under today's names."""
+"""Configs, weights and results with former names are read under today's names."""
 
 import json
 
@@ -20,7 +20,7 @@ def test_renamed_fields_are_read():
     assert current["augment"] == {"drop_video": 0.1, "drop_audio": 0.2, "speed": 0.3}
 
 
-def test_gap_durations_are_read_by_the_kind_of_their_total():
+def test_former_gap_durations_depend_on_their_distribution():
     normal = old_names.current_config(OLD)["gaps"]
     assert (normal["total_mean_ms"], normal["total_std_ms"], normal["min_ms"]) == (800.0, 200.0, 60.0)
     uniform = old_names.current_config({"gaps": {"total": "uniform", "low_ms": 160.0, "high_ms": 1600.0}})["gaps"]
@@ -28,16 +28,23 @@ def test_gap_durations_are_read_by_the_kind_of_their_total():
     assert "low_ms" not in normal and "high_ms" not in uniform
 
 
-def test_a_config_of_today_is_unchanged():
+def test_a_current_config_is_unchanged():
     fields = json.loads(configs.load("av_unified").to_json())
     assert old_names.current_config(fields) == fields
 
 
-def test_a_run_directory_of_before_the_rename_is_read(tmp_path):
+def test_a_run_directory_with_former_names_is_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(OLD))
     assert run_directory.read_config(tmp_path)["video_layers"] == 2
 
 
-def test_kinds_of_systems_are_read():
+def test_former_inputs_of_measured_quality_are_read():
+    facts = {"measured": {"sound and lips": {"300": {"stoi": 0.5}}, "sound": {}, "lips": {}}, "license": "x"}
+    current = old_names.current_facts(facts)
+    assert current == {"measured": {"audio and video": {"300": {"stoi": 0.5}}, "audio": {}, "video": {}}, "license": "x"}
+    assert old_names.current_facts(current) == current and old_names.current_facts({}) == {}
+
+
+def test_former_kinds_of_systems_are_read():
     facts = {"table": [{"kind": "damaged", "mean": 1.0}, {"kind": "ceiling"}], "note": "damaged"}
     assert old_names.current_kinds(facts) == {"table": [{"kind": "masked", "mean": 1.0}, {"kind": "oracle_mel"}], "note": "damaged"}

@@ -1,17 +1,17 @@
-"""What a run shows while it trains: pictures of validation clips, curves that a resume does not double, what gave NaN."""
+"""Images and TensorBoard curves of a run, and the debug mode that stops at the first NaN."""
 
 import numpy as np
 import pytest
 
-from avsi_jax.data import input_pipeline
 from avsi_jax.training import cli
+from tests.support import nan_clips
 
 
 def events(folder):
-    """(step, tag, value) of all scalars in TensorBoard's files, what a later start struck out left out."""
+    """(step, tag, value) of all scalars in the event files, without those that a later start marked as obsolete."""
     from tensorboardX.proto import event_pb2
 
-    found = []
+    scalars = []
     for path in sorted(folder.glob("events.out.tfevents.*")):
         data, at = path.read_bytes(), 0
         while at < len(data):
@@ -19,14 +19,14 @@ def events(folder):
             event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
             at += 16 + size
             if event.HasField("session_log"):
-                found = [f for f in found if f[0] < event.step]
-            shown = [v for v in event.summary.value if v.HasField("simple_value")]
-            found += [(event.step, v.tag, v.simple_value) for v in shown]
-    return found
+                scalars = [f for f in scalars if f[0] < event.step]
+            values = [v for v in event.summary.value if v.HasField("simple_value")]
+            scalars += [(event.step, v.tag, v.simple_value) for v in values]
+    return scalars
 
 
-def test_curves_and_frames_of_a_run(tiny_config, tiny_dir, trained, tmp_path):
-    """Two starts of an epoch each: a point an epoch in each curve, a picture every second step, and nothing else changes."""
+def test_a_resumed_run_has_one_point_per_epoch_and_an_image_every_second_step(tiny_config, tiny_dir, trained, tmp_path):
+    """Two starts of one epoch each; the metrics are those of a run without images."""
     import cv2
 
     from avsi_jax.training.run_directory import read_rows
@@ -35,34 +35,27 @@ def test_curves_and_frames_of_a_run(tiny_config, tiny_dir, trained, tmp_path):
         cli.train(tiny_config(epochs=epochs, images_every=2), tmp_path / "run")
     assert (tmp_path / "run" / "metrics.csv").read_bytes() == (trained / "metrics.csv").read_bytes()
     rows = read_rows(tmp_path / "run" / "metrics.csv")
-    drawn = [(step, value) for step, tag, value in events(tmp_path / "run" / "tensorboard") if tag == "val/gap_l1_db"]
-    assert drawn == [(row["step"], pytest.approx(row["val_gap_l1_db"], rel=1e-6)) for row in rows]
-    names = sorted(p.name for p in (tmp_path / "run" / "pictures").iterdir())
+    points = [(step, value) for step, tag, value in events(tmp_path / "run" / "tensorboard") if tag == "val/gap_l1_db"]
+    assert points == [(row["step"], pytest.approx(row["val_gap_l1_db"], rel=1e-6)) for row in rows]
+    names = sorted(p.name for p in (tmp_path / "run" / "images").iterdir())
     assert names == ["0000002.png", "0000004.png"]
-    first, second = (cv2.imread(str(tmp_path / "run" / "pictures" / name)) for name in names)
+    first, second = (cv2.imread(str(tmp_path / "run" / "images" / name)) for name in names)
     assert first.shape == second.shape and first.std() > 20
     height = len(first) // 3
     assert np.array_equal(first[:height], second[:height]) and np.array_equal(first[2 * height :], second[2 * height :])
-    assert not np.array_equal(first[height : 2 * height], second[height : 2 * height]), "what is restored has changed"
+    assert not np.array_equal(first[height : 2 * height], second[height : 2 * height])
 
 
 @pytest.mark.slow
-def test_debugging_stops_at_the_operation_that_gave_nan(tiny_dir, tmp_path, monkeypatch, capsys):
-    """One clip's points are no numbers: the traceback shows the line where they first enter a result."""
-    honest = input_pipeline.to_example
-
-    def poisoned(raw):
-        example = honest(raw)
-        example["landmarks"][3, 50] = np.nan
-        return example
+def test_debug_nans_stops_at_the_operation_that_gave_the_first_nan(tiny_dir, tmp_path, monkeypatch, capsys):
+    """With NaN landmarks, the traceback shows the line where they first enter a result."""
+    import jax
 
     arguments = ["--config=debug", f"--workdir={tmp_path / 'run'}", f"--config.data_dir={tiny_dir}"]
     assert cli.main(arguments) == 0
-    monkeypatch.setattr(input_pipeline, "to_example", poisoned)
+    nan_clips.put_nan(monkeypatch)
     capsys.readouterr()
     assert cli.main([*arguments[:1], f"--workdir={tmp_path / 'other'}", *arguments[2:]]) == 2
-    said = capsys.readouterr().err
-    assert "Traceback" in said and "features.py" in said and "invalid value (nan)" in said
-    import jax  # nothing of the debugging stays on
-
+    stderr = capsys.readouterr().err
+    assert "Traceback" in stderr and "features.py" in stderr and "invalid value (nan)" in stderr
     assert not jax.config.jax_debug_nans
