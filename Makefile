@@ -1,7 +1,7 @@
-# Every target sets itself up: a Python 3.11, 3.12 or 3.13 with its headers, a C compiler and make are all a fresh machine needs.
-#   PYTHON=/path/to/python  which Python makes the environment      VENV=.venv-312  where it lies
-#   ARGS="-k stft"          more words for pytest, or for the benchmark      WORKERS=0  all tests in one process
-#   TPU_CACHE=DIR           where `make tpu` keeps what it compiled: a rerun does what is missing
+# Every target sets itself up: a new machine only needs Python 3.11, 3.12 or 3.13 with its headers, a C compiler and make.
+#   PYTHON=/path/to/python  Python of the environment      VENV=.venv-312  folder of the environment
+#   ARGS="-k stft"          further arguments for pytest, or for the benchmark      WORKERS=0  all tests in one process
+#   TPU_CACHE=DIR           cache of `make tpu`: a rerun only compiles what is missing
 #   GRID=DIR OUT=DIR EPOCHS=N for `make demo`      DATA=DIR RUNS=DIR JUDGE=RUN for `make table`
 
 .DEFAULT_GOAL := help
@@ -15,35 +15,35 @@ PINS := pyproject.toml setup.py constraints/tests.txt $(CONSTRAINTS)
 EDITABLE := -e
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-# The first Python, of those versions in that order, that can make an environment and compile against its headers.
+# The first Python of these versions, in this order, that can make an environment and has headers to compile against.
 USABLE := import ensurepip, os, sys, sysconfig, venv; \
   sys.exit(not (sys.version_info >= (3, 11) and os.path.exists(sysconfig.get_path("include") + "/Python.h")))
 first_python = $(shell for v in $(1); do for p in python$$v $$HOME/.pyenv/versions/$$v*/bin/python; do \
   "$$p" -c '$(USABLE)' 2>/dev/null && { command -v "$$p"; exit; }; done; done)
 ifndef PYTHON
-PYTHON := $(call first_python,3.11 3.12 3.13 3)
+PYTHON := $(call first_python,3.11 3.12 3.13)
 endif
 
-# What the environment was made from: the Python and the place first (another one: start anew), then what is installed.
+# What the environment was made from: Python and folder (if they change, it is made again), and the installed packages.
 PLACE := import os, sys; print(sys.version.split()[0], sys.base_prefix, os.getcwd())
 HASH := import hashlib, sys; print(hashlib.sha256(b"".join(open(p, "rb").read() for p in sys.argv[1:])).hexdigest())
 
 help:
-	@echo "make test           lint and all tests but the slow ones"
-	@echo "make test-newest    the main job with the newest releases of all dependencies, on the newest Python there is (.venv-newest)"
+	@echo "make test           lint and all tests except the slow ones"
+	@echo "make test-newest    the main job with the newest releases of all dependencies, on the newest Python installed (.venv-newest)"
 	@echo "make test-oldest    the main job with the oldest releases that pyproject.toml allows, on Python 3.11 (.venv-oldest)"
-	@echo "make test-slow      the slow tests, and test-oldest"
-	@echo "make test-beam      the build by Apache Beam, in an environment of its own (.venv-beam: Beam takes an older protobuf)"
-	@echo "make test-gcs       gs:// workdirs and data on a bucket of this machine's own, in an environment of its own (.venv-gcs)"
-	@echo "make bench          the training step beside PyTorch, flax and Keras, in an environment of its own (.venv-bench)"
-	@echo "make table DATA=DIR RUNS=DIR [JUDGE=RUN]   trains and evaluates what docs/results/ lacks -> docs/results.md; hours a system"
-	@echo "make tpu            every system compiled by the TPU's own compiler, an hour of CPU or more -> docs/tpu.md"
-	@echo "make demo           the whole way on synthetic clips that it makes: build, train, evaluate, repair a clip"
+	@echo "make test-slow      the slow tests; without ARGS also test-oldest"
+	@echo "make test-beam      the build with Apache Beam, in an environment of its own (.venv-beam: Beam needs an older protobuf)"
+	@echo "make test-gcs       gs:// workdirs and data with a local fake of the bucket server, in an environment of its own (.venv-gcs)"
+	@echo "make bench          compares the training step with PyTorch, flax and Keras, in an environment of its own (.venv-bench)"
+	@echo "make table DATA=DIR RUNS=DIR [JUDGE=RUN]   trains and evaluates the runs missing in docs/results/ -> docs/results.md; hours per system"
+	@echo "make tpu            compiles every system with the TPU's own compiler, an hour of CPU or more -> docs/tpu.md"
+	@echo "make demo           the complete pipeline on synthetic clips: build, train, evaluate, restore a clip"
 	@echo "make demo GRID=DIR  the same on a folder of Grid clips"
-	@echo "make docs           the documentation as a site, in build/site; a warning is an error"
+	@echo "make docs           the documentation site in build/site; warnings are errors"
 	@echo "make lint           ruff"
-	@echo "make venv           only the environment, in $(VENV)"
-	@echo "make clean          remove the environment and build litter"
+	@echo "make venv           only the environment $(VENV)"
+	@echo "make clean          remove environments and build files"
 
 venv:
 	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11, 3.12 or 3.13 with venv and Python.h; install one" \
@@ -67,15 +67,16 @@ venv:
 lint: venv
 	"$(BIN)/ruff" check .
 
-# Two workers: half of a test's time is one thread's. A file's tests stay together, and so do what they share.
+# Two workers: half of a test's time uses one thread. Tests of a file run in the same worker, since they share fixtures.
 WORKERS ?= 2
 PYTEST = "$(BIN)/python" -m pytest -n $(WORKERS) --dist loadfile --durations=20
 
 test: lint
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-slow: venv test-oldest
+test-slow: venv
 	$(PYTEST) -m slow $(ARGS)
+	$(if $(ARGS),,$(MAKE) test-oldest)
 
 # The package is installed as a user installs it, without -e, and its commands run in another folder.
 MAIN_JOB := '.[prepare,synth,app]' pytest 'setuptools>=77'
@@ -87,10 +88,10 @@ test-newest:
 
 test-oldest:
 	@mkdir -p build
-	@"$(OLDEST_PYTHON)" constraints/lower_bounds.py prepare synth app > build/lower_bounds.txt
+	@"$(or $(OLDEST_PYTHON),python3.11)" constraints/lower_bounds.py prepare synth app > build/lower_bounds.txt
 	@$(MAKE) main-job VENV=.venv-oldest PYTHON="$(OLDEST_PYTHON)" CONSTRAINTS=build/lower_bounds.txt
 
-# The environment is kept; the package itself is built anew, from nothing that an earlier build left.
+# The environment is kept; the package itself is built again, without files of an earlier build.
 main-job:
 	@$(MAKE) venv WANTED="$(MAIN_JOB)" EDITABLE=
 	rm -rf build/lib build/bdist.*
@@ -113,7 +114,7 @@ demo: venv
 docs: venv
 	NO_MKDOCS_2_WARNING=1 "$(BIN)/mkdocs" build --strict --site-dir build/site
 
-# EXTRA=cuda: on a machine with an NVIDIA GPU. TORCH_INDEX: a package index beside pip's own that has PyTorch for CPUs alone,
+# EXTRA=cuda: on a machine with an NVIDIA GPU. TORCH_INDEX: an additional package index with PyTorch for CPUs only,
 # e.g. https://download.pytorch.org/whl/cpu
 bench:
 	@$(MAKE) venv VENV=.venv-bench CONSTRAINTS=constraints/bench.txt WANTED="'.[$(EXTRA)]' torch keras $(TORCH_INDEX:%=--extra-index-url %)"

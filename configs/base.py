@@ -51,7 +51,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.train_split = "train"  # any split of the dataset
     config.validation_split = "validation"  # validation: unseen speakers; validation_seen: seen speakers, for small datasets
 
-    # ---- Gaps of training and validation clips, drawn anew in every training step.
+    # ---- Gaps: new ones in every training step; those of validation depend on the clip id alone.
     config.gaps = ml_collections.ConfigDict()
     # waveform: samples are set to 0 before the spectrogram is computed. paper (its code): whole frames of the clean spectrogram are
     # set to 0, which leaves audio of the gap in the frames beside it.

@@ -1,19 +1,18 @@
 #!/usr/bin/env bash
-# A training on this machine in several processes, as a pod runs it: the local twin of the others, and for a machine whose GPUs
-# shall have a process each.
+# Runs a training on this machine in several processes, like on a pod: to try it out, or for one process per GPU.
 #
 #   launch/local.sh --processes=2 -- --config=av_mtl_s2s --workdir=DIR --config.data_dir=DATA
 #
-# --processes=N   how many (2)
-# --devices=N     CPU devices of each (1)
-# --gpus          one GPU a process in place of CPU devices: process I gets GPU I
-# --logs=DIR      the output of each process, DIR/rank0.log and on, besides the console
-# --restarts=N    starts again after 143, 75 and death by a signal, N times at most in a row (20)
-# --grace=N       seconds that the others have to save once one has died, then they are killed (30)
-# --dry_run       print the commands, run none
+# --processes=N   number of processes (2)
+# --devices=N     CPU devices per process (1)
+# --gpus          one GPU per process instead of CPU devices: process I gets GPU I
+# --logs=DIR      also write the output of each process to DIR/rank0.log, ...
+# --restarts=N    restart after exit codes 143, 75 and death by a signal, at most N times in a row (20)
+# --grace=N       seconds that the other processes have to save after one has died, before they are killed (30)
+# --dry_run       only print the commands
 #
-# One dies: all are stopped, then all start again, on another port. SIGTERM or Ctrl-C here: all save, nothing starts again, the
-# exit code is 143 or 130. Otherwise it is the worst of theirs. AVSI_TRAIN: another command than avsi-train.
+# If one process dies, all are stopped and restarted on another port. After SIGTERM or Ctrl-C all save and none is restarted; the
+# exit code is 143 or 130. Otherwise it is the most serious of theirs. AVSI_TRAIN: a command to use instead of avsi-train.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -34,16 +33,16 @@ while (($#)); do
   esac
   shift
 done
-must_be_count --processes "$processes" 1
-must_be_count --devices "$devices" 1
-must_be_count --restarts "$restarts" 0
-must_be_count --grace "$grace" 0
+require_count --processes "$processes" 1
+require_count --devices "$devices" 1
+require_count --restarts "$restarts" 0
+require_count --grace "$grace" 0
 check_arguments "$@"
 read -ra trainer <<< "${AVSI_TRAIN:-avsi-train}"
-must_have "${trainer[0]}" "pip install avsi_jax, or name another command: AVSI_TRAIN"
-must_have setsid "it comes with util-linux"
+require_command "${trainer[0]}" "pip install avsi_jax, or name another command: AVSI_TRAIN"
+require_command setsid "it comes with util-linux"
 
-# A port that nobody listens on, below those that the system hands out by itself.
+# A free port below the range that the system assigns itself.
 free_port() {
   local port
   while :; do
@@ -52,7 +51,7 @@ free_port() {
   done
 }
 
-# The process $1 of those that meet at port $2 -> the array `command`.
+# The command of process $1, with the coordinator at port $2 -> the array `command`.
 rank_command() {
   local rank=$1 port=$2
   shift 2
@@ -63,41 +62,41 @@ rank_command() {
 }
 
 # shellcheck disable=SC2329 # called by all_ranks
-# Copies what process $1 says to the console, its number before every line, and to its log.
+# Copies the output of process $1 to the console, with its number before every line, and to its log.
 show_output() {
   if [ -n "$logs" ]; then tee -a "$logs/rank$1.log" | sed -u "s/^/[$1] /"; else sed -u "s/^/[$1] /"; fi
 }
 
 # shellcheck disable=SC2329 # called by keep_running
-# Every process once, to the end of all; returns the worst of their codes. Those that left because they were told to don't count.
+# Runs all processes once, until all have ended; returns the most serious of their codes, except of those that were terminated.
 all_ranks() {
-  local rank port output told='' deadline=0 alive=() pids=() readers=() codes=() own=()
+  local rank port output terminated='' deadline=0 alive=() pids=() readers=() codes=() own=()
   trap 'leaving=1' TERM
-  trap '' INT # the terminal sends it to everyone: the readers below must outlive the trainers
+  trap '' INT # the terminal sends it to all processes: the readers below must outlive the trainers
   leaving=''
   port=$(free_port)
   for ((rank = 0; rank < processes; rank++)); do
     rank_command "$rank" "$port" "$@"
     exec {output}> >(show_output "$rank")
     readers[rank]=$!
-    setsid "${command[@]}" >&"$output" 2>&1 < /dev/null & # a session of its own: what it started can be killed with it
+    setsid "${command[@]}" >&"$output" 2>&1 < /dev/null & # in its own session, so that its child processes can be killed with it
     pids[rank]=$!
     exec {output}>&-
   done
   alive=("${!pids[@]}")
   while ((${#alive[@]})); do
     gather
-    if [ -z "$told" ] && { [ -n "$leaving" ] || ((${#own[@]} > 0 && $(worst_of "${own[@]}") != 0)); }; then
+    if [ -z "$terminated" ] && { [ -n "$leaving" ] || ((${#own[@]} > 0 && $(worst_code "${own[@]}") != 0)); }; then
       if [ -z "$leaving" ]; then
-        pause 0.3 # what killed one may have killed others: their codes count
+        pause 0.3 # the same cause may have killed others: their codes count too
         gather
       fi
-      told=1 deadline=$((SECONDS + grace))
+      terminated=1 deadline=$((SECONDS + grace))
       for rank in "${alive[@]}"; do kill -TERM "${pids[rank]}" 2> /dev/null || true; done
     fi
-    if [ -n "$told" ] && ((SECONDS > deadline)); then
+    if [ -n "$terminated" ] && ((SECONDS > deadline)); then
       for rank in "${alive[@]}"; do
-        say "process $rank has not left within $grace s, kills it"
+        say "process $rank has not left within $grace s, killing it"
         end_group "${pids[rank]}"
       done
       deadline=$((SECONDS + grace))
@@ -106,12 +105,12 @@ all_ranks() {
   done
   for rank in "${!pids[@]}"; do end_group "${pids[rank]}"; done
   for rank in "${!readers[@]}"; do wait "${readers[rank]}" || true; done
-  if ((${#own[@]})); then return "$(worst_of "${own[@]}")"; fi
-  return "$(worst_of "${codes[@]}")"
+  if ((${#own[@]})); then return "$(worst_code "${own[@]}")"; fi
+  return "$(worst_code "${codes[@]}")"
 }
 
 # shellcheck disable=SC2329,SC2154 # called by all_ranks; waited comes from wait_for
-# Takes the exit codes of those that have ended (variables of all_ranks).
+# Collects the exit codes of the processes that have ended (in variables of all_ranks).
 gather() {
   local still=()
   for rank in "${alive[@]}"; do
@@ -120,7 +119,7 @@ gather() {
     else
       wait_for "${pids[rank]}"
       codes[rank]=$waited
-      [ -n "$told" ] || own+=("$waited")
+      [ -n "$terminated" ] || own+=("$waited")
       say "process $rank left with code $waited"
     fi
   done

@@ -1,32 +1,32 @@
 #!/usr/bin/env bash
-# A training on a TPU VM or a pod slice, from this machine, by gcloud.
+# Runs a training on a TPU VM or a pod slice, from this machine, with gcloud.
 #
-#   launch/tpu_vm.sh create  --name=N --zone=Z --type=v5litepod-16 [--spot]      make the slice now, or fail where there is none
-#   launch/tpu_vm.sh queue   --name=N --zone=Z --type=v5litepod-16 [--spot]      ask for it, and get it when there is one
-#   launch/tpu_vm.sh install --name=N --zone=Z                                   this checkout's last commit to every worker
-#   launch/tpu_vm.sh run     --name=N --zone=Z --type=T -- ARGS                  train on all workers, follow it to its end
-#   launch/tpu_vm.sh watch   --name=N --zone=Z --type=T [--queued] [--spot] -- ARGS   all of it, again after every pre-emption
-#   launch/tpu_vm.sh stop    --name=N --zone=Z                                   the training saves and leaves; the slice stays
-#   launch/tpu_vm.sh status  --name=N --zone=Z [-- --workdir=gs://...]           state of the slice, what the training is doing
-#   launch/tpu_vm.sh logs    --name=N --zone=Z [--worker=0]                      the end of the workers' output
-#   launch/tpu_vm.sh delete  --name=N --zone=Z [--queued]                        the slice and what it costs
+#   launch/tpu_vm.sh create  --name=N --zone=Z --type=v5litepod-16 [--spot]      create the slice now, or fail if none is available
+#   launch/tpu_vm.sh queue   --name=N --zone=Z --type=v5litepod-16 [--spot]      request it and wait until one is available
+#   launch/tpu_vm.sh install --name=N --zone=Z                                   install this checkout's last commit on every worker
+#   launch/tpu_vm.sh run     --name=N --zone=Z --type=T -- ARGS                  train on all workers, and follow until the end
+#   launch/tpu_vm.sh watch   --name=N --zone=Z --type=T [--queued] [--spot] -- ARGS   all of this, again after every preemption
+#   launch/tpu_vm.sh stop    --name=N --zone=Z                                   stop the training, which saves; the slice stays
+#   launch/tpu_vm.sh status  --name=N --zone=Z [-- --workdir=gs://...]           state of the slice and of the training
+#   launch/tpu_vm.sh logs    --name=N --zone=Z [--worker=0]                      last output of the workers
+#   launch/tpu_vm.sh delete  --name=N --zone=Z [--queued]                        delete the slice, which ends its cost
 #
 # ARGS are those of avsi-train: --config=av_mtl_s2s --workdir=gs://BUCKET/run --config.data_dir=gs://BUCKET/data
 #
 # --name, --zone, --project, --type   or the environment: AVSI_TPU_NAME, AVSI_TPU_ZONE, AVSI_PROJECT, AVSI_TPU_TYPE
-#                   (project: else the one that gcloud is set to). Types: v5litepod-16, v6e-16, v4-32, v5p-32 and their like.
-# --version=V       the image (by the type: v2-alpha-tpuv5-lite, v2-alpha-tpuv6e, v2-alpha-tpuv5, tpu-ubuntu2204-base)
-# --spot            cheap, and may be taken away at any time: use watch
-# --queued          the slice is a queued resource of the same name: ask for it, look at it and delete it as such
-# --service_account=EMAIL   whose rights the workers have (the project's default); it must read and write the buckets
-# --worker=LIST     for logs: a number, several with commas, or all (all)
-# --restarts=N      starts again after 143, 75, death by a signal and a lost connection, N times at most in a row (100)
-# --pause=N         seconds between two looks at the slice (30)
-# --keep            watch: leave the slice standing once the training is finished (else it is deleted: it costs by the hour)
-# --dry_run         print the commands, run none
+#                   (default of project: gcloud's). Types: v5litepod-16, v6e-16, v4-32, v5p-32 and similar.
+# --version=V       the image (default by type: v2-alpha-tpuv5-lite, v2-alpha-tpuv6e, v2-alpha-tpuv5, tpu-ubuntu2204-base)
+# --spot            cheap, but may be preempted at any time: use watch
+# --queued          create, query and delete the slice as a queued resource of the same name
+# --service_account=EMAIL   of the workers (the project's default); it needs read and write access to the buckets
+# --worker=LIST     for logs: numbers separated by commas, or all (all)
+# --restarts=N      restart after exit codes 143, 75, death by a signal and a lost connection, at most N times in a row (100)
+# --pause=N         seconds between two queries of the slice (30)
+# --keep            watch: do not delete the slice when the training is finished (it costs by the hour)
+# --dry_run         only print the commands
 #
-# Exit code: the training's, the worst of all workers; 130 after stop; 143 where `run` finds its slice taken away.
-# Ctrl-C here leaves the training running: run or watch find it again, stop ends it.
+# Exit code: that of the training, the most serious of all workers; 130 after stop; 143 if the slice of `run` was preempted.
+# After Ctrl-C the training keeps running: run or watch follow it again, stop ends it.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/common.sh
@@ -58,9 +58,9 @@ while (($#)); do
   shift
 done
 
-# ---- what was asked for, refused before anything is paid for ---------------------------------------------------------------------
+# ---- arguments, checked before anything costs money ------------------------------------------------------------------------------
 
-# Workers of the slice `type`: v5e and v6e count chips in their names, 8 to a host up to 8, then 4; the others count cores.
+# Number of workers of a slice of this type: v5e and v6e types count chips (up to 8 on one host, else 4 per host), the others cores.
 count_hosts() {
   local count=${type##*-}
   [[ $type =~ ^(v2|v3|v4|v5p|v5litepod|v6e)-[1-9][0-9]*$ ]] ||
@@ -81,13 +81,13 @@ choose_version() {
   esac
 }
 
-# The trainer's arguments as every worker gets them -> `arguments`. Its own disk is gone with a worker: buckets only.
+# The trainer's arguments for every worker -> `arguments`. Only buckets: a worker's disk is deleted with the worker.
 check_run() {
   local field value
   check_arguments "$@"
   for field in workdir config.data_dir; do
     value=$(argument "$field" "$@")
-    [[ $value == gs://?* ]] || fail "--$field: found '$value', expected gs://BUCKET/FOLDER: a worker's disk goes with the worker"
+    [[ $value == gs://?* ]] || fail "--$field: found '$value', expected gs://BUCKET/FOLDER: a worker's disk is deleted with the worker"
   done
   arguments=("$@")
   [ -n "$(argument cache_dir "$@")" ] || arguments+=(--cache_dir=/tmp/avsi_data)
@@ -97,24 +97,24 @@ check_run() {
 case $task in
   create | queue | install | run | stop | status | logs | watch | delete) ;;
   --help | -h) help_of "$0" ;;
-  *) fail "found '$task', expected one of create, queue, install, run, stop, status, logs, watch, delete (--help says more)" ;;
+  *) fail "found '$task', expected one of create, queue, install, run, stop, status, logs, watch, delete (see --help)" ;;
 esac
-must_be_set name --name
-must_be_set zone --zone
-must_be_count --restarts "$restarts" 0
-must_be_count --pause "$pause_s" 0
+require_value name --name
+require_value zone --zone
+require_count --restarts "$restarts" 0
+require_count --pause "$pause_s" 0
 case $task in
   create | queue | run | watch)
-    must_be_set type --type
+    require_value type --type
     count_hosts
     choose_version
     ;;
 esac
 case $task in run | watch) check_run "$@" ;; esac
-must_have gcloud "https://cloud.google.com/sdk/docs/install, then gcloud auth login"
+require_command gcloud "https://cloud.google.com/sdk/docs/install, then gcloud auth login"
 place=("--zone=$zone" ${project:+"--project=$project"})
 
-# ---- what gcloud is asked to do --------------------------------------------------------------------------------------------------
+# ---- gcloud commands -------------------------------------------------------------------------------------------------------------
 
 create() {
   if [ -n "$queued" ]; then queue; return; fi
@@ -135,10 +135,10 @@ delete() {
   fi
 }
 
-# $1: which workers, $2: the command for their shell.
+# $1: which workers, $2: a shell command for them.
 on_workers() { run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" "--worker=$1" "--command=$2"; }
 
-# The last commit of the checkout, not what lies around it.
+# Installs the last commit of the checkout, without uncommitted files.
 install() {
   local folder packed code=0
   folder=$(mktemp -d)
@@ -151,9 +151,9 @@ install() {
   return "$code"
 }
 
-# The training on all workers, once -> `left`, the worst of their exit codes; 255 where a connection was lost, or there was none.
-# gcloud itself tells the first worker's that isn't 0, therefore each worker says its own. It also gives a worker whose connection
-# broke the same command again: by the attempt's number that one knows what has ended since.
+# Runs the training on all workers once -> `left`, the most serious of their exit codes; 255 if a connection was lost or failed.
+# gcloud only reports the first code that is not 0, so each worker prints its own. gcloud also repeats the command on a worker whose
+# connection was lost: the number of the attempt shows that worker whether its training has ended since.
 train_once() {
   local command output codes
   command="bash avsi_jax/launch/tpu_worker.sh run --attempt=$(date +%s)-$$ -- $(printf '%q ' "${arguments[@]}")"
@@ -162,12 +162,12 @@ train_once() {
   on_workers all "${command% }" 2>&1 | tee "$output" || true
   mapfile -t codes < <(sed -n 's/.*avsi-worker: .* left with code \([0-9]\{1,3\}\).*/\1/p' "$output")
   rm -f "$output"
-  left=$(worst_of ${codes[@]+"${codes[@]}"})
+  left=$(worst_code ${codes[@]+"${codes[@]}"})
   if ((left == 0 && ${#codes[@]} < hosts)); then left=255; fi
 }
 
-# State of the slice: a TPU's own (READY, PREEMPTED, ...), or that of its queued resource until that is ACTIVE; NONE where there is
-# no such thing; UNKNOWN where gcloud could not say.
+# State of the slice: of the TPU (READY, PREEMPTED, ...), or of its queued resource until that is ACTIVE; NONE if there is none;
+# UNKNOWN if gcloud fails.
 state_of_slice() {
   local state
   if [ -n "$queued" ]; then
@@ -191,19 +191,19 @@ ask() {
   rm -f "$errors"
 }
 
-# ---- tasks that go on ------------------------------------------------------------------------------------------------------------
+# ---- run and watch ---------------------------------------------------------------------------------------------------------------
 
-# One more restart, or the end: after code $1, which took $2 seconds.
+# Counts a restart after code $1 and a run of $2 seconds; exits if there were too many.
 count_restart() {
-  (($2 < ${AVSI_LONG_RUN_S:-600})) || again=0
-  again=$((again + 1))
-  if ((again > restarts)); then
-    say "gives up after $restarts restarts in a row, code $1: look at the log (tpu_vm.sh logs); --restarts allows more"
+  (($2 < ${AVSI_LONG_RUN_S:-600})) || attempts=0
+  attempts=$((attempts + 1))
+  if ((attempts > restarts)); then
+    say "gives up after $restarts restarts in a row, code $1: see the log (tpu_vm.sh logs); --restarts allows more"
     exit "$1"
   fi
 }
 
-# Trains until code `left` says that another start mends nothing, or the connection is lost (255); the last start took `lasted` s.
+# Trains until the code `left` is one that a restart does not help, or the connection is lost (255); the last run took `lasted` s.
 train() {
   local began
   while :; do
@@ -213,13 +213,13 @@ train() {
     ((left != 255)) || return 0
     restartable "$left" || return 0
     count_restart "$left" "$lasted"
-    say "left with code $left, starts again ($again of $restarts)"
+    say "left with code $left, starts again ($attempts of $restarts)"
     sleep "${AVSI_PAUSE_S:-5}"
   done
 }
 
 run_here() {
-  local state again=0
+  local state attempts=0
   if [ -n "$dry_run" ]; then train_once; return; fi
   while :; do
     train
@@ -227,13 +227,13 @@ run_here() {
     state=$(state_of_slice)
     case $state in
       READY | UNKNOWN) count_restart 255 "$lasted"; say "lost the connection, the slice is $state, connects again"; sleep "$pause_s" ;;
-      *) say "lost the slice, it is $state: tpu_vm.sh watch makes it anew and goes on"; exit 143 ;;
+      *) say "lost the slice, it is $state: tpu_vm.sh watch creates it again and continues"; exit 143 ;;
     esac
   done
 }
 
 watch() {
-  local state last='' ready='' again=0
+  local state last='' ready='' attempts=0
   if [ -n "$dry_run" ]; then create; install; train_once; delete; return; fi
   while :; do
     state=$(state_of_slice)
@@ -250,7 +250,7 @@ watch() {
         ;;
       NONE)
         ready=''
-        create || { count_restart 1 0; say "could not make the slice, tries again ($again of $restarts)"; sleep "$pause_s"; }
+        create || { count_restart 1 0; say "could not create the slice, tries again ($attempts of $restarts)"; sleep "$pause_s"; }
         ;;
       PREEMPTED | TERMINATED | FAILED | SUSPENDED)
         ready=''
@@ -258,7 +258,7 @@ watch() {
         ;;
       STOPPED) fail "found the slice STOPPED, expected it to run: gcloud compute tpus tpu-vm start $name, or tpu_vm.sh delete" ;;
       UNKNOWN) count_restart 1 0 ;;
-      *) ready='' ;; # on its way to one of those above
+      *) ready='' ;; # in transition to one of the states above
     esac
     case $state in
       READY | NONE | PREEMPTED | TERMINATED | FAILED | SUSPENDED) sleep "${AVSI_PAUSE_S:-5}" ;;
@@ -266,7 +266,7 @@ watch() {
     esac
   done
   if ((left == 0)) && [ -z "$keep" ]; then delete; fi
-  ((left == 0)) || say "left with code $left, which another start does not mend; the slice still stands, and costs: tpu_vm.sh delete"
+  ((left == 0)) || say "left with code $left, which a restart does not help; the slice still exists, and costs money: tpu_vm.sh delete"
   exit "$left"
 }
 

@@ -160,7 +160,7 @@ class Handlers:
                 raise gr.Error(rendering.error_line(error), title="", duration=15, print_exception=False) from None
             except Exception as error:
                 print(f"avsi-app: {unexpected_errors.explain(error)}", file=sys.stderr, flush=True)
-                line = f"Internal error ({type(error).__name__}); see the terminal of avsi-app"
+                line = f"Unexpected error ({type(error).__name__}); see the terminal of avsi-app"
                 raise gr.Error(line, title="", print_exception=False) from None
 
         return handle

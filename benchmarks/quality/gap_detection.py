@@ -173,18 +173,18 @@ def detect(y: np.ndarray, rate: int) -> list[tuple[int, int]]:
 
 def measure_undamaged(samples: np.ndarray, rate: int, rng: np.random.Generator) -> dict[tuple[str, str], collections.Counter]:
     """False alarms: unchanged, coded again, with silence at the ends, and after a noise gate with fixed or random settings."""
-    rows = {("nothing", "as it is"): score([], detect(samples, rate), len(samples), rate)}
+    rows = {("none", "original"): score([], detect(samples, rate), len(samples), rate)}
     for coding in CODINGS:
         x = convert(samples, rate, int(rng.choice(RATES[coding])), int(rng.integers(1, 3)))
         y, decoded_rate = encode_and_decode(x, _rate_of(len(x), len(samples), rate), coding)
-        rows["nothing", coding] = score([], detect(y, decoded_rate), len(y), decoded_rate)
+        rows["none", coding] = score([], detect(y, decoded_rate), len(y), decoded_rate)
     padded = np.pad(samples, ((round(rng.uniform(0.1, 0.6) * rate), round(rng.uniform(0.1, 0.6) * rate)), (0, 0)))
-    rows["nothing", "silent ends"] = score([], detect(padded, rate), len(padded), rate)
+    rows["none", "silent ends"] = score([], detect(padded, rate), len(padded), rate)
     (other,) = rng.spawn(1)  # does not change the following draws of rng
     drawn = other.uniform(-45, -25), *np.exp(other.uniform(np.log((0.01, 0.001)), np.log((0.2, 0.02))))
-    for name, settings in (("gated", (-35, 0.06, 0.005)), ("gated at random", drawn)):
+    for name, settings in (("gated", (-35, 0.06, 0.005)), ("random gates", drawn)):
         closed = gated(samples, rate, *settings)
-        rows["nothing", name] = score([], detect(closed, rate), len(closed), rate)
+        rows["none", name] = score([], detect(closed, rate), len(closed), rate)
     return rows
 
 
@@ -228,7 +228,7 @@ def measure(path: pathlib.Path) -> dict[tuple[str, str], collections.Counter]:
 
 def summary(kind: str, coding: str, row: collections.Counter) -> str:
     """A row of the Markdown table."""
-    if kind == "nothing":
+    if kind == "none":
         minutes = row["duration_s"] / 60
         return f"| {kind} | {coding} | {row['clips']} | | | {row['detected']} in {minutes:.0f} min | | | |"
     pairs = (("hit", "truth"), ("right", "detected"), ("both_s", "truth_s"), ("both_s", "detected_s"))
@@ -259,9 +259,9 @@ def main(argv: list[str] | None = None) -> int:
         for rows in pool.imap_unordered(measure, paths, 4):
             for key, row in rows.items():
                 table[key].update(row)
-    print("| damage | coding | clips | gaps | recall % | precision % | recall % of samples | precision % of samples | edge ms |")
+    print("| gap | coding | clips | gaps | recall % | precision % | recall % of samples | precision % of samples | edge ms |")
     print("|---|---|---|---|---|---|---|---|---|")
-    order = ("nothing", *KINDS, "as it is", *CODINGS, "silent ends", "gated", "gated at random")
+    order = ("none", *KINDS, "original", *CODINGS, "silent ends", "gated", "random gates")
     for key in sorted(table, key=lambda k: [order.index(part) for part in k]):
         print(summary(*key, table[key]))
     return 0

@@ -156,9 +156,7 @@ def discriminate(discriminators: list, audio: jax.Array, missing: jax.Array) -> 
 def init_discriminators(key: jax.Array) -> list:
     """Initial parameters of the discriminators."""
     keys = zip(jax.random.split(key, len(DISCRIMINATOR_STFTS)), DISCRIMINATOR_STFTS, strict=True)
-    return [
-        Discriminator().init(k, jnp.ones((1, 8, n_fft // 2 + 1))) for k, (n_fft, _) in keys
-    ]
+    return [Discriminator().init(k, jnp.ones((1, 8, n_fft // 2 + 1))) for k, (n_fft, _) in keys]
 
 
 def mean_over(x: jax.Array, in_gap: jax.Array) -> jax.Array:

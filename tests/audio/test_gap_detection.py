@@ -197,7 +197,7 @@ def test_artificial_gaps_in_real_clips_are_detected(recordings, kind, recall, pr
         missing = [span for span in truth if bench.contains_speech(audio.samples, rate, *span)]
         either = [span for span in truth if span not in missing]
         counts.update(bench.score(missing, bench.detect(y, rate), len(y), rate, either))
-    assert counts["truth"] and counts["hit"] >= recall * counts["truth"] and counts["right"] >= precision * counts["found"]
+    assert counts["truth"] and counts["hit"] >= recall * counts["truth"] and counts["right"] >= precision * counts["detected"]
 
 
 @pytest.mark.slow

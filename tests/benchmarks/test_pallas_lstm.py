@@ -40,6 +40,7 @@ def test_values_and_gradients_equal_the_scan(scan_pallas, steps, chunk):
         assert_close(own, expected)
 
 
+@pytest.mark.slow
 def test_bfloat16_outputs_are_close_to_float32(scan_pallas):
     """bfloat16 has 8 bits: outputs in [-1, 1] differ, but by less than 0.03."""
     *arguments, _ = random_arguments(2)

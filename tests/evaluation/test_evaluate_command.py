@@ -33,7 +33,7 @@ def cache(tmp_path_factory):
 
 
 def eval_config(**fields):
-    wanted = {"split": "test", "gap_ms": "300,900", "batch_size": 3, "examples": 2, "workers": 2} | fields
+    wanted = {"split": "test", "gap_ms": "300,900", "batch_size": 3, "examples": 0, "workers": 1} | fields
     return configs.load("eval", [(k, str(v)) for k, v in wanted.items()])
 
 
@@ -51,7 +51,9 @@ def runs(trained, untrained_a_si, quickly_compiled, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(runs):
-    return cli.evaluate(eval_config(workers=1), runs / "system", baseline=runs / "baseline", command="avsi-evaluate as in a test")
+    """The results of the system; the baseline is evaluated first, without examples, whose images take most of the time."""
+    cli.evaluate(eval_config(), runs / "baseline")
+    return cli.evaluate(eval_config(examples=1), runs / "system", baseline=runs / "baseline", command="avsi-evaluate as in a test")
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +194,7 @@ def test_a_second_run_gives_the_same_bytes(runs, rows, folder):
         cli.evaluate(eval_config(), runs / "system")
     assert "\n" not in str(error.value) and (folder / "clips.csv").read_bytes() == before
     copy = Path(shutil.copytree(runs / "system", runs / "again"))
-    cli.evaluate(eval_config(examples=0, workers=2), copy, baseline=runs / "baseline", overwrite=True)
+    cli.evaluate(eval_config(workers=2), copy, baseline=runs / "baseline", overwrite=True)
     assert (copy / "eval" / folder.name / "clips.csv").read_bytes() == before
 
 
@@ -202,7 +204,7 @@ def test_cached_references_give_the_same_bytes(runs, rows, folder, cache):
     assert len(cached) == 1 and {r["kind"] for r in read_file(cached[0])} == {"masked", "interpolation", "oracle_mel"}
     copy = Path(shutil.copytree(runs / "system", runs / "cached"))
     shutil.rmtree(copy / "eval", ignore_errors=True)
-    again = cli.evaluate(eval_config(examples=0, workers=1), copy, baseline=runs / "baseline")
+    again = cli.evaluate(eval_config(), copy, baseline=runs / "baseline")
     summary = json.loads((again / "summary.json").read_text())
     assert summary["references"] == "cached" and (again / "clips.csv").read_bytes() == (folder / "clips.csv").read_bytes()
     assert summary["num_scored"] == 3 * len(GAP_MS) * 2  # the system, with its own and with another clip's video
@@ -210,7 +212,7 @@ def test_cached_references_give_the_same_bytes(runs, rows, folder, cache):
 
 def test_an_evaluation_of_an_older_checkpoint_of_the_baseline_is_refused(runs, folder):
     newer = Path(shutil.copytree(runs / "baseline", runs / "newer"))
-    config = eval_config(examples=0)
+    config = eval_config()
     path = cli.results_folder(config, newer) / "summary.json"
     summary = json.loads(path.read_text())
     summary["runs"]["a_si"]["step"] = 99
@@ -225,7 +227,7 @@ def test_a_baseline_with_other_gaps_is_refused(runs, folder):
     copy = Path(shutil.copytree(runs / "system", runs / "other_gaps"))
     shutil.rmtree(copy / "eval", ignore_errors=True)
     with pytest.raises(ValueError, match="has other clips or gaps"):
-        cli.evaluate(eval_config(gap_ms="300,", examples=0, workers=1), copy, baseline=runs / "baseline")
+        cli.evaluate(eval_config(gap_ms="300,"), copy, baseline=runs / "baseline")
 
 
 def fake_track_all(jobs, num_workers, progress):
@@ -273,7 +275,7 @@ def test_results_of_other_protocols_are_labelled_as_such(runs, protocol):
     copy = runs / f"protocol_{protocol}"
     shutil.copytree(runs / "system", copy)
     gap_ms = "()" if protocol == "paper" else "320,"
-    chosen = eval_config(protocol=protocol, gap_ms=gap_ms, max_clips=2, examples=1, workers=1, other_video=False)
+    chosen = eval_config(protocol=protocol, gap_ms=gap_ms, max_clips=2, examples=1, other_video=False)
     folder = cli.evaluate(chosen, copy)
     summary, rows = json.loads((folder / "summary.json").read_text()), read(folder)
     assert {r["kind"] for r in rows} == {"masked", "interpolation", "system", "oracle_mel"}, (
@@ -291,7 +293,7 @@ def test_two_runs_of_one_system_get_different_names(runs):
     earlier = Path(shutil.copytree(runs / "system", runs / "earlier"))
     shutil.rmtree(earlier / "checkpoints" / "4")
     shutil.rmtree(earlier / "eval", ignore_errors=True)
-    config = eval_config(split="validation", max_clips=1, gap_ms="300,", examples=0, workers=1)
+    config = eval_config(split="validation", max_clips=1, gap_ms="300,")
     folder = cli.evaluate(config, runs / "system", baseline=earlier)
     summary = json.loads((folder / "summary.json").read_text())
     assert {name: run["step"] for name, run in summary["runs"].items()} == {"av_mtl_s2s": 4, "av_mtl_s2s (baseline)": 2}

@@ -1,4 +1,4 @@
-"""launch/: the scripts are sound, their rules hold, and what is missing or wrong is told. A file a launcher: test_launch_*.py."""
+"""launch/: shellcheck, help, error messages and the rule for restarts. Tests of each launcher are in test_launch_*.py."""
 
 import signal
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch_fakes import GKE, LAUNCH, ROOT, SLICE, TRAIN, Place, needs_tools, restartable, shell
+from tests.support.launch_fakes import GKE, LAUNCH, ROOT, SLICE, TRAIN, FakeCommands, needs_tools, restartable, shell
 
 pytestmark = needs_tools
 
@@ -15,11 +15,11 @@ SCRIPTS = ["local.sh", "gpu_host.sh", "tpu_vm.sh", "tpu_worker.sh", "gke.sh", "s
 
 
 @pytest.fixture
-def place(tmp_path) -> Place:
-    return Place(tmp_path)
+def fakes(tmp_path) -> FakeCommands:
+    return FakeCommands(tmp_path)
 
 
-def test_shellcheck_has_nothing_to_say():
+def test_shellcheck_finds_no_problem():
     files = [*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"]
     command = [Path(sysconfig.get_path("scripts")) / "shellcheck", *(f.relative_to(ROOT) for f in files)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -27,17 +27,17 @@ def test_shellcheck_has_nothing_to_say():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_and_wrong_arguments(place, script):
-    told = place.run(script, "--help")
-    assert told.returncode == 0 and script in told.stdout and not told.stderr
+def test_help_is_printed_and_wrong_arguments_are_refused(fakes, script):
+    shown = fakes.run(script, "--help")
+    assert shown.returncode == 0 and script in shown.stdout and not shown.stderr
     for arguments in (["--no_such_flag=1"], ["run", "--no_such_flag=1"], []):
-        wrong = place.run(script, *arguments)
+        wrong = fakes.run(script, *arguments)
         assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1, wrong.stderr
         assert "found" in wrong.stderr and "expected" in wrong.stderr and not wrong.stdout
 
 
 @pytest.mark.parametrize(
-    "script, arguments, names",
+    "script, arguments, fact",
     [
         ("tpu_vm.sh", ["create", "--zone=z", "--type=v4-8"], "--name"),
         ("tpu_vm.sh", ["create", "--name=n", "--type=v4-8"], "--zone"),
@@ -52,7 +52,7 @@ def test_help_and_wrong_arguments(place, script):
         ("gke.sh", ["apply", "--dry_run", *GKE, "--topology=2x2x4", "--", *TRAIN], "2x2x4"),
         ("gke.sh", ["apply", "--dry_run", *GKE, "--chips_per_host=3", "--", *TRAIN], "--chips_per_host"),
         ("gke.sh", ["apply", "--dry_run", *GKE, "--name=A b", "--", *TRAIN], "A b"),
-        ("gke.sh", ["apply", "--dry_run", *GKE, "--", *TRAIN, "a\nb"], "line break"),
+        ("gke.sh", ["apply", "--dry_run", *GKE, "--", *TRAIN, "a\nb"], "control character"),
         ("local.sh", ["--processes=two", "--", *TRAIN], "two"),
         ("local.sh", ["--", *TRAIN], "avsi-train"),
         ("gpu_host.sh", ["--gpus=0,,1", "--", *TRAIN], "0,,1"),
@@ -60,13 +60,13 @@ def test_help_and_wrong_arguments(place, script):
         ("slurm.sbatch", ["--", *TRAIN], "SLURM_JOB_ID"),
     ],
 )
-def test_what_is_missing_or_wrong_is_told_in_one_line(place, script, arguments, names):
-    done = place.run(script, *arguments)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and names in done.stderr, done.stderr
+def test_missing_or_wrong_arguments_give_a_message_of_one_line(fakes, script, arguments, fact):
+    done = fakes.run(script, *arguments)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and fact in done.stderr, done.stderr
     assert "found" in done.stderr and "expected" in done.stderr
 
 
-def test_the_rule_of_when_to_start_again():
+def test_trainings_are_restarted_after_preemption_watchdog_and_signals():
     again = restartable()
     assert {75, 143, 137, 134, 139} <= again and not again & {0, 1, 2, 126, 127, 130, 255}
     assert again == {75} | {128 + number for number in range(1, 65)} - {128 + signal.SIGINT}
@@ -76,5 +76,5 @@ def test_the_rule_of_when_to_start_again():
     "codes, worst",
     [("0 0", 0), ("0 143", 143), ("143 75", 75), ("1 143", 143), ("75 137", 137), ("137 2 75", 2), ("0 1", 1), ("", 0)],
 )
-def test_the_worst_code_speaks_for_all(codes, worst):
-    assert int(shell(f"worst_of {codes}")) == worst
+def test_the_most_serious_exit_code_is_reported(codes, worst):
+    assert int(shell(f"worst_code {codes}")) == worst

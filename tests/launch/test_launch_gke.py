@@ -1,4 +1,4 @@
-"""launch/gke.sh: the JobSet is one that Kubernetes takes, has a host for each, and starts again by the same rule; the image."""
+"""launch/gke.sh: the JobSet is valid, has the right number of hosts, and restarts by the same rule; and the image."""
 
 import json
 
@@ -7,35 +7,35 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.support.launch_fakes import GKE, LAUNCH, ROOT, TRAIN, Place, dry, needs_tools, restartable, trainer_arguments
+from tests.support.launch_fakes import GKE, LAUNCH, ROOT, TRAIN, FakeCommands, dry_run, needs_tools, restartable, trainer_arguments
 
 pytestmark = needs_tools
 
 NAME = {"type": "string", "pattern": "^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$"}
 
 
-def closed(required: str = "", **properties) -> dict:
+def strict_object(required: str = "", **properties) -> dict:
     return {"type": "object", "properties": properties, "required": required.split(), "additionalProperties": False}
 
 
-# The fields of jobset.x-k8s.io/v1alpha2 that a training may use, as its CRD and webhook have them; the Job in it is checked apart.
+# Fields of jobset.x-k8s.io/v1alpha2 that a training uses, as in its CRD and webhook; the Job in it is checked separately.
 REASONS = "BackoffLimitExceeded DeadlineExceeded FailedIndexes MaxFailedIndexesExceeded PodFailurePolicy".split()
-RULE = closed(
+RULE = strict_object(
     "name action",
     name={"type": "string", "pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$", "maxLength": 128},
     action={"enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]},
     onJobFailureReasons={"type": "array", "items": {"enum": REASONS}},
     targetReplicatedJobs={"type": "array", "items": NAME},
 )
-JOBSET = closed(
+JOBSET = strict_object(
     "apiVersion kind metadata spec",
     apiVersion={"const": "jobset.x-k8s.io/v1alpha2"},
     kind={"const": "JobSet"},
-    metadata=closed("name", name=NAME, annotations={"type": "object", "additionalProperties": {"type": "string"}}),
-    spec=closed(
+    metadata=strict_object("name", name=NAME, annotations={"type": "object", "additionalProperties": {"type": "string"}}),
+    spec=strict_object(
         "replicatedJobs",
-        network=closed(enableDNSHostnames={"type": "boolean"}, publishNotReadyAddresses={"type": "boolean"}, subdomain=NAME),
-        failurePolicy=closed(
+        network=strict_object(enableDNSHostnames={"type": "boolean"}, publishNotReadyAddresses={"type": "boolean"}, subdomain=NAME),
+        failurePolicy=strict_object(
             maxRestarts={"type": "integer", "minimum": 0},
             restartStrategy={"enum": ["Recreate", "BlockingRecreate", "InPlaceRestart"]},
             rules={"type": "array", "items": RULE},
@@ -43,7 +43,9 @@ JOBSET = closed(
         replicatedJobs={
             "type": "array",
             "minItems": 1,
-            "items": closed("name template", name=NAME, replicas={"type": "integer", "minimum": 1}, template={"type": "object"}),
+            "items": strict_object(
+                "name template", name=NAME, replicas={"type": "integer", "minimum": 1}, template={"type": "object"}
+            ),
         },
         suspend={"type": "boolean"},
         ttlSecondsAfterFinished={"type": "integer", "minimum": 0},
@@ -52,12 +54,12 @@ JOBSET = closed(
 
 
 @pytest.fixture
-def place(tmp_path) -> Place:
-    return Place(tmp_path)
+def fakes(tmp_path) -> FakeCommands:
+    return FakeCommands(tmp_path)
 
 
 def job_of(text: str) -> dict:
-    """The Job in a filled-in jobset.yaml, once both are known to be sound."""
+    """The Job in a filled-in jobset.yaml, after both have been validated."""
     jobset = yaml.safe_load(text)
     jsonschema.Draft202012Validator(JOBSET).validate(jobset)
     template = jobset["spec"]["replicatedJobs"][0]["template"]
@@ -68,9 +70,9 @@ def job_of(text: str) -> dict:
     return job["spec"]
 
 
-def test_the_jobset(place):
-    odd = ["--config.notes=" + text for text in ['say "so"', "back\\slash", "a: b # c", "$(HOME)"]]
-    done = place.run("gke.sh", "apply", "--dry_run", "--spot", *GKE, "--", *TRAIN, *odd)
+def test_the_jobset_is_valid_and_passes_the_arguments(fakes):
+    special = ["--config.notes=" + text for text in ['say "so"', "back\\slash", "a: b # c", "$(HOME)"]]
+    done = fakes.run("gke.sh", "apply", "--dry_run", "--spot", *GKE, "--", *TRAIN, *special)
     assert done.returncode == 0 and "${" not in done.stdout, done.stderr
     job = job_of(done.stdout)
     pod = job["template"]["spec"]
@@ -81,14 +83,14 @@ def test_the_jobset(place):
     wanted = {"tpu-accelerator": "tpu-v5-lite-podslice", "tpu-topology": "4x4", "spot": "true"}
     assert pod["nodeSelector"] == {prefix + key: value for key, value in wanted.items()}
     assert pod["terminationGracePeriodSeconds"] == 45 and pod["restartPolicy"] == "Never"
-    assert [argument.replace("$$(", "$(") for argument in container["args"][len(TRAIN) :][:4]] == odd
+    assert [argument.replace("$$(", "$(") for argument in container["args"][len(TRAIN) :][:4]] == special
     flags = trainer_arguments([a for a in container["args"] if "notes" not in a])
     assert flags["num_processes"] == 4 and flags["distributed"] == "on"
     assert flags["cache_dir"] == container["volumeMounts"][0]["mountPath"]
 
 
-def test_the_jobset_starts_again_by_the_same_rule(place):
-    text = place.run("gke.sh", "apply", "--dry_run", *GKE, "--restarts=7", "--", *TRAIN).stdout
+def test_the_jobset_restarts_after_the_same_codes(fakes):
+    text = fakes.run("gke.sh", "apply", "--dry_run", *GKE, "--restarts=7", "--", *TRAIN).stdout
     (rule,) = job_of(text)["podFailurePolicy"]["rules"]
     codes = rule["onExitCodes"]
     assert rule["action"] == "FailJob" and codes["operator"] == "NotIn" and codes["containerName"] == "train"
@@ -97,7 +99,7 @@ def test_the_jobset_starts_again_by_the_same_rule(place):
     assert policy["maxRestarts"] == 7 and policy["rules"][0]["action"] == "FailJobSet"
 
 
-# cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus: topology, hosts, chips of each.
+# cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus: topology, hosts, chips per host.
 @pytest.mark.parametrize(
     "accelerator, topology, hosts, chips",
     [
@@ -109,17 +111,17 @@ def test_the_jobset_starts_again_by_the_same_rule(place):
         ("tpu7x", "2x2x1", 1, 4),
     ],
 )
-def test_hosts_of_a_topology(place, accelerator, topology, hosts, chips):
-    place.have("kubectl")
-    done = place.run("gke.sh", "apply", *GKE, f"--accelerator={accelerator}", f"--topology={topology}", "--", *TRAIN)
+def test_a_topology_has_the_documented_number_of_hosts(fakes, accelerator, topology, hosts, chips):
+    fakes.add("kubectl")
+    done = fakes.run("gke.sh", "apply", *GKE, f"--accelerator={accelerator}", f"--topology={topology}", "--", *TRAIN)
     assert done.returncode == 0, done.stderr
-    assert place.calls() == [["kubectl", "apply", "--filename=-"]]
-    job = job_of((place.folder / "applied").read_text())
+    assert fakes.calls() == [["kubectl", "apply", "--filename=-"]]
+    job = job_of((fakes.folder / "applied").read_text())
     assert job["parallelism"] == hosts
     assert job["template"]["spec"]["containers"][0]["resources"]["limits"]["google.com/tpu"] == chips
 
 
-def test_the_image_has_what_setup_takes():
+def test_the_image_copies_everything_that_setup_needs():
     lines = (LAUNCH / "Dockerfile").read_text().splitlines()
     copied = {word for line in lines if line.startswith("COPY ") and "--from" not in line for word in line.split()[1:-1]}
     assert copied == {"pyproject.toml", "setup.py", "README.md", "LICENSE", "constraints", "avsi_jax", "tfds_grid", "configs"}
@@ -127,6 +129,6 @@ def test_the_image_has_what_setup_takes():
     assert json.loads(lines[-2].removeprefix("ENTRYPOINT "))[-1] == "avsi-train"
 
 
-def test_dry_runs(place):
+def test_dry_runs_print_only_kubectl_commands(fakes):
     for task in ("status", "logs", "delete"):
-        assert all(command[0] == "kubectl" for command in dry(place, "gke.sh", task, "--dry_run", "--name=avsi"))
+        assert all(command[0] == "kubectl" for command in dry_run(fakes, "gke.sh", task, "--dry_run", "--name=avsi"))

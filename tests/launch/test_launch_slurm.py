@@ -1,34 +1,34 @@
-"""launch/slurm.sbatch: the header, what is queued anew, and the warning before a time limit."""
+"""launch/slurm.sbatch: the header, requeueing, and the signal before the time limit."""
 
 import shutil
 import signal
 
 import pytest
 
-from tests.support.launch_fakes import LAUNCH, ROOT, TRAIN, Place, dry, needs_tools, trainer_arguments
+from tests.support.launch_fakes import LAUNCH, ROOT, TRAIN, FakeCommands, dry_run, needs_tools, trainer_arguments
 
 pytestmark = needs_tools
 
 
 @pytest.fixture
-def place(tmp_path) -> Place:
-    return Place(tmp_path)
+def fakes(tmp_path) -> FakeCommands:
+    return FakeCommands(tmp_path)
 
 
-def test_a_dry_run(place):
-    step, requeue = dry(place, "slurm.sbatch", "--dry_run", "--", *TRAIN)
+def test_a_dry_run_prints_the_step_and_the_requeue_command(fakes):
+    step, requeue = dry_run(fakes, "slurm.sbatch", "--dry_run", "--", *TRAIN)
     assert step[0] == "srun" and trainer_arguments(step)["num_processes"] == 2 and requeue[:2] == ["scontrol", "requeue"]
 
 
-def test_the_header_of_the_batch_job():
+def test_the_header_asks_for_requeueing_and_a_signal():
     lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
     options = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
     assert {"--requeue", "--open-mode=append", "--signal=B:TERM@120", "--ntasks-per-node=1"} <= set(options)
-    assert lines[1].startswith("#SBATCH"), "Slurm reads them up to the first command"
+    assert lines[1].startswith("#SBATCH"), "Slurm reads options only up to the first command"
 
 
 @pytest.mark.parametrize(
-    "todo, state, count, code, requeued",
+    "action, state, count, code, requeued",
     [
         (0, "RUNNING", 0, 0, False),
         (2, "RUNNING", 0, 2, False),
@@ -39,25 +39,25 @@ def test_the_header_of_the_batch_job():
         (143, "COMPLETING", 0, 143, False),
     ],
 )
-def test_a_batch_job_is_queued_anew_where_that_helps(place, todo, state, count, code, requeued):
-    place.have("srun", "scontrol", "squeue", "avsi-train")
-    place.tell(plan=[todo], job=[state])
+def test_a_batch_job_is_requeued_if_that_helps(fakes, action, state, count, code, requeued):
+    fakes.add("srun", "scontrol", "squeue", "avsi-train")
+    fakes.script(plan=[action], job=[state])
     job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_RESTART_COUNT": str(count), "SLURM_SUBMIT_DIR": str(ROOT)}
-    done = place.run("slurm.sbatch", "--", *TRAIN, **job)
+    done = fakes.run("slurm.sbatch", "--", *TRAIN, **job)
     assert done.returncode == code, done.stderr
-    assert (["scontrol", "requeue", "7"] in place.calls()) == requeued
-    (step,) = [call for call in place.calls() if call[0] == "srun"]
+    assert (["scontrol", "requeue", "7"] in fakes.calls()) == requeued
+    (step,) = [call for call in fakes.calls() if call[0] == "srun"]
     assert trainer_arguments(step)["num_processes"] == 4
 
 
-def test_a_batch_job_passes_its_warning_on(place):
-    place.have("srun", "scontrol", "squeue", "avsi-train")
-    place.tell(plan=["wait"], job=["RUNNING"])
-    spooled = shutil.copy(LAUNCH / "slurm.sbatch", place.folder / "slurm_script")  # as Slurm runs it
+def test_a_batch_job_passes_its_signal_to_the_trainer(fakes):
+    fakes.add("srun", "scontrol", "squeue", "avsi-train")
+    fakes.script(plan=["wait"], job=["RUNNING"])
+    spooled = shutil.copy(LAUNCH / "slurm.sbatch", fakes.folder / "slurm_script")  # as Slurm runs it
     job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_SUBMIT_DIR": str(ROOT)}
-    process = place.start(spooled, "--", *TRAIN, **job)
-    place.wait_for("waits.0")
+    process = fakes.start(spooled, "--", *TRAIN, **job)
+    fakes.wait_for("waits.0")
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=20)
-    assert process.returncode == 143 and place.lines("told.0") == ["told"], err
-    assert place.calls()[-1] == ["scontrol", "requeue", "7"]
+    assert process.returncode == 143 and fakes.lines("terminated.0") == ["SIGTERM"], err
+    assert fakes.calls()[-1] == ["scontrol", "requeue", "7"]

@@ -336,7 +336,7 @@ def test_hostile_clips_over_http(few, monkeypatch, capfd):
             assert reply["success"] or error, reply
             as_expected = one.expected == hostile_clips.EITHER or reply["success"] == (one.expected == hostile_clips.DONE)
             assert as_expected or one.kind == "extreme", (one, reply)
-            assert "\n" not in error and str(few.root) not in error and "Internal error" not in error, reply
+            assert "\n" not in error and str(few.root) not in error and "see the terminal of avsi-app" not in error, reply
         assert "Traceback" not in capfd.readouterr().err  # Gradio prints some for the requests below
         for path in (few.canary["txt"], few.canary["ts"], "../../outside/canary.txt", "/etc/passwd"):
             reply = json.dumps(client.load(str(path)))

@@ -75,7 +75,7 @@ def ways_for_clips(root: Path, inpainter, by_page: bool) -> dict[str, Callable]:
             page.handler(page.load)(request, str(path))
             page.handler(page.restore)(request, "0.4-0.6", -1, False)
         except gradio.Error as error:
-            assert "Internal error" not in error.message, error.message
+            assert "see the terminal of avsi-app" not in error.message, error.message
             raise ValueError(error.message) from None
 
     def by_session(path):

@@ -71,7 +71,7 @@ def test_a_run_that_is_stopped_before_its_first_step_ends_without_saving(argumen
 
 
 def test_a_second_signal_ends_the_run_without_saving(arguments, tmp_path):
-    """While the checkpoint for the first SIGTERM is being written, an echo of it arrives, and later another one."""
+    """An echo of the first SIGTERM is ignored; another one arrives while the checkpoint is being written."""
     command = ["-c", STOPPED_TWICE, *arguments(tmp_path / "run", checkpoint_seconds=0)]
     (finished,) = processes.run(command, processes=1, devices=4, timeout=200)
     assert finished.returncode == 143 and "still saving\nSIGTERM again: " in finished.stderr, finished.stderr
@@ -82,13 +82,19 @@ import sys, time
 from tests.support import signal_at_phase
 from avsi_jax.training import checkpoints, cli
 
+send = signal_at_phase.send
+
+def send_with_echo(name):
+    send(name)
+    send(name)
+
 def save(*_, **__):
-    signal_at_phase.send("SIGTERM")
     time.sleep(3)
-    print("still saving", file=sys.stderr)
-    signal_at_phase.send("SIGTERM")
+    print("still saving", file=sys.stderr, flush=True)
+    send("SIGTERM")
     time.sleep(60)
 
+signal_at_phase.send = send_with_echo
 signal_at_phase.arrange("SIGTERM", "step", 3)
 checkpoints.Checkpoints.save = save
 sys.exit(cli.main(sys.argv[1:]))

@@ -1,0 +1,33 @@
+"""Compiled programs are kept where the user can write, and truncated entries are removed."""
+
+import os
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+
+from avsi_jax.runtime import compilation_cache
+
+SCRIPT = "import jax; from avsi_jax.runtime import compilation_cache as c; c.enable(); print(jax.config.jax_compilation_cache_dir)"
+
+
+def cache_folder(**variables) -> str:
+    """The folder of jax's cache in a new process with these environment variables."""
+    env = {"PATH": "", "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"} | {k: str(v) for k, v in variables.items()}
+    return subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, env=env).stdout.strip()
+
+
+def test_programs_are_kept_where_the_user_can_write(tmp_path):
+    assert cache_folder(XDG_CACHE_HOME=tmp_path).startswith(str(tmp_path / "avsi_jax" / "programs-"))
+    (tmp_path / "file").touch()
+    assert cache_folder(XDG_CACHE_HOME=tmp_path / "file") == "None"
+    assert cache_folder(XDG_CACHE_HOME=tmp_path, JAX_COMPILATION_CACHE_DIR=tmp_path / "own") == str(tmp_path / "own")
+
+
+def test_truncated_entries_are_removed(tmp_path):
+    program = zlib.compress(np.random.default_rng(0).bytes(10_000))
+    for name, data in (("complete", program), ("short", program[:5_000]), ("empty", b""), ("zstd", b"\x28\xb5\x2f\xfd")):
+        (tmp_path / f"{name}-cache").write_bytes(data)
+    compilation_cache.remove_truncated_entries(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["complete-cache", "zstd-cache"]
