@@ -28,7 +28,7 @@ def written(folder: Path) -> Path:
     """Writes the weights of `run` to `folder`."""
     from avsi_jax.inference import weights
 
-    return weights.write(folder, run(), {"note": "made up", "measured": {}})
+    return weights.write(folder, run(), {"note": "fake", "measured": {}})
 
 
 def copied(folder: Path, target: Path) -> Path:
