@@ -244,27 +244,32 @@ def inpaint_gap(
     spec: Spec,
     *,
     seeds: jax.Array,
+    lengths: jax.Array | None = None,
     iterations: int = ITERATIONS,
     momentum: float = MOMENTUM,
 ) -> jax.Array:
     """Audio (B, N) at the preset's rate that follows the level (B, F, K) in the missing samples and equals `known` elsewhere.
 
-    known (B, N) float32, with arbitrary values at missing samples; missing (B, N) bool; seeds (B,) uint32 for the initial phases.
+    known (B, N) float32, with arbitrary values at missing samples; missing (B, N) bool; seeds (B,) uint32 for the initial phases;
+    lengths (B,): the samples of each clip, after which `known` is padding; None if all are N.
     Every iteration combines the magnitudes of the level with the phases of the current audio and restores the known samples, so
     that the context fixes the phase. For presets without pre-emphasis, frames at the edges are first scaled to their likely energy
     (`_scale_edge_frames`). With pre-emphasis, the iterations run on the pre-emphasised audio, which the level describes; the
     result is de-emphasised from the last known sample on, and the small discontinuity at the far edge is spread over the gap.
     """
     original = known
-    offset = jnp.where(missing, 0.0, known).sum(-1, keepdims=True) / jnp.maximum((~missing).sum(-1, keepdims=True), 1)
-    known = jnp.where(missing, 0.0, known - offset)  # the level contains no 0 Hz: a constant offset comes from the context
+    in_clip = jnp.ones_like(missing) if lengths is None else jnp.arange(missing.shape[1])[None] < lengths[:, None]
+    missing = missing & in_clip
+    is_known = ~missing & in_clip
+    offset = jnp.where(is_known, known, 0.0).sum(-1, keepdims=True) / jnp.maximum(is_known.sum(-1, keepdims=True), 1)
+    known = jnp.where(is_known, known - offset, 0.0)  # the level contains no 0 Hz: a constant offset comes from the context
     sharp = jnp.where(missing, 0.0, stft.pre_emphasise(known, spec))  # correct where a sample and its predecessor are known
-    unknown = missing | jnp.pad(missing, ((0, 0), (1, 0)))[:, :-1] if spec.pre_emphasis else missing
-    sharp = _fill_span(level, sharp, unknown, spec, seeds, iterations, momentum)
-    return jnp.where(missing, _de_emphasise_inside(sharp, known, missing, spec) + offset, original)
+    unknown = (missing | jnp.pad(missing, ((0, 0), (1, 0)))[:, :-1]) & in_clip if spec.pre_emphasis else missing
+    sharp = _fill_span(level, sharp, unknown, in_clip, spec, seeds, iterations, momentum)
+    return jnp.where(missing, _de_emphasise_inside(sharp, known, missing, in_clip, spec) + offset, original)
 
 
-def _fill_span(level, sharp, unknown, spec: Spec, seeds, iterations: int, momentum: float) -> jax.Array:
+def _fill_span(level, sharp, unknown, in_clip, spec: Spec, seeds, iterations: int, momentum: float) -> jax.Array:
     """`sharp` (B, N) with its unknown samples filled.
 
     Only the frames from a clip's first affected one to the last are needed; the result is the same as with all frames. Their number
@@ -274,7 +279,7 @@ def _fill_span(level, sharp, unknown, spec: Spec, seeds, iterations: int, moment
     first = jnp.where(affected.any(-1), affected.argmax(-1), 0)
     last = jnp.where(affected.any(-1), num_frames - 1 - affected[:, ::-1].argmax(-1), 0)
     sizes = sorted({min(num_frames, round(np.ceil(share * num_frames))) for share in SPANS})
-    held, free, in_clip = (_to_hops(x, spec) for x in (sharp, unknown, jnp.ones_like(unknown)))
+    held, free, in_clip = (_to_hops(x, spec) for x in (sharp, unknown, in_clip))
     phases = _first_phases((*level.shape[:2], spec.n_fft // 2 + 1), seeds)
 
     def fill(frames: int):
@@ -317,19 +322,20 @@ def _window_energy(chosen: jax.Array, spec: Spec) -> jax.Array:
     return sum(parts[p, :, p : p + frames] for p in range(pieces))
 
 
-def _de_emphasise_inside(sharp: jax.Array, known: jax.Array, missing: jax.Array, spec: Spec) -> jax.Array:
+def _de_emphasise_inside(sharp: jax.Array, known: jax.Array, missing: jax.Array, in_clip: jax.Array, spec: Spec) -> jax.Array:
     """De-emphasis y[n] = x[n] + a y[n-1] of the missing samples, each run starting from the known sample before it.
 
     A run does not end exactly at the value that the first known sample after it requires. The difference is distributed backwards
-    over the run with the filter's decay (a^k, k samples before the edge), which leaves no discontinuity.
+    over the run with the filter's decay (a^k, k samples before the edge), which leaves no discontinuity. A run at the end of a clip
+    has no known sample after it; samples outside `in_clip` are padding.
     """
     a = spec.pre_emphasis
     if not a:
         return sharp
-    samples = [jnp.moveaxis(v, -1, 0) for v in (sharp, known, missing)]
+    samples = [jnp.moveaxis(v, -1, 0) for v in (sharp, known, missing, in_clip)]
 
     def forward(y, inputs):
-        x, k, is_missing = inputs
+        x, k, is_missing, _ = inputs
         y = jnp.where(is_missing, x + a * y, k)
         return y, y
 
@@ -337,12 +343,12 @@ def _de_emphasise_inside(sharp: jax.Array, known: jax.Array, missing: jax.Array,
 
     # If the sample after a run is known, the run should have ended at (known[n+1] - sharp[n+1]) / a.
     def backward(carry, inputs):
-        correction, next_known, next_sharp, next_missing, any_after = carry
-        x, k, is_missing, y = inputs
-        at_edge = is_missing & ~next_missing & any_after
+        correction, next_known, next_sharp, next_missing, next_in_clip = carry
+        x, k, is_missing, is_in_clip, y = inputs
+        at_edge = is_missing & ~next_missing & next_in_clip
         wanted = (next_known - next_sharp) / a
         correction = jnp.where(at_edge, wanted - y, jnp.where(is_missing, correction * a, 0.0))
-        return (correction, k, x, is_missing, jnp.ones_like(any_after)), y + jnp.where(is_missing, correction, 0.0)
+        return (correction, k, x, is_missing, is_in_clip), y + jnp.where(is_missing, correction, 0.0)
 
     batch = sharp.shape[0]
     start = (jnp.zeros(batch), jnp.zeros(batch), jnp.zeros(batch), jnp.zeros(batch, bool), jnp.zeros(batch, bool))

@@ -61,7 +61,8 @@ def augment(
             mirrored = jnp.stack([clip["frame_size"][0] - x, y], -1)
             points = jnp.where(jax.random.uniform(keys[2]) < mirror, mirrored, points)
         if stretch:
-            mean = points.mean(0, keepdims=True)
+            inside = (jnp.arange(len(points)) < clip["num_frames"])[:, None, None]  # padding repeats the last frame
+            mean = jnp.where(inside, points, 0.0).sum(0, keepdims=True) / clip["num_frames"]
             points = mean + (points - mean) * (1 + symmetric(keys[3], stretch, (1, 1, 2)))
         if noise_px:
             std = noise_px * clip["frame_size"][0] / GRID_WIDTH
@@ -72,7 +73,7 @@ def augment(
             clip |= {"landmarks_valid": clip["landmarks_valid"] & (jax.random.uniform(keys[6]) >= drop_video)}
         return clip | {"audio": audio, "landmarks": points}
 
-    names = ("audio", "audio_length", "fps", "offset_s", "landmarks", "frame_size", "landmarks_valid", "speech")
+    names = ("audio", "audio_length", "fps", "offset_s", "landmarks", "frame_size", "landmarks_valid", "num_frames", "speech")
     return batch | jax.vmap(augment_clip)(batch["id_hash"], {k: batch[k] for k in names})
 
 

@@ -179,7 +179,7 @@ def restore_case(
                 **identifying_cells(batch, b, case, gaps_s),
                 "system": system["name"],
                 "kind": kind,
-                "gap_l1_mel_db": float(error[kind][b]) if kind in error else None,
+                "gap_l1_mel_db": error[kind][b] if kind in error else None,
                 **transcript_cells(transcripts.get(kind), restorer.config.ctc_units, batch["text"][b], b),
                 **{k: v[b] for k, v in judge_cells.get(kind, {}).items()},
             }
@@ -223,11 +223,12 @@ def restore_levels(
 
 
 def _level_errors(levels: dict, clean, gap: np.ndarray, spec) -> dict:
-    """{kind: mean |difference| (B,) from the clean level in dB}, over all bands of the frames centred in the gap."""
+    """{kind: B means of |difference| from the clean level in dB}, over all bands of the frames in the gap; None without any."""
     inside = np.asarray(gap_masks.centred_frames(gap, spec, spec.num_frames) & clean.valid)
-    count = np.maximum(inside.sum(-1), 1)
+    count = np.where(inside.any(-1), inside.sum(-1), np.nan)
+    cells = lambda errors: [float(e) if math.isfinite(e) else None for e in errors]
     difference = {kind: np.abs(np.asarray(level - clean.target)).mean(-1) for kind, level in levels.items() if kind != "masked"}
-    return {kind: stft.db_per_level(spec) * (e * inside).sum(-1) / count for kind, e in difference.items()}
+    return {kind: cells(stft.db_per_level(spec) * (e * inside).sum(-1) / count) for kind, e in difference.items()}
 
 
 def transcript_cells(transcripts: list[str] | None, units: str, text: str, b: int) -> dict:

@@ -207,7 +207,8 @@ def inpaint_at_preset(
     """
     waveform, missing = _record_view(audio, length, gap, spec)
     known = stft.decimate(gap_masks.mask_audio(waveform, missing), spec)
-    return griffin_lim.inpaint_gap(level, known, gap_masks.gap_at_preset(missing, spec), spec, seeds=seeds)
+    lengths = -(-jnp.minimum(length, spec.record_samples) // spec.decimation)
+    return griffin_lim.inpaint_gap(level, known, gap_masks.gap_at_preset(missing, spec), spec, seeds=seeds, lengths=lengths)
 
 
 @jax.jit

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from avsi_jax.runtime import storage
 from avsi_jax.training.objective import make_objective
 from avsi_jax.training.tensorboard import EventWriter, encode_png, spectrogram_image
+from avsi_jax.training.train_step import VALIDATION_SEED
 
 if TYPE_CHECKING:
     from etils import epath
@@ -71,7 +72,7 @@ class Summaries:
                 self._writer.flush()
 
     def _make_restore(self) -> Callable[[Any], tuple]:
-        """params -> (masked, restored, original (B, F, K), gap frames (B, F), ids) of the first clips by id, on one device."""
+        """params -> the arguments of `spectrogram_image` for the first clips by id; the network runs on one device."""
         import jax
         import numpy as np
 
@@ -84,14 +85,15 @@ class Summaries:
 
         @jax.jit
         def restore(params, arrays):
-            result = objective(params, arrays, jax.random.key(self._config.seed + 1))  # the gaps of the validation
+            result = objective(params, arrays, jax.random.key(VALIDATION_SEED))  # the gaps of the validation
             features = result.features
             restored = systems.composite(result.output.level, features)
-            return features.spectrogram, restored, features.target, features.mask
+            return features.spectrogram, restored, features.target, features.mask, features.num_frames
 
         def run(params):
             local = jax.tree.map(lambda a: np.asarray(a.addressable_data(0)), params)
-            return *map(np.asarray, restore(local, arrays)), batch["clip_id"]
+            *images, num_frames = map(np.asarray, restore(local, arrays))
+            return *images, batch["clip_id"], num_frames
 
         return run
 

@@ -141,18 +141,21 @@ def _varint(value: int) -> bytes:
 
 
 def spectrogram_image(
-    masked: np.ndarray, restored: np.ndarray, original: np.ndarray, mask: np.ndarray, titles: Sequence[str] = ()
-) -> np.ndarray:
+    masked: np.ndarray, restored: np.ndarray, original: np.ndarray, mask: np.ndarray, titles: Sequence[str] = (),
+    num_frames: Sequence[int] | None = None,
+) -> np.ndarray:  # fmt: skip
     """Levels (B, F, K) and gap frames (B, F) bool of a few clips -> image (H, W, 3) uint8: a column of three panels per clip.
 
     Time runs to the right, low bands are at the bottom. The colour scale (viridis) of a clip ranges from the 2nd percentile of the
-    original to its maximum. Red bars above the panels mark the gaps, thin lines their edges. titles: one per clip.
+    original to its maximum. Red bars above the panels mark the gaps, thin lines their edges. titles: one per clip. num_frames: the
+    frames of each clip before its padding, which does not count for the scale; None if there is none.
     """
     import numpy as np
 
     columns = []
     for i in range(len(original)):
-        scale = float(np.percentile(original[i], 2)), float(np.max(original[i]))  # not the minimum: padding is silent
+        clip = original[i] if num_frames is None else original[i][: num_frames[i]]
+        scale = float(np.percentile(clip, 2)), float(np.max(clip))  # not the minimum: digital silence is far below any noise
         rows = [("masked", masked[i]), ("restored", restored[i]), ("original", original[i])]
         if i < len(titles):
             rows[0] = (f"{titles[i]}: masked", masked[i])

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from avsi_jax.data.features import Normalisation
 
+VALIDATION_SEED = 1  # of the gaps of every validation, whatever config.seed is: losses of runs with other seeds are comparable
+
 # ---- state ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -155,7 +157,7 @@ def accumulate_gradients(
 def make_validation_step(
     config: ConfigDict, normalisation: Normalisation | None = None
 ) -> Callable[[Any, dict], tuple[dict, dict]]:
-    """validation_step(params, batch) -> (sums, clips); gaps depend on the clip ids alone, so they are the same in every validation.
+    """validation_step(params, batch) -> (sums, clips); gaps depend on the clip ids alone, so all validations of all runs agree.
 
     sums: {name: (sum, count)} of the global batch. clips: {} without a CTC head; otherwise, for this device's share of the batch,
     path (B, S) int32, the most likely label of each time step, and num_steps (B,), the number of valid ones.
@@ -170,7 +172,7 @@ def make_validation_step(
     num_labels = ctc_decoding.UNITS[config.ctc_units][0]  # the paper's head has further outputs without a symbol
 
     def step(params, batch: dict) -> tuple[dict, dict]:
-        result = objective(params, batch, jax.random.key(config.seed + 1))
+        result = objective(params, batch, jax.random.key(VALIDATION_SEED))
         sums = devices.sum_over_devices(result.terms)
         logits, num_steps = result.output.logits, result.output.num_steps
         if logits is None:

@@ -176,6 +176,28 @@ def test_the_number_of_processed_frames_does_not_change_the_result(seconds):
     assert (beside[4] != audio[4]).all()
 
 
+@pytest.mark.parametrize("s", PRESETS, ids=lambda s: s.name)
+def test_padding_after_a_clip_does_not_change_its_restoration(s):
+    """A clip of 0.8 s with a constant offset, alone and padded with zeros to 2 s: the offset is that of the clip, and a gap at its
+    end is not drawn towards the zeros after it. (A frame centred after the clip fades the last half window.)
+    """
+    n, total = s.hop * (8 * s.rate // 10 // s.hop), s.hop * (2 * s.rate // s.hop)
+    audio = np.float32([0.1 + buzz(n, s.rate), 0.1 + tones(n, s.rate), 0.1 + 0.01 * tones(n, s.rate)])
+    missing = np.zeros((3, n), bool)
+    missing[0, n // 3 : n // 2] = missing[1, 3 * n // 4 :] = missing[2, : n // 4] = True
+    level, known, seeds = np.asarray(log_mel(audio, s)), np.where(missing, 0, audio), SEEDS[:3]
+    alone = np.asarray(griffin_lim.inpaint_gap(level, known, missing, s, seeds=seeds))
+    frames = s.frames_of(total) - level.shape[1]
+    level = np.pad(level, ((0, 0), (0, frames), (0, 0)), constant_values=stft.silence_level(s))
+    known, missing = (np.pad(x, ((0, 0), (0, total - n))) for x in (known, missing))
+    padded = np.asarray(griffin_lim.inpaint_gap(level, known, missing, s, seeds=seeds, lengths=np.int32([n] * 3)))
+    same = n - s.window // 2
+    np.testing.assert_allclose(padded[:, :same], alone[:, :same], atol=1e-2)
+    assert not padded[:, n:].any()
+    for clip, gap in zip(padded, missing) if s is not MORRONE else ():  # its lowest band is 0 Hz
+        assert clip[gap].mean() == pytest.approx(0.1, abs=0.02)
+
+
 # ---- full clips ------------------------------------------------------------------------------------------------------------------
 
 

@@ -240,6 +240,15 @@ def test_stretch_scales_movements():
     assert np.abs(np.corrcoef(factor.T)[0, 1]) < 4 / np.sqrt(400)
 
 
+def test_stretch_does_not_count_padding():
+    """The frames after a short clip repeat its last one: with and without them, the clip's own frames are the same."""
+    batch = clips(6, 40, 7)
+    padded = {**batch, "landmarks": np.concatenate([batch["landmarks"], batch["landmarks"][:, -1:].repeat(20, 1)], 1)}
+    padded["landmarks_valid"] = np.pad(batch["landmarks_valid"], ((0, 0), (0, 20)))
+    result = augmented(padded, stretch=0.2)["landmarks"]
+    np.testing.assert_allclose(result[:, :7], augmented(batch, stretch=0.2)["landmarks"], rtol=1e-6)
+
+
 def test_noise_is_independent_for_every_landmark_and_frame():
     """0.5 px in a frame 360 wide is 1 px in a frame 720 wide."""
     batch = clips(60, 40, 7)

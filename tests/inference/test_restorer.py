@@ -201,6 +201,17 @@ def test_the_true_level_gives_audio_as_loud_as_the_recording(restorer, restored,
         assert 20 * np.log10(np.std(oracle[b, start:end]) / np.std(recorded)) == pytest.approx(0, abs=3)
 
 
+def test_the_offset_of_a_short_clip_continues_in_its_gap(restorer, batch):
+    """0.8 s of audio with a constant offset of 0.1 in clips padded to three seconds: the padding does not count for the offset."""
+    n = 12_800
+    audio = np.where(np.arange(48_000) < n, batch["audio"] // 4 + round(0.1 * 32_768), 0).astype(np.int16)
+    short = batch | {"audio": audio, "audio_length": np.full(3, n, np.int32)}
+    gap = np.int64([[[4_000, 7_200], [0, 0]], [[0, 3_200], [0, 0]], [[9_600, n], [0, 0]]])
+    restored = restorer.to_audio(restorer.features(short, gap).target, short, gap)
+    for clip, ((start, end), _) in zip(restored, gap):
+        assert clip[start:end].mean() == pytest.approx(0.1, abs=0.015)
+
+
 def test_a_clip_is_restored_equally_in_any_batch(restorer, restored, audio, batch, gap):
     """Alone and among others: equal levels, and audio that differs only by what 60 iterations make of rounding."""
     for b in range(3):

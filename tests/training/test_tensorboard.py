@@ -196,6 +196,16 @@ def test_panels_of_a_clip_share_the_colour_scale_of_the_original():
     assert (loud[0] == HIGHEST).all() and (clean[0] == LOWEST).all(-1).any()
 
 
+def test_padding_does_not_change_the_colour_scale():
+    """A clip of 20 frames in 50: its panel looks as it does without padding, which is silence far below it."""
+    level, mask = np.random.default_rng(0).uniform(-3, 0, (1, 20, 8)).astype(np.float32), np.zeros((1, 50), bool)
+    padded = np.pad(level, ((0, 0), (0, 30), (0, 0)), constant_values=-12)
+    (_, _, clean), _ = panels(tensorboard.spectrogram_image(padded, padded, padded, mask, num_frames=[20]), 8, 1)
+    (_, _, alone), _ = panels(tensorboard.spectrogram_image(level, level, level, mask[:, :20]), 8, 1)
+    shown = clean[0][:, :: clean[0].shape[1] // 50][:, :20]
+    np.testing.assert_array_equal(shown, alone[0][:, :: alone[0].shape[1] // 20][:, :20])
+
+
 def test_a_constant_clip_that_is_all_gap_can_be_drawn():
     level, mask = np.full((1, 500, 4), -80.0), np.ones((1, 500), bool)
     image = tensorboard.spectrogram_image(level, level, level, mask)

@@ -312,6 +312,17 @@ def test_validation_returns_the_most_likely_labels(batch):
     assert means.result(config, "val")["val_cer"] == 1 - len(letters) / sum(letters)
 
 
+def test_validation_losses_of_other_seeds_are_comparable(batch):
+    """The same parameters have the same sums whatever config.seed is; the training draws other gaps for another seed."""
+    params, results = start().params, []
+    for seed in (0, 7):
+        step = jax.jit(train_step.make_validation_step(config_of(seed=seed, system="av_si")))
+        results.append(jax.device_get(step(params, arrays(batch)))[0])
+    assert results[0] == results[1] and results[0]["gap"][1] > 0
+    keys = [jax.random.key_data(train_step.step_key(config_of(seed=seed), 3)).tolist() for seed in (0, 7)]
+    assert keys[0] != keys[1]
+
+
 @pytest.mark.parametrize("units", ["characters", "phones"])
 def test_transcript_errors_are_those_of_jiwer(batch, units):
     """For random paths, also when split over devices; correct paths have no errors."""
