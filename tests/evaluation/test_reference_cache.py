@@ -1,5 +1,7 @@
 """The cache of reference rows: they are read back exactly, and only if everything that determines them is the same."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,16 +31,67 @@ def test_other_data_protocol_or_versions_have_another_file(tmp_path, change):
     assert reference_cache.path_of(tmp_path, **INPUTS) != reference_cache.path_of(tmp_path, **(INPUTS | change))
 
 
-def test_changed_code_has_another_file(tmp_path, monkeypatch):
+SOURCES = {  # of an invented package: what its rows are computed from
+    "evaluation/__init__.py": "",
+    "evaluation/cli.py": "from avsi_jax.evaluation import page, run_systems\n",
+    "evaluation/run_systems.py": "from avsi_jax.models import network\nimport numpy\n",
+    "evaluation/protocols.py": "def place():\n    from avsi_jax.audio.masks import draw\n    return draw()\n",
+    "evaluation/metrics.py": "import avsi_jax.presets\n",
+    "presets.py": "",
+    "models/__init__.py": "",
+    "models/network.py": "if True:\n    import avsi_jax.models.layers as layers\n",
+    "models/layers.py": "",
+    "audio/__init__.py": "",
+    "audio/masks.py": "",
+    "audio/bases.npz": "numbers",
+}
+OTHERS = {  # what has no influence on a row
+    "evaluation/page.py": "",
+    "evaluation/reference_cache.py": "",
+    "audio/unused.py": "",
+    "app/server.py": "",
+    "weights.safetensors": "",
+}
+ONLY_ANNOTATED = "\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from avsi_jax.app import server\n"
+
+
+@pytest.fixture
+def package(tmp_path):
+    for name, text in (SOURCES | OTHERS | {"evaluation/metrics.py": SOURCES["evaluation/metrics.py"] + ONLY_ANNOTATED}).items():
+        path = tmp_path / "avsi_jax" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path / "avsi_jax"
+
+
+def test_a_change_of_anything_that_rows_are_computed_from_changes_the_key(package):
+    before, changed = reference_cache.code_hash(package), {}
+    for name in SOURCES | OTHERS:
+        text = (package / name).read_text()
+        (package / name).write_text(f"{text}\n")
+        changed[name] = reference_cache.code_hash(package) != before
+        (package / name).write_text(text)
+    assert changed == dict.fromkeys(SOURCES, True) | dict.fromkeys(OTHERS, False)
+
+
+def test_the_key_includes_every_module_that_the_evaluation_loads():
+    """Compared with the modules that Python has loaded after importing those that compute rows, and with files known to matter."""
+    code = (
+        "import sys; from avsi_jax.evaluation import metrics, protocols, run_systems; "
+        "print(*(m.__file__ for n, m in sys.modules.items() if n.startswith('avsi_jax.') and m.__file__))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    loaded = {Path(path).resolve() for path in done.stdout.split()}
+    included = {path.resolve() for path in reference_cache.code_files()}
+    assert len(loaded) > 20 and loaded <= included
+    known = "data/input_pipeline.py data/tfrecords.py data/features.py models/systems.py models/lstm.py audio/mel_bases.npz".split()
+    assert {(reference_cache.PACKAGE / name).resolve() for name in known} <= included
+
+
+def test_the_key_contains_the_hash_of_the_code(tmp_path, monkeypatch):
     before = reference_cache.path_of(tmp_path, **INPUTS)
-    monkeypatch.setattr(reference_cache, "MODULES", reference_cache.MODULES[:-1])
+    monkeypatch.setattr(reference_cache, "code_hash", lambda: "another")
     assert reference_cache.path_of(tmp_path, **INPUTS) != before
-
-
-def test_the_modules_of_the_key_exist():
-    package = Path(reference_cache.__file__).parents[1]
-    assert not [module for module in reference_cache.MODULES if not (package / f"{module}.py").is_file()]
-    assert "evaluation/reference_cache" not in reference_cache.MODULES and "evaluation/metrics" in reference_cache.MODULES
 
 
 def test_a_folder_that_cannot_be_written_is_ignored(tmp_path):
