@@ -13,6 +13,7 @@ Letters: B clips, G gaps, F spectrogram frames, K bands, N samples.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from avsi_jax.inference import restorer
 from avsi_jax.presets import RECORD_RATE, Spec, get
 
 PEER_MS = (160, 320, 500, 750, 1000, 1250, 1500)
+PEER_SEED, PEER_HOP, PEER_FRAMES = 42, RECORD_RATE // 100, 300  # seed, samples in a frame, and frames of a clip of 3 s
 PAPER_CASE = Case(900, "paper_gaps", 8, 8)  # 900: the mean total length
 MIN_DISTANCE = RECORD_RATE // 50  # samples between two of several gaps
 OTHER_PHASES = np.uint32(0x9E3779B9)  # added to a clip's seed, so that reference and result start from different phases
@@ -81,13 +83,23 @@ def _in_speech(clip_id: str, speech_s, num_samples, case: Case) -> np.ndarray:
 
 
 def anywhere(batch: dict, case: Case) -> np.ndarray:
-    """One gap (B, 1, 2) per clip, its start uniform over the clip by sha256 of '42:gap:ID'."""
-    length = case.gap_ms * RECORD_RATE // 1000
-    latest = np.maximum(batch["audio_length"] - length, 0)
-    start = np.array(
-        [int(gap_masks.hashed_uniform(f"42:gap:{c}") * (n + 1)) for c, n in zip(batch["clip_id"], latest, strict=True)]
-    )
-    return np.stack([start, np.minimum(start + length, batch["audio_length"])], -1)[:, None]
+    """One gap (B, 1, 2) per clip, anywhere in its three seconds, in whole 10-ms frames: the rule of the published comparison.
+
+    Its code seeds NumPy's generator with the first 8 bytes, little-endian, of sha256("42:LENGTH_MS:ID") and pads every clip to 300
+    frames. A gap ends with its clip; one that would begin after its clip is drawn over the frames of the clip instead.
+    """
+    return np.array([[_peer_gap(c, case.gap_ms, int(n))] for c, n in zip(batch["clip_id"], batch["audio_length"], strict=True)])
+
+
+def _peer_gap(clip_id: str, gap_ms: int, num_samples: int) -> tuple[int, int]:
+    token = f"{PEER_SEED}:{float(gap_ms):g}:{clip_id}"
+    seed = int.from_bytes(hashlib.sha256(token.encode()).digest()[:8], "little")
+    for num_frames in (PEER_FRAMES, -(-num_samples // PEER_HOP)):
+        length = min(max(1, round(gap_ms / 10)), num_frames)
+        start = PEER_HOP * int(np.random.default_rng(seed).integers(0, num_frames - length + 1))
+        if start < num_samples:
+            break
+    return start, min(start + PEER_HOP * length, num_samples)
 
 
 def random_gaps(batch: dict, case: Case) -> np.ndarray:
