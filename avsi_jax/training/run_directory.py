@@ -10,9 +10,11 @@ import csv
 import importlib.metadata
 import io
 import json
+import os
 import platform
 import resource
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +35,7 @@ TIMING = "timing.csv"
 PACKAGES = ("avsi_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
+CHECKOUT = Path(__file__).resolve().parents[2]  # if this is one
 MAY_CHANGE = set(  # config fields that may change on a resume: they affect no step that is already done
     "epochs data_dir validate_every checkpoint_every checkpoint_seconds keep early_stop_patience lstm watchdog_s images_every "
     "debug_nans".split()
@@ -176,12 +179,19 @@ def version(package: str) -> str:
         return "not installed as a package"
 
 
-def git_revision() -> str:
-    """Git revision of the checkout this code runs from; 'unknown' if it is not in one."""
+def git_revision(root: Path = CHECKOUT) -> str:
+    """Git revision of this package's own checkout at `root`; 'unknown' if it is installed, also inside another repository."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}  # set in hooks of another repository
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, env=environment).stdout.strip()
+
     try:
-        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
+        project = tomllib.loads((root / "pyproject.toml").read_text()).get("project", {})
+        is_own = project.get("name") == "avsi_jax" and Path(git("rev-parse", "--show-toplevel")).resolve() == root.resolve()
+        return git("describe", "--always", "--dirty", "--abbrev=12") if is_own else "unknown"
+    except (OSError, ValueError, subprocess.SubprocessError):
         return "unknown"
 
 
