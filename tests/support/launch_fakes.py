@@ -64,7 +64,13 @@ case "${0##*/} $*" in
     for code in $codes; do echo "avsi-worker: host left with code $code"; done
     for code in $codes; do ((code == 0)) || exit "$code"; done ;;
   *" create "*) exit "$(next created || echo 0)" ;;
-  srun*) exec "${TRAINER_OF_SRUN}" "$@" ;;
+  srun*) # as the real one: SIGTERM to srun kills its tasks, SIGTERM to the job's steps (scancel --signal=TERM) reaches the tasks
+    "$TRAINER_OF_SRUN" "$@" &
+    task=$!
+    echo "$task" > "$FAKE/task"
+    trap 'kill -KILL "$task"; exit 143' TERM
+    wait "$task"; exit ;;
+  "scancel --signal=TERM "*) kill -TERM "$(cat "$FAKE/task")" ;;
   squeue*) cat "$FAKE/job" ;;
   kubectl*apply*) cat > "$FAKE/applied" ;;
 esac
