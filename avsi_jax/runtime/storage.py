@@ -18,10 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-# Where tensorflow is installed, epath would import it for gs://, which takes seconds and hundreds of MB. gcsfs is enough.
-os.environ.setdefault("EPATH_USE_TF", "false")
-
-from etils import epath  # noqa: E402
+from etils import epath
 
 
 class StorageError(OSError):
@@ -38,7 +35,7 @@ def as_path(path: os.PathLike | str) -> epath.Path:
         raise ValueError(f"{path}: found {scheme}://, expected a folder or gs://BUCKET/FOLDER")
     if not importlib.util.find_spec("gcsfs"):
         raise StorageError(f"{path}: gs:// needs gcsfs; pip install 'avsi_jax[gcs]'")
-    _disable_listings_cache()
+    _prepare_for_buckets()
     return path
 
 
@@ -47,10 +44,15 @@ def in_bucket(path: os.PathLike | str) -> bool:
     return os.fspath(path).startswith("gs://")
 
 
-def _disable_listings_cache() -> None:
-    """gcsfs caches listings for ever, so a process would never see files that others add to a folder it has listed."""
+def _prepare_for_buckets() -> None:
+    """Settings of this process for gs://, made when the first such path is used; those that the caller has made are kept.
+
+    Where tensorflow is installed, epath would import it, which takes seconds and hundreds of MB: gcsfs is enough. And gcsfs caches
+    listings for ever, so a process would never see files that others add to a folder it has listed.
+    """
     import fsspec.config
 
+    os.environ.setdefault("EPATH_USE_TF", "false")
     fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
 
 

@@ -11,7 +11,8 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +32,24 @@ METRIC = "monitor"  # value of config.monitor, lower is better: it decides which
 MIN_FREE_SPACE = 1.2  # free bytes needed to save, as a multiple of the bytes of the state: Orbax compresses little
 
 
+class _WithoutOrbax(logging.Filter):
+    """Drops the records of Orbax, which logs every step of its work; its exceptions are reported here."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "orbax" not in Path(record.pathname).parts
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Orbax logs nothing in the block; the caller's own logging stays as it is."""
+    logger, without_orbax = logging.getLogger("absl"), _WithoutOrbax()
+    logger.addFilter(without_orbax)
+    try:
+        yield
+    finally:
+        logger.removeFilter(without_orbax)
+
+
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, does not match the configuration, or could not be written."""
 
@@ -42,7 +61,6 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: epath.PathLike, *, keep: int = 2, read_only: bool = False):
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every step of a save; its exceptions are reported here
         self.folder = _folder(workdir)
         if read_only and not self.folder.is_dir():
             raise CheckpointError(f"no {FOLDER}/ in {workdir}; expected the workdir of a training (avsi-train --workdir=DIR)")
@@ -50,20 +68,20 @@ class Checkpoints:
             get_metric_fn=lambda m: m[METRIC], reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
         policy = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(keep), best])
-        options = ocp.CheckpointManagerOptions(
-            best_fn=lambda m: m[METRIC],
-            best_mode="min",
-            preservation_policy=policy,
-            read_only=read_only,
-            create=not read_only,
-            # Created synchronously, so that a failure is reported here and not after minutes of waiting for the folder.
-            async_options=ocp.AsyncOptions(
-                post_finalization_callback=self._write_manifest, create_directories_asynchronously=False
-            ),
-        )
         self._closed = False
         self._saving: tuple[int, int] | None = None  # training step and bytes of the save in progress
         with _checkpoint_errors(self.folder, "could not be opened"):
+            options = ocp.CheckpointManagerOptions(
+                best_fn=lambda m: m[METRIC],
+                best_mode="min",
+                preservation_policy=policy,
+                read_only=read_only,
+                create=not read_only,
+                # Created synchronously, so that a failure is reported here and not after minutes of waiting for the folder.
+                async_options=ocp.AsyncOptions(
+                    post_finalization_callback=self._write_manifest, create_directories_asynchronously=False
+                ),
+            )
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, state: Any, host: dict, monitor: float | None = None, replace: bool = False) -> None:
@@ -158,7 +176,7 @@ class Checkpoints:
         folder = self.folder / str(step) / "state"
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), like)
         try:
-            with ocp.PyTreeCheckpointer() as reader:
+            with _quiet_orbax(), ocp.PyTreeCheckpointer() as reader:
                 stored = reader.metadata(folder).item_metadata.tree
                 _check_shapes({k: v for k, v in stored.items() if k in like} if isinstance(like, dict) else stored, like)
                 restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
@@ -229,9 +247,11 @@ class _checkpoint_errors:
         self.folder, self.what, self.suffix = folder, what, suffix
 
     def __enter__(self) -> None:
-        pass
+        self.quiet = _quiet_orbax()
+        self.quiet.__enter__()
 
     def __exit__(self, kind, error, _) -> None:
+        self.quiet.__exit__(None, None, None)
         if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
             return  # another process has ended
         if isinstance(error, (OSError, ValueError, RuntimeError)) and not isinstance(error, CheckpointError):

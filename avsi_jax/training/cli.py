@@ -7,6 +7,7 @@ Exit codes: 0 training finished, 1 unexpected error, 2 error that the user can f
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import traceback
@@ -72,6 +73,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     options, overrides = parse(argv)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax' threads log while they save; its exceptions are reported here
     console = Console()
     try:
         config = configs.load(options.config, configs.split_overrides(overrides), like="base")

@@ -205,13 +205,11 @@ def train(
 
 
 def _train(config, workdir, parallel, cache_dir, stop_signals, console, phases, at_end: contextlib.ExitStack) -> dict[str, float]:
-    from avsi_jax.runtime import devices
-
-    devices.use_every_core(config.batch_size)
     import jax
 
     from avsi_jax.data import input_pipeline
     from avsi_jax.models import systems
+    from avsi_jax.runtime import devices
     from avsi_jax.training.checkpoints import Checkpoints, set_damaged_aside
 
     # 1. Checks of config, data and workdir, before any work.

@@ -36,12 +36,10 @@ def replay(
     ValueError if the run has no checkpoint before that step. With config.debug_nans steps are not mapped, as in training, and after
     the diagnosis FloatingPointError is raised from the operation that first produces a NaN.
     """
-    from avsi_jax.runtime import devices
-
-    devices.use_every_core(config.batch_size)
     import jax
 
     from avsi_jax.data import input_pipeline
+    from avsi_jax.runtime import devices
     from avsi_jax.training.checkpoints import Checkpoints, find_fault
 
     if step < 1:

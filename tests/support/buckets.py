@@ -21,7 +21,7 @@ def bucket():
         port = unused.getsockname()[1]
     server = create_server("localhost", port, in_memory=True, default_bucket="avsi-test")
     server.start()
-    gpath._is_tf_installed.cache_clear()  # another test may have called it before avsi_jax.runtime.storage set EPATH_USE_TF
+    gpath._is_tf_installed.cache_clear()  # another test may have called it before storage.as_path set EPATH_USE_TF
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{port}")
         yield "gs://avsi-test"

@@ -112,3 +112,16 @@ def test_parameters_of_another_shape_are_refused(saved, like):
     with pytest.raises(CheckpointError, match="checkpoint 10 ") as error:
         Checkpoints(saved, read_only=True).restore_params(10, like)
     message(error)
+
+
+def test_orbax_is_quiet_and_the_callers_logging_stays_as_it_is(saved, caplog):
+    """A level or a filter that outlived a call would silence the caller's own records of absl."""
+    import logging
+
+    logger = logging.getLogger("absl")
+    before = logger.level, list(logger.filters)
+    with caplog.at_level(logging.DEBUG):
+        Checkpoints(saved, read_only=True).restore(4, on_device(state_of(0)))
+        logger.warning("of the caller")
+    assert (logger.level, logger.filters) == before
+    assert [r.message for r in caplog.records if r.name == "absl"] == ["of the caller"]
