@@ -3,6 +3,9 @@
 A signal may arrive while the main thread is inside a library for minutes (a compilation, a collective). Python's own handlers
 run only after that, so a thread receives the signals through a pipe. Exit codes are the shell's: 143 for SIGTERM, 130 for
 Ctrl-C. An exit code of 0 would tell an orchestrator that the training is finished.
+
+There is no time limit for the last step and the save: on a busy machine both are slow, and ending early would lose steps that the
+orchestrator had given time to save. A step or a save that is stuck is ended by the watchdog, as at any other time.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable
 
-GRACE_S = 20.0  # from the signal to the end, saved or not: orchestrators kill after 25 to 30 s
 ECHO_S = 2.0  # a repeated signal within this time counts as the same one: launchers send it to a group and to its members
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -33,12 +35,12 @@ class StopSignals:
     """Receives the signals that stop a training.
 
     `received` is the number of the signal, 0 before there is one. Until `leave_to_loop` is called, a signal ends the process at
-    once. `log` is called with one line about each signal. After a signal the process ends within `grace_s` seconds in any case.
+    once; after it, a second one does. `log` is called with one line about each signal.
     """
 
-    def __init__(self, log: Callable[[str], None], grace_s: float = GRACE_S):
-        self.received, self._log, self._grace_s, self._loop_decides = 0, log, grace_s, False
-        self._lock, self._timer, self._since = threading.Lock(), None, 0.0
+    def __init__(self, log: Callable[[str], None]):
+        self.received, self._log, self._loop_decides = 0, log, False
+        self._lock, self._since = threading.Lock(), 0.0
 
     def install(self) -> StopSignals:
         """Takes over the signals; from the main thread only."""
@@ -51,8 +53,6 @@ class StopSignals:
 
     def uninstall(self) -> None:
         """Restores the previous handlers; called when the training has saved or ended."""
-        if self._timer:
-            self._timer.cancel()
         signal.set_wakeup_fd(self._previous_fd)
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
@@ -80,9 +80,6 @@ class StopSignals:
             if not self._loop_decides:
                 self._exit(f"{name}: ended, nothing to save yet")
         self._log(f"{name}: saving (send it again to end without saving)")
-        self._timer = threading.Timer(self._grace_s, self._exit, [f"{name}: ended, not saved within {self._grace_s:g} s"])
-        self._timer.daemon = True
-        self._timer.start()
 
     def _exit(self, reason: str) -> None:
         self._log(f"{reason}; run the same command to continue from the last checkpoint")
