@@ -16,7 +16,7 @@ import time
 
 from etils import epath
 
-from avsi_jax.runtime import unexpected_errors
+from avsi_jax.runtime import storage, unexpected_errors
 from tfds_grid import prepare, speakers
 
 RUNNERS = "--runner=DataflowRunner, FlinkRunner, SparkRunner"
@@ -90,7 +90,7 @@ def _make_builder(name: str, args, data_dir: epath.Path, corpus: speakers.RawCor
 
 def _report(builder, corpus: speakers.RawCorpus, excluded: set[str], seconds: float) -> None:
     report = prepare.build_report(builder, corpus, builder.measured_by_beam, excluded=excluded, seconds={"pipeline": seconds})
-    (builder.data_path / "build_report.json").write_text(json.dumps(report, indent=1) + "\n")
+    storage.write_text(builder.data_path / "build_report.json", json.dumps(report, indent=1) + "\n")
     print(prepare.summary(builder.builder_config.name, report), f"\n  {builder.data_path}", flush=True)
 
 

@@ -24,7 +24,7 @@ import time
 
 from etils import epath
 
-from avsi_jax.runtime import unexpected_errors
+from avsi_jax.runtime import storage, unexpected_errors
 from tfds_grid import measuring, speakers
 from tfds_grid.measuring import Measured
 
@@ -271,7 +271,7 @@ def _build(name: str, args, exclude: set[str], corpus: speakers.RawCorpus, measu
     pack(builder, pathlib.Path(args.raw).expanduser(), args.max_shard_mb)
     seconds = seconds | {"statistics": statistics_s, "packing": time.monotonic() - start}
     report = build_report(builder, corpus, measured, excluded=excluded, seconds=seconds)
-    (builder.data_path / "build_report.json").write_text(json.dumps(report, indent=1) + "\n")
+    storage.write_text(builder.data_path / "build_report.json", json.dumps(report, indent=1) + "\n")
     return report
 
 

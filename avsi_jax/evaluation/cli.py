@@ -12,7 +12,6 @@ import datetime
 import json
 import os
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from avsi_jax import configs
-from avsi_jax.runtime import unexpected_errors
+from avsi_jax.runtime import storage, unexpected_errors
 
 if TYPE_CHECKING:
     import ml_collections
@@ -122,49 +121,49 @@ def evaluate(
     rows = in_order(rows, cases, systems)
     seconds = {"all": time.monotonic() - began}
 
-    # 4. Write.
-    folder.mkdir(parents=True, exist_ok=True)
-    shown = select_examples(rows, restorer.name, config.examples)
-    sources = {restorer: [s for s in systems if s["kind"] != "baseline"]}
-    if baseline and shown:
-        name = {"name": other[0]["name"], "kind": "system"}
-        sources[Restorer.from_workdir(baseline, config.checkpoint, protocol=protocol.masking)] = [name]
-    examples = write_examples(folder, shown, clips, cases, protocol, sources, config.batch_size)
-    (folder / "clips.csv").write_text(reference_cache.as_csv(rows, COLUMNS), newline="")
-    pairs = [(restorer.name, s["name"]) for s in systems if s["kind"] in PAIRED]
-    unseen = config.split in UNSEEN_SPLITS and dataset.parent.name.startswith("speaker_independent")
-    estimates = bootstrap.summarise(rows, METRICS, pairs, by_speaker=unseen)
-    summary = {
-        "title": f"{restorer.name} on {config.split}, protocol {protocol.name}, suite {config.suite}",
-        "system": restorer.name,
-        "protocol": protocol.name,
-        "protocol_description": protocol.description,
-        "split": config.split,
-        "suite": config.suite,
-        "command": command,
-        "date": datetime.date.today().isoformat(),
-        "seconds": {k: round(v, 1) for k, v in (seconds | {"report": time.monotonic() - began - seconds["all"]}).items()},
-        "num_scored": total,
-        "references": "cached" if cached else "computed",
-        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        "by_speaker": unseen,
-        "versions": versions(),
-        "judge": judge.described if judge else "",
-        "runs": {restorer.name: run_facts(restorer)} | ({other[0]["name"]: other[0]["run"]} if other else {}),
-        "metric_rate": protocol.score_rate(restorer.spec),
-        "fingerprint": records.fingerprint(),
-        "num_clips": len(clips.raw),
-        "batch_size": config.batch_size,
-        "systems": systems,
-        "gap_ms": sorted({c.gap_ms for c in cases}),
-        "cases": [c._asdict() | {"name": c.name} for c in cases],
-        "families": {f: conditions.FAMILIES[f].label for f in dict.fromkeys(c.family for c in cases if c.family)},
-        "examples": examples,
-        "reach": bootstrap.reach(estimates["paired"], "gap_l1_db"),
-        **estimates,
-    }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    report.write_report(folder)
+    # 4. Write a new folder, which replaces that of an earlier evaluation when it is complete.
+    with storage.replaced_folder(folder) as new:
+        shown = select_examples(rows, restorer.name, config.examples)
+        sources = {restorer: [s for s in systems if s["kind"] != "baseline"]}
+        if baseline and shown:
+            name = {"name": other[0]["name"], "kind": "system"}
+            sources[Restorer.from_workdir(baseline, config.checkpoint, protocol=protocol.masking)] = [name]
+        examples = write_examples(new, shown, clips, cases, protocol, sources, config.batch_size)
+        storage.write_text(new / "clips.csv", reference_cache.as_csv(rows, COLUMNS))
+        pairs = [(restorer.name, s["name"]) for s in systems if s["kind"] in PAIRED]
+        unseen = config.split in UNSEEN_SPLITS and dataset.parent.name.startswith("speaker_independent")
+        estimates = bootstrap.summarise(rows, METRICS, pairs, by_speaker=unseen)
+        summary = {
+            "title": f"{restorer.name} on {config.split}, protocol {protocol.name}, suite {config.suite}",
+            "system": restorer.name,
+            "protocol": protocol.name,
+            "protocol_description": protocol.description,
+            "split": config.split,
+            "suite": config.suite,
+            "command": command,
+            "date": datetime.date.today().isoformat(),
+            "seconds": {k: round(v, 1) for k, v in (seconds | {"report": time.monotonic() - began - seconds["all"]}).items()},
+            "num_scored": total,
+            "references": "cached" if cached else "computed",
+            "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+            "by_speaker": unseen,
+            "versions": versions(),
+            "judge": judge.described if judge else "",
+            "runs": {restorer.name: run_facts(restorer)} | ({other[0]["name"]: other[0]["run"]} if other else {}),
+            "metric_rate": protocol.score_rate(restorer.spec),
+            "fingerprint": records.fingerprint(),
+            "num_clips": len(clips.raw),
+            "batch_size": config.batch_size,
+            "systems": systems,
+            "gap_ms": sorted({c.gap_ms for c in cases}),
+            "cases": [c._asdict() | {"name": c.name} for c in cases],
+            "families": {f: conditions.FAMILIES[f].label for f in dict.fromkeys(c.family for c in cases if c.family)},
+            "examples": examples,
+            "reach": bootstrap.reach(estimates["paired"], "gap_l1_db"),
+            **estimates,
+        }
+        storage.write_text(new / "summary.json", json.dumps(summary, indent=1) + "\n")
+        report.write_report(new)
     return folder
 
 
@@ -321,7 +320,6 @@ def write_examples(
     """
     from avsi_jax.evaluation import run_systems
 
-    shutil.rmtree(folder / "audio", ignore_errors=True)  # of an earlier evaluation
     (folder / "audio").mkdir()
     examples = []
     for case in cases:

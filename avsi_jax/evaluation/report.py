@@ -20,7 +20,7 @@ import numpy as np
 from avsi_jax.evaluation import compare_runs, curves, table_export, tables, word_errors
 from avsi_jax.evaluation.tables import METRICS, Evaluation
 from avsi_jax.media import clip_io, plots
-from avsi_jax.runtime import unexpected_errors
+from avsi_jax.runtime import storage, unexpected_errors
 
 MEDIA_TYPES = {".wav": "audio/wav", ".flac": "audio/flac"}
 MAX_EXAMPLE_BYTES = 9_000_000  # of images and audio embedded in the page
@@ -71,7 +71,7 @@ def _write(evaluation: Evaluation, path: Path, name: str) -> Path:
         "speakers": tables.speakers(summary, rows),
     }
     table_export.write(path, summary, rates, list(_flat(report_tables.values())), name)
-    path.write_text(_page(evaluation, report_tables), encoding="utf-8")
+    storage.write_text(path, _page(evaluation, report_tables))
     return path
 
 

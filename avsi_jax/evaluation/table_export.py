@@ -12,6 +12,8 @@ import json
 import math
 from pathlib import Path
 
+from avsi_jax.runtime import storage
+
 FIELDS = (
     "protocol", "split", "suite", "kind", "case", "gap_ms", "system", "minus", "metric", "item", "mean", "low", "high", "n",
     "missing",
@@ -34,9 +36,9 @@ def write(page: Path, summary: dict, error_rates: list[dict], tables: list[dict]
     error_rates: from `word_errors.estimates`; tables: from evaluation/tables.py and word_errors.py.
     """
     rows = estimates(summary, error_rates)
-    page.with_name(f"{name}.csv").write_text(as_csv(rows), encoding="utf-8", newline="")
-    page.with_name(f"{name}.json").write_text(as_json(summary, rows), encoding="utf-8")
-    page.with_name(f"{name}.tex").write_text(as_latex(summary, tables), encoding="utf-8")
+    storage.write_text(page.with_name(f"{name}.csv"), as_csv(rows))
+    storage.write_text(page.with_name(f"{name}.json"), as_json(summary, rows))
+    storage.write_text(page.with_name(f"{name}.tex"), as_latex(summary, tables))
 
 
 def estimates(summary: dict, error_rates: list[dict]) -> list[dict]:

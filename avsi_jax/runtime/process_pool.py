@@ -23,6 +23,7 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 _start_lock = threading.Lock()  # held while a child starts: `light_start` changes state of the whole process
+START_TIMEOUT_S = 300.0  # for imports on a busy machine or a slow network file system
 AHEAD = 2  # jobs assigned to a child: one in progress, one waiting
 
 
@@ -43,16 +44,17 @@ def run(
     memory_mb: int,
     start: Callable | None = None,
     ahead: int = AHEAD,
+    start_timeout_s: float = START_TIMEOUT_S,
 ) -> Iterator[JobOutcome]:
     """Calls work(*job) for every job in `workers` child processes; yields the outcomes in any order.
 
     `work` and `start` (called once in every child, before its jobs) must be functions of a module. `timeout_s`: limit for one
     job, seconds. `memory_mb`: address space that a child may use beyond what it has after `start`. Jobs may come from a
     generator, which is read as children become free: at most `ahead` jobs per child are pending. An exception raised by `work`
-    is raised here, after all children have ended; OSError where a child cannot start.
+    is raised here, after all children have ended; OSError where a child cannot start within start_timeout_s.
     """
     returned, unread = collections.deque(), enumerate(jobs)  # jobs of children that ended; jobs not read yet
-    limits = (memory_mb * 2**20, start)
+    limits, timeouts_s = (memory_mb * 2**20, start), (timeout_s, start_timeout_s)
     children = [_Child(work, limits) for _ in range(min(workers, len(jobs)) if isinstance(jobs, Sized) else workers)]
     try:
         while children:
@@ -60,7 +62,7 @@ def run(
             if len(least_busy.assigned) < ahead and (job := returned.popleft() if returned else next(unread, None)):
                 least_busy.assign(*job)
             elif any(child.assigned for child in children):
-                yield from _collect(children, work, limits, timeout_s, returned)
+                yield from _collect(children, work, limits, timeouts_s, returned)
             else:
                 break
     finally:
@@ -68,9 +70,10 @@ def run(
             child.end()
 
 
-def _collect(children: list[_Child], work, limits, timeout_s: float, returned: collections.deque) -> Iterator[JobOutcome]:
-    """Outcomes that arrive within a second or timeout_s. Replaces children that died or exceeded the time limit."""
-    multiprocessing.connection.wait([c.pipe for c in children] + [c.process.sentinel for c in children], min(1, timeout_s))
+def _collect(children: list[_Child], work, limits, timeouts_s: tuple, returned: collections.deque) -> Iterator[JobOutcome]:
+    """Outcomes that arrive within a second or a time limit. Replaces children that died or exceeded the time limit of a job."""
+    timeout_s, start_timeout_s = timeouts_s
+    multiprocessing.connection.wait([c.pipe for c in children] + [c.process.sentinel for c in children], min(1, *timeouts_s))
     for position, child in enumerate(children):
         failure = ""
         try:
@@ -81,6 +84,8 @@ def _collect(children: list[_Child], work, limits, timeout_s: float, returned: c
             failure = _exit_reason(child)
         if not failure and child.assigned and child.is_ready and time.monotonic() - child.since > timeout_s:
             failure = f"took more than {timeout_s:g} s"
+        if not failure and not child.is_ready and time.monotonic() - child.began > start_timeout_s:
+            failure = f"took more than {start_timeout_s:g} s"
         if failure:
             child.end()
             if not child.is_ready:
@@ -108,7 +113,8 @@ class _Child:
         self.pipe, child_end = context.Pipe()
         self.assigned: dict[int, tuple] = {}
         self.outbox: queue.SimpleQueue = queue.SimpleQueue()
-        self.since, self.is_ready = time.monotonic(), False
+        self.began = self.since = time.monotonic()
+        self.is_ready = False
         self.process = context.Process(target=_serve, args=(child_end, work, *limits), daemon=True)
         with light_start():
             self.process.start()

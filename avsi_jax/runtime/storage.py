@@ -104,6 +104,33 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     _sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, on a disk, that takes its place when the block succeeds and is deleted when it fails.
+
+    Until then the old folder stays as it is; its files that the new one does not have are kept. A process that is killed while the
+    folders change places leaves the old one as .NAME.old, which the next call puts back first.
+    """
+    new, old = (folder.with_name(f".{folder.name}.{end}") for end in ("new", "old"))
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if folder.exists():
+        for entry in folder.iterdir():
+            if not (new / entry.name).exists():
+                os.rename(entry, new / entry.name)
+        os.rename(folder, old)
+    os.rename(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _sync_folder(path: Path) -> None:
     """Synchronises a folder's entries with the disk: a rename is not durable before."""
     descriptor = os.open(path, os.O_RDONLY)

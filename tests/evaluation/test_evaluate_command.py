@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from avsi_jax import configs
-from avsi_jax.evaluation import cli, occlusion, run_systems
+from avsi_jax.evaluation import cli, occlusion, report, run_systems
 
 GAP_MS = (300, 900)
 SYSTEMS = {  # name -> kind, in the order of the tables
@@ -187,15 +187,24 @@ def test_examples_have_audio_files(folder, summary):
 # -------------------------------------------------------------------------------------------------------------------- again
 
 
-def test_a_second_run_gives_the_same_bytes(runs, rows, folder):
-    """It replaces the first one only with --overwrite."""
+def test_a_second_run_gives_the_same_bytes(runs, rows, folder, monkeypatch):
+    """It replaces the first one only with --overwrite, and only once it is complete."""
     before = (folder / "clips.csv").read_bytes()
     with pytest.raises(FileExistsError, match="--overwrite") as error:
         cli.evaluate(eval_config(), runs / "system")
     assert "\n" not in str(error.value) and (folder / "clips.csv").read_bytes() == before
     copy = Path(shutil.copytree(runs / "system", runs / "again"))
+    replaced, write_report, seen = copy / "eval" / folder.name, report.write_report, []
+    old = {p: p.read_bytes() for p in replaced.rglob("*") if p.is_file()}
+
+    def look_and_write(new):
+        seen.append({p: p.read_bytes() for p in replaced.rglob("*") if p.is_file()})
+        return write_report(new)
+
+    monkeypatch.setattr(report, "write_report", look_and_write)
     cli.evaluate(eval_config(workers=2), copy, baseline=runs / "baseline", overwrite=True)
-    assert (copy / "eval" / folder.name / "clips.csv").read_bytes() == before
+    assert seen == [old] and any(p.suffix == ".flac" for p in old), "until the last file is written, the old results are there"
+    assert (replaced / "clips.csv").read_bytes() == before and [p.name for p in replaced.parent.iterdir()] == [folder.name]
 
 
 def test_cached_references_give_the_same_bytes(runs, rows, folder, cache):

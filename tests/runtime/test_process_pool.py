@@ -40,6 +40,10 @@ def fail():
     os._exit(9)
 
 
+def hang():
+    time.sleep(600)
+
+
 def run(jobs, workers=2, **options):
     """{index: result or reason of the failure}; every job must have exactly one outcome."""
     limits = {"workers": workers, "timeout_s": 30, "memory_mb": 2048} | options
@@ -113,6 +117,12 @@ def test_an_exception_of_a_job_is_raised_and_no_child_is_left():
 def test_children_that_cannot_start_are_an_error():
     with pytest.raises(OSError, match="can't start .*status 9"):
         run([("square", 1)], start=fail)
+
+
+def test_children_that_hang_while_they_start_are_an_error():
+    with pytest.raises(OSError, match="can't start .*0.5 s"):
+        run([("square", 1)], start=hang, start_timeout_s=0.5)
+    assert not [c for c in process_pool.multiprocessing.active_children() if c.is_alive()]
 
 
 def test_each_child_uses_one_thread():

@@ -119,3 +119,30 @@ def test_a_bucket_is_used_without_importing_tensorflow(bucket):
         "assert not {'tensorflow', 'torch', 'jax'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, bucket], check=True, cwd=ROOT, timeout=60)
+
+
+def test_a_folder_is_replaced_when_the_new_one_is_complete(tmp_path):
+    """Files that the new one lacks are kept; after a failure the old one is as it was, and no trace of the new one is left."""
+    folder = tmp_path / "deep" / "eval"
+    for text in ("first", "second"):
+        with storage.replaced_folder(folder) as new:
+            assert new.is_dir() and not list(new.iterdir())
+            (new / "audio").mkdir()
+            (new / "audio" / f"{text}.flac").write_text(text)
+            (new / "summary.json").write_text(text)
+        (folder / "notes.txt").write_text("of the user")
+    assert sorted(p.name for p in folder.rglob("*")) == ["audio", "notes.txt", "second.flac", "summary.json"]
+    with pytest.raises(KeyboardInterrupt), storage.replaced_folder(folder) as new:
+        (new / "summary.json").write_text("third")
+        raise KeyboardInterrupt
+    assert (folder / "summary.json").read_text() == "second" and [p.name for p in folder.parent.iterdir()] == ["eval"]
+
+
+def test_a_folder_whose_replacement_was_killed_between_its_two_steps_is_put_back(tmp_path):
+    folder = tmp_path / "eval"
+    (tmp_path / ".eval.old").mkdir()
+    (tmp_path / ".eval.old" / "summary.json").write_text("old")
+    (tmp_path / ".eval.new").mkdir()
+    with pytest.raises(ValueError), storage.replaced_folder(folder):
+        raise ValueError
+    assert (folder / "summary.json").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["eval"]
