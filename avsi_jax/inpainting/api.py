@@ -198,25 +198,30 @@ class Inpainter:
         compilation_cache.enable()
         return cls(Restorer.from_workdir(workdir, which))
 
-    def inpaint(self, clip: str | Path | Clip | Source, gaps: Gaps, *, face: int | None = None, sync: Sync = "off") -> Repair:
+    def inpaint(
+        self, clip: str | Path | Clip | Source, gaps: Gaps, *, face: int | None = None, sync: Sync = "off", track: int | None = None
+    ) -> Repair:
         """Restores the gaps in a clip.
 
         gaps: (start, end) pairs in seconds of the clip's audio, or 'auto' to detect them. face: which of several faces to track,
         counted from 0 at the left; by default the largest. sync: 'off'; 'auto' to correct an A/V offset that is measured reliably;
         or a known offset in seconds, positive if the audio lags the video by more than the clip's time stamps say.
+        track: which audio track of a file to restore, counted from 1; by default the one that the file marks as default, or the
+        first.
 
         Raises ValueError for gaps that do not fit the clip, for a clip without any usable input, and (NoGapFoundError) if 'auto'
         detects no gap; clip_io.MediaError for a clip that cannot be read, has no audio, or lacks the video that the system needs;
         landmarks.NoFaceError if the system needs a face and none is detected.
         """
-        with self._open(clip) as source:
+        with self._open(clip, track) as source:
             clip_inpainter = self._clip_inpainter(source, gaps, face, sync)
             clip_inpainter.begin()
             return _make_repair(clip_inpainter)
 
     def inpaint_batch(
-        self, clips: Sequence[str | Path | Clip | Source], gaps: Sequence[Gaps], *, face: int | None = None, sync: Sync = "off"
-    ) -> list[Repair]:
+        self, clips: Sequence[str | Path | Clip | Source], gaps: Sequence[Gaps], *, face: int | None = None, sync: Sync = "off",
+        track: int | None = None,
+    ) -> list[Repair]:  # fmt: skip
         """`inpaint` for several clips, each with its own gaps; their windows go through the network together.
 
         The content of the other clips does not affect a result. Their number does, by rounding: batches of 1, 2, 4 and 8 windows
@@ -226,7 +231,7 @@ class Inpainter:
         from avsi_jax.inpainting import window_inpainter
 
         with contextlib.ExitStack() as stack:
-            sources = [stack.enter_context(self._open(clip)) for clip in clips]
+            sources = [stack.enter_context(self._open(clip, track)) for clip in clips]
             inpainters = [self._clip_inpainter(source, own, face, sync) for source, own in zip(sources, gaps, strict=True)]
             for clip_inpainter in inpainters:
                 clip_inpainter.begin()
@@ -240,7 +245,7 @@ class Inpainter:
 
     def inpaint_file(
         self, source_path: str | Path, target_path: str | Path, gaps: Gaps, *, face: int | None = None, sync: Sync = "off",
-        overwrite: bool = False, progress: Callable[[float], None] | None = None,
+        track: int | None = None, overwrite: bool = False, progress: Callable[[float], None] | None = None,
     ) -> FileRepair:  # fmt: skip
         """Restores the gaps in a clip file and writes the result, in memory that does not grow with the clip's length.
 
@@ -254,7 +259,8 @@ class Inpainter:
         writes_video = Path(target_path).suffix.lower() not in clip_io.AUDIO_SUFFIXES
         if Path(target_path).exists() and not overwrite:
             raise FileExistsError(f"{target_path} exists; use overwrite (--overwrite) to replace it, or another name")
-        with clip_source.open_source(source_path, video=writes_video or self.restorer.system.uses_video) as source:
+        uses_video = writes_video or self.restorer.system.uses_video
+        with clip_source.open_source(source_path, video=uses_video, track=track) as source:
             opened = time.perf_counter() - began
             clip_inpainter = self._clip_inpainter(source, gaps, face, sync, streaming=True)
             clip_inpainter.seconds["decode"] += opened
@@ -269,16 +275,18 @@ class Inpainter:
             )  # fmt: skip
 
     @contextlib.contextmanager
-    def _open(self, clip: str | Path | Clip | Source) -> Iterator[Source]:
-        """Any kind of clip as a Source. A Source passed in stays open."""
+    def _open(self, clip: str | Path | Clip | Source, track: int | None) -> Iterator[Source]:
+        """Any kind of clip as a Source. A Source passed in stays open; of it, and of a Clip, the track is chosen already."""
         from avsi_jax.media import clip_io, clip_source
 
+        if isinstance(clip, clip_source.Source | clip_io.Clip) and track is not None:
+            raise ValueError(f"track {track}: expected a file name as the clip; choose the track where you open the clip")
         if isinstance(clip, clip_source.Source):
             yield clip
             return
         in_memory = isinstance(clip, clip_io.Clip)
         video = self.restorer.system.uses_video
-        with clip_source.source_from_clip(clip) if in_memory else clip_source.open_source(clip, video=video) as source:
+        with clip_source.source_from_clip(clip) if in_memory else clip_source.open_source(clip, video=video, track=track) as source:
             yield source
 
     def _clip_inpainter(self, source: Source, gaps: Gaps, face: int | None, sync: Sync, streaming: bool = False) -> ClipInpainter:

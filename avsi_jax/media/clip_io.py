@@ -22,15 +22,27 @@ if TYPE_CHECKING:
     import av
     import soundfile
 
-VIDEO_SUFFIXES = (".mpg", ".mpeg", ".mp4", ".avi", ".mov", ".mkv")
-AUDIO_SUFFIXES = (".wav", ".flac")
+AUDIO_SUFFIXES = (".wav", ".flac")  # of targets that hold the audio alone
+# By these suffixes clips are recognised where they are searched for, as in a folder. A file that is named is opened by its content.
+VIDEO_SUFFIXES = (
+    ".mpg", ".mpeg", ".vob", ".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".wmv",
+    ".asf", ".flv", ".f4v", ".ogv", ".mxf", ".dv",
+)  # fmt: skip
+MEDIA_SUFFIXES = (
+    *VIDEO_SUFFIXES, *AUDIO_SUFFIXES, ".m4a", ".m4b", ".aac", ".mp3", ".mp2", ".ogg", ".oga", ".opus", ".spx", ".mka", ".weba",
+    ".wma", ".aif", ".aiff", ".aifc", ".caf", ".au", ".w64", ".rf64", ".bwf", ".wave", ".amr", ".ac3", ".eac3", ".ape", ".wv",
+    ".tta",
+)  # fmt: skip
 MAX_FRAME_PIXELS = 4096 * 2304  # a file of few bytes can hold frames that take gigabytes
 MAX_VIDEO_BYTES = 6 * 2**30  # decoded; 75 Grid frames take 23 MB, one minute of 1080p 9 GB
 PCM_BITS = {"PCM_U8": 8, "PCM_S8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
 MAX_SAMPLES_PER_BYTE = 65_535  # FLAC's longest block, of silence, takes more than a byte
 SAME_START_S = 1e-4  # two streams that start within this time count as starting together
 # Formats that are accepted inside a file, whatever its suffix: a playlist (concat, hls, dash, sdp) could open other files.
-VIDEO_FORMATS = "mpeg,mpegts,mpegvideo,m4v,h264,hevc,mov,matroska,avi,flv,asf,ogg"
+MEDIA_FORMATS = (
+    "mpeg,mpegts,mpegvideo,m4v,h264,hevc,av1,obu,ivf,mov,matroska,avi,flv,live_flv,asf,asf_o,ogg,mxf,gxf,nut,rm,dv,wtv,"
+    "wav,w64,flac,mp3,aac,loas,latm,ac3,eac3,dts,dtshd,truehd,mlp,aiff,caf,au,voc,amr,amrnb,amrwb,ape,wv,tta,tak,mpc,mpc8,dsf,oma,iff"
+)
 IMAGE_FORMATS = "image2,png_pipe,jpeg_pipe,bmp_pipe,tiff_pipe,webp_pipe,gif_pipe,pgm_pipe,ppm_pipe"
 
 
@@ -68,16 +80,20 @@ class Clip:
     audio: Audio | None
 
 
-def read_clip(path: os.PathLike | str, *, video: bool = True, audio: bool = True, max_bytes: int = MAX_VIDEO_BYTES) -> Clip:
+def read_clip(
+    path: os.PathLike | str, *, video: bool = True, audio: bool = True, track: int | None = None, max_bytes: int = MAX_VIDEO_BYTES
+) -> Clip:
     """Decodes a clip; `video` and `audio` say which parts are wanted. `max_bytes`: limit for all decoded frames together.
 
-    Raises FileNotFoundError; MediaError where the suffix is unknown, the file cannot be decoded, it holds none of the wanted
-    parts, or its frames exceed a limit.
+    track: number of the audio track, counted from 1; None: the default track as the file says, or the first.
+    Raises FileNotFoundError; MediaError where the file cannot be decoded, it holds none of the wanted parts or no such track, or
+    its frames exceed a limit.
     """
     file = check_file(path)
-    if file.suffix.lower() in AUDIO_SUFFIXES:
+    if is_audio_file(file):
+        check_track(file, track, 1)
         return Clip(str(file), None, _read_audio_file(file) if audio else None)
-    clip = _read_video_file(file, video, audio, max_bytes)
+    clip = _read_video_file(file, video, audio, track, max_bytes)
     wanted = (video and clip.video is not None) or (audio and clip.audio is not None)
     if (video or audio) and not wanted:
         raise no_stream_error(file, video, audio)
@@ -85,16 +101,36 @@ def read_clip(path: os.PathLike | str, *, video: bool = True, audio: bool = True
 
 
 def check_file(path: os.PathLike | str) -> pathlib.Path:
-    """The path of an existing clip file; FileNotFoundError, or MediaError for a folder or an unknown suffix."""
-    file, known = pathlib.Path(path), " ".join(VIDEO_SUFFIXES + AUDIO_SUFFIXES)
-    suffix = file.suffix.lower()
-    if suffix not in VIDEO_SUFFIXES + AUDIO_SUFFIXES:
-        raise MediaError(f"{file}: found suffix {suffix!r}, expected one of {known}; convert the clip to one of them")
+    """The path of an existing file, of any suffix; FileNotFoundError, or MediaError for a folder, a pipe or a device."""
+    file = pathlib.Path(path)
     if not file.exists():
-        raise FileNotFoundError(f"{file}: no such file; expected a clip ({known})")
+        raise FileNotFoundError(f"{file}: no such file; expected a video or audio file")
     if not file.is_file():
         raise MediaError(f"{file}: found a {'folder' if file.is_dir() else 'pipe or device'}, expected a clip file")
     return file
+
+
+def is_audio_file(file: os.PathLike | str) -> bool:
+    """Whether a file is read by libsndfile: a WAV or FLAC file, by its first bytes, whose coding libsndfile knows."""
+    with open(file, "rb") as f:
+        head = f.read(12)
+    is_wav = head[:4] in (b"RIFF", b"RIFX", b"RF64") and head[8:] == b"WAVE"
+    if not is_wav and head[:4] != b"fLaC":
+        return False
+    import soundfile
+
+    try:
+        soundfile.info(os.fsencode(file))
+    except (soundfile.SoundFileError, OSError):
+        return False
+    return True
+
+
+def check_track(file: os.PathLike | str, track: int | None, count: int) -> None:
+    """Raises MediaError where the file has fewer audio tracks than the number `track`, counted from 1."""
+    if track is not None and not 1 <= track <= count:
+        tracks = f"{count} audio track{'s' * (count != 1)}"
+        raise MediaError(f"{file}: found {tracks}, expected track {track}; use a number from 1 to {max(count, 1)}")
 
 
 def no_stream_error(file: os.PathLike | str, video: bool, audio: bool) -> MediaError:
@@ -103,7 +139,7 @@ def no_stream_error(file: os.PathLike | str, video: bool, audio: bool) -> MediaE
     return MediaError(f"{file}: found no {wanted} that can be decoded; check that the file plays, or download it again")
 
 
-def open_container(file: os.PathLike | str, formats: str = VIDEO_FORMATS) -> av.container.InputContainer:
+def open_container(file: os.PathLike | str, formats: str = MEDIA_FORMATS) -> av.container.InputContainer:
     """Opens a local file with PyAV; to be used in a `with` statement. MediaError for playlists and other unknown formats."""
     import av
 
@@ -253,12 +289,12 @@ def audio_file_format(f: soundfile.SoundFile) -> tuple[str, str, str]:
     return "float64" if subtype in ("PCM_32", "DOUBLE") else "float32", subtype, f"{f.format} {f.subtype}".lower()
 
 
-def _read_video_file(file: pathlib.Path, want_video: bool, want_audio: bool, max_bytes: int) -> Clip:
+def _read_video_file(file: pathlib.Path, want_video: bool, want_audio: bool, track: int | None, max_bytes: int) -> Clip:
     import av
 
     try:
         with open_container(file) as container:
-            video, audio = select_streams(container, want_video, want_audio)
+            video, audio = select_streams(container, want_video, want_audio, track=track)
             pairs = ((video, FrameReader(file, max_bytes)), (audio, AudioReader(file)))
             readers = {stream.index: reader for stream, reader in pairs if stream is not None}
             if video is not None:
@@ -275,16 +311,39 @@ def _read_video_file(file: pathlib.Path, want_video: bool, want_audio: bool, max
 
 
 def select_streams(
-    container: av.container.InputContainer, video: bool = True, audio: bool = True
+    container: av.container.InputContainer, video: bool = True, audio: bool = True, *, track: int | None = None
 ) -> tuple[av.VideoStream | None, av.AudioStream | None]:
-    """The first video and the first audio stream of a known codec; None where there is none, or where it is not wanted."""
+    """The video and the audio stream to use, of a known codec; None where there is none, or where it is not wanted.
+
+    Of several, the first that has the file's default flag, else the first. track: the number of the audio track instead, counted
+    from 1 over all audio tracks; MediaError where there is none.
+    """
     from av.stream import Disposition
 
     known = [s for s in container.streams if s.codec_context and not s.disposition & Disposition.attached_pic]  # no cover image
-    videos, audios = ([s for s in known if s.type == kind] for kind in ("video", "audio"))
+    videos, audios = (sorted(_of_kind(known, kind), key=_is_not_default) for kind in ("video", "audio"))
+    if track is not None and audio:
+        tracks = _of_kind(container.streams, "audio")
+        check_track(container.name, track, len(tracks))
+        audios = [s for s in audios if s.index == tracks[track - 1].index]
     if video_stream := videos[0] if video and videos else None:
         video_stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # also where the header claims a smaller size
     return video_stream, audios[0] if audio and audios else None
+
+
+def track_number(container: av.container.InputContainer, audio: av.AudioStream) -> int:
+    """The number of an audio stream among the audio tracks of its file, counted from 1."""
+    return 1 + [s.index for s in _of_kind(container.streams, "audio")].index(audio.index)
+
+
+def _of_kind(streams: Sequence[av.stream.Stream], kind: str) -> list[av.stream.Stream]:
+    return [s for s in streams if s.type == kind]
+
+
+def _is_not_default(stream: av.stream.Stream) -> bool:
+    from av.stream import Disposition
+
+    return not stream.disposition & Disposition.default
 
 
 def decode_packet(packet: av.Packet, reader: FrameReader | AudioReader) -> None:

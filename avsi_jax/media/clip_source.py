@@ -36,15 +36,22 @@ REORDER_MARGIN_S = 0.5  # decoding continues this long after a range, for frames
 class Source:
     """An open clip from which ranges of audio and video are read; a context manager.
 
-    Attributes: `path`; of the audio `rate` (Hz), `channels`, `num_samples`, `subtype`, `codec`, as in clip_io.Audio; of the video
-    `has_video`, `fps`, `size` (width, height); `lag_s`, by which the audio lags the video, as clip_io.audio_lag_s; `audio_start_s`
-    and `video_start_s`, times of the first sample and frame in the container. A clip without audio has rate, channels and
-    num_samples 0; one without video has fps 0 and size (0, 0).
+    Attributes: `path`; of the audio `rate` (Hz), `channels`, `num_samples`, `subtype`, `codec`, as in clip_io.Audio, and `track`,
+    its number among the audio tracks of the file, counted from 1; of the video `has_video`, `fps`, `size` (width, height);
+    `lag_s`, by which the audio lags the video, as clip_io.audio_lag_s; `audio_start_s` and `video_start_s`, times of the first
+    sample and frame in the container. A clip without audio has rate, channels and num_samples 0; one without video has fps 0 and
+    size (0, 0).
     """
 
-    def __init__(self, path: os.PathLike | str, audio: clip_io.Audio | None, frame_store: _VideoFile | _VideoInMemory | None):
+    def __init__(
+        self,
+        path: os.PathLike | str,
+        audio: clip_io.Audio | None,
+        frame_store: _VideoFile | _VideoInMemory | None,
+        track: int = 1,
+    ):
         """`audio.samples` is a store such as _SpooledAudio."""
-        self.path, self._frame_store = str(path), frame_store
+        self.path, self._frame_store, self.track = str(path), frame_store, track
         self._audio_store = audio.samples if audio else _AudioInMemory(np.zeros((0, 0), np.float32))
         self.channels, self.num_samples = self._audio_store.channels, self._audio_store.num_samples
         self.rate, self.audio_start_s = (audio.rate, audio.start_s) if audio else (0, 0.0)
@@ -92,10 +99,16 @@ class Source:
         return self._frame_store.read(start_s, end_s)
 
 
-def open_source(path: os.PathLike | str, *, video: bool = True) -> Source:
-    """Opens a clip file and reads it through once; raises what clip_io.read_clip raises. `video`: whether frames are wanted."""
+def open_source(path: os.PathLike | str, *, video: bool = True, track: int | None = None) -> Source:
+    """Opens a clip file and reads it through once; raises what clip_io.read_clip raises.
+
+    video: whether frames are wanted. track: number of the audio track, as in clip_io.read_clip.
+    """
     file = clip_io.check_file(path)
-    return _open_audio(file) if file.suffix.lower() in clip_io.AUDIO_SUFFIXES else _open_video(file, video)
+    if clip_io.is_audio_file(file):
+        clip_io.check_track(file, track, 1)
+        return _open_audio(file)
+    return _open_video(file, video, track)
 
 
 def source_from_clip(clip: clip_io.Clip) -> Source:
@@ -186,7 +199,7 @@ def _open_audio(file: Path) -> Source:
     return Source(file, clip_io.Audio(store, opened.samplerate, 0.0, subtype, codec), None)
 
 
-def _open_video(file: Path, want_video: bool) -> Source:
+def _open_video(file: Path, want_video: bool, track: int | None) -> Source:
     """Reads the file once: decodes the audio and indexes the video packets."""
     import av
 
@@ -194,7 +207,8 @@ def _open_video(file: Path, want_video: bool) -> Source:
         spool = on_error.enter_context(contextlib.closing(_SpooledAudio()))
         try:
             with clip_io.open_container(file) as container:
-                video, audio = clip_io.select_streams(container, want_video)
+                video, audio = clip_io.select_streams(container, want_video, track=track)
+                number = 1 if audio is None else clip_io.track_number(container, audio)
                 video_file, reader = _VideoFile(file, video), clip_io.AudioReader(file, spool)
                 wanted = [stream for stream in (video, audio) if stream is not None]
                 for packet in container.demux(wanted) if wanted else ():
@@ -213,7 +227,7 @@ def _open_video(file: Path, want_video: bool) -> Source:
         if decoded is None and video_file is None:
             raise clip_io.no_stream_error(file, want_video, True)
         on_error.pop_all()
-    return Source(file, decoded, video_file)
+    return Source(file, decoded, video_file, number)
 
 
 # ---- video -----------------------------------------------------------------------------------------------------------------------
