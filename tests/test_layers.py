@@ -75,12 +75,9 @@ def imports(tree: ast.AST, package: str) -> Iterator[tuple[str, bool]]:
 
     `from a import b` gives both `a` and `a.b`; relative imports are made absolute; importlib.import_module("a") counts.
     """
-    in_functions = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)}
-    for_types = {
-        id(n) for i in ast.walk(tree) if isinstance(i, ast.If) and "TYPE_CHECKING" in ast.unparse(i.test) for n in ast.walk(i)
-    }
+    not_executed = {id(node) for outer in ast.walk(tree) if _is_deferred(outer) for node in ast.walk(outer)}
     for node in ast.walk(tree):
-        eager = id(node) not in in_functions | for_types
+        eager = id(node) not in not_executed
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, eager
@@ -91,6 +88,12 @@ def imports(tree: ast.AST, package: str) -> Iterator[tuple[str, bool]]:
                 yield f"{module}.{alias.name}", eager
         elif isinstance(node, ast.Call) and re.search(r"(import_module|__import__)$", ast.unparse(node.func)):
             yield from ((str(arg.value), eager) for arg in node.args[:1] if isinstance(arg, ast.Constant))
+
+
+def _is_deferred(node: ast.AST) -> bool:
+    """Whether what the node holds is not executed on import: a function, or a block for type checkers."""
+    is_for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    return is_for_types or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
 
 
 def package_violations(path: str, names: list[tuple[str, bool]]) -> Iterator[str]:

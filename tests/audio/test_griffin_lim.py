@@ -207,7 +207,9 @@ def convergence(audio, magnitude, s):
     return np.linalg.norm(actual - magnitude) / np.linalg.norm(magnitude)
 
 
-@pytest.mark.parametrize(("s", "iterations", "momentum"), [(PAPER, 32, 0.99), (WIDE, 32, 0.99), (PAPER, 32, 0.0)])
+@pytest.mark.parametrize(
+    ("s", "iterations", "momentum"), [(PAPER, 32, 0.99), pytest.param(WIDE, 32, 0.99, marks=pytest.mark.slow), (PAPER, 32, 0.0)]
+)
 def test_griffin_lim_converges_like_librosas(s, iterations, momentum):
     """Same magnitudes, iterations and momentum, 24 random initial phases each: not worse within three standard errors."""
     n, repeats = s.rate // 2, 24

@@ -160,6 +160,7 @@ def test_audio_outside_the_gap_is_the_recording_and_masked_audio_is_zero_inside(
         assert end - start == 0.6 * RATE and made.row["gap_ms"] == 600 and made.row["case"] == ""
 
 
+@pytest.mark.slow
 def test_protocol_paper_inverts_the_whole_spectrogram(batch):
     """The reference is vocoded too, from other initial phases than the result."""
     made = outputs_of(batch, protocols.PROTOCOLS["paper"], protocols.PAPER_CASE)

@@ -154,7 +154,7 @@ for (parallel, devices), step in zip(runs, steps):
 
 @pytest.mark.parametrize(
     ("counts", "few_optimisations"),
-    [((8,), True), pytest.param((1, 2, 8), False, marks=pytest.mark.slow)],
+    [pytest.param((8,), True, marks=pytest.mark.slow), pytest.param((1, 2, 8), False, marks=pytest.mark.slow)],
     ids=["few_optimisations", "optimised"],
 )
 def test_shard_map_equals_pmap_bit_for_bit(counts, few_optimisations):

@@ -59,7 +59,7 @@ distributed.leave(143 if rank else 3)
 """
 
 
-@pytest.fixture(scope="module", params=["shard_map", pytest.param("pmap", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(mode, marks=pytest.mark.slow) for mode in ("shard_map", "pmap")])
 def ranks(request):
     """Results of two processes of two devices each, trained in one mode (by pmap: test_pod.py); each exits with its own code."""
     finished = processes.run(["-c", TRAIN, request.param], 2, 2, timeout=400, JAX_DISABLE_MOST_OPTIMIZATIONS="true")

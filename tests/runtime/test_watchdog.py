@@ -17,6 +17,7 @@ from tests.support import processes
 from tests.support.tiny_runs import arguments
 
 
+@pytest.mark.slow
 def test_a_suspended_process_is_named_by_the_other_which_ends(tiny_dir, tiny_config, tmp_path):
     """One of two is stopped (SIGSTOP): the other writes its stacks, names it and exits with 75. A third process is refused."""
     fields = {"epochs": 9999, "early_stop_patience": 0, "watchdog_s": 5, "checkpoint_every": 9999, "checkpoint_seconds": 0}

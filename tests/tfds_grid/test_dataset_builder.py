@@ -190,6 +190,7 @@ def test_an_existing_dataset_is_kept_without_overwrite(raw, data_dir, folder):
     assert before == {p.name: p.stat().mtime for p in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_second_build_gives_the_same_bytes(raw, data_dir, folder, tmp_path):
     """With one worker, one cached clip, in another folder."""
     cached = next((data_dir / prepare.CACHE).glob("bbaz5s-*.npz"))

@@ -93,7 +93,9 @@ sys.exit(prepare.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize(("limit", "message"), [(100_000, "File too large"), (300_000, "records can't be")])
+@pytest.mark.parametrize(
+    ("limit", "message"), [(100_000, "File too large"), pytest.param(300_000, "records can't be", marks=pytest.mark.slow)]
+)
 def test_a_full_disk_is_reported(synthetic_dir, tmp_path, limit, message):
     """Files are limited to `limit` bytes: either the cache files of 137,000 bytes fail, or the records."""
     command = [sys.executable, "-c", LIMITED, str(limit), f"--raw={synthetic_dir}", f"--data_dir={tmp_path}", "--workers=1"]

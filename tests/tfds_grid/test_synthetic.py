@@ -82,6 +82,7 @@ def lip_distance(points):
 
 
 @needs_extra
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_for_any_number_of_workers(raw, tmp_path):
     done = run(tmp_path / "one", "--speakers=2", "--clips=2", "--seed=5", "--workers=1")
     assert done.returncode == 0, done.stderr
@@ -163,6 +164,7 @@ def test_speakers_have_only_their_sentences_in_grid(speaker):
 
 
 @needs_extra
+@pytest.mark.slow
 def test_a_killed_run_leaves_complete_files_and_can_be_continued(raw, tmp_path):
     out, arguments = tmp_path / "raw", ("--speakers=2", "--clips=2", "--seed=5", "--workers=1")
     process = subprocess.Popen(command(out, *arguments), env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)

@@ -148,6 +148,7 @@ def state_like():
     return train_step.init_state(configs.load("tiny", [("units", "8"), ("bottleneck", "8")]), 2)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all(stopped):
     """Both save the same step and end with exit code 143."""
     steps = [re.findall(r"stopped by SIGTERM after step (\d+), ", messages) for messages in stopped.messages]
@@ -156,6 +157,7 @@ def test_a_signal_to_one_process_stops_all(stopped):
     assert find_fault(stopped.workdir / "checkpoints" / "3") is None
 
 
+@pytest.mark.slow
 def test_one_process_resumes_a_run_of_two(stopped, pod, trained, arguments, tmp_path, monkeypatch, capsys):
     """With the clips of the next step."""
     workdir, clips = Path(shutil.copytree(stopped.workdir, tmp_path / "run")), recorded_clips.record(monkeypatch.setattr)

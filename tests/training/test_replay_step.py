@@ -48,6 +48,7 @@ def start(config):
 # ---- one step, clip by clip ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_diagnosis_has_the_metrics_of_the_step(config, start, batch, compile_quickly):
     """To the rounding of float32, and each clip's share of them; nothing is reported as not finite."""
     compile_quickly()

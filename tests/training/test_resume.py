@@ -33,6 +33,7 @@ def interrupt(arguments, name, phase, nth) -> int:
     return finished.returncode
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_the_same(arguments, uninterrupted, tmp_path):
     """While a checkpoint is written, and at a random moment (test_resume_slow.py: at 200 of them)."""
     workdir = tmp_path / "run"
@@ -62,7 +63,10 @@ def test_a_run_that_was_stopped_saves_and_resumes(arguments, uninterrupted, tmp_
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "signal handlers are restored after a training"
 
 
-@pytest.mark.parametrize("moment", [("import", 0.05), ("import", 1.0), ("restore", 1), ("compile", 1)])
+@pytest.mark.parametrize(
+    "moment",
+    [("import", 0.05), *(pytest.param(m, marks=pytest.mark.slow) for m in (("import", 1.0), ("restore", 1))), ("compile", 1)],
+)
 def test_a_run_that_is_stopped_before_its_first_step_ends_without_saving(arguments, tmp_path, moment):
     """While the interpreter starts, SIGTERM kills it directly; a shell reports that as 143 too."""
     assert interrupt(arguments(tmp_path / "run"), "SIGTERM", *moment) in (143, -signal.SIGTERM)

@@ -25,6 +25,7 @@ def events(folder):
     return scalars
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_one_point_per_epoch_and_an_image_every_second_step(tiny_config, tiny_dir, trained, tmp_path):
     """Two starts of one epoch each; the metrics are those of a run without images."""
     import cv2
