@@ -117,7 +117,7 @@ docs: venv
 # EXTRA=cuda: on a machine with an NVIDIA GPU. TORCH_INDEX: an additional package index with PyTorch for CPUs only,
 # e.g. https://download.pytorch.org/whl/cpu
 bench:
-	@$(MAKE) venv VENV=.venv-bench CONSTRAINTS=constraints/bench.txt WANTED="'.[$(EXTRA)]' torch keras $(TORCH_INDEX:%=--extra-index-url %)"
+	@$(MAKE) venv VENV=.venv-bench CONSTRAINTS=constraints/bench.txt WANTED="'.$(EXTRA:%=[%])' torch keras $(TORCH_INDEX:%=--extra-index-url %)"
 	.venv-bench/bin/python -m benchmarks.speed.train_step --json $(ARGS)
 
 table: venv
