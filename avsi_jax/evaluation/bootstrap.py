@@ -1,4 +1,7 @@
-"""Bootstrap means, intervals and paired differences of per-clip scores, over one or several training seeds. Uses only NumPy.
+"""Means, intervals and paired differences of per-clip scores, over one or several training seeds.
+
+Intervals are bootstrapped over clips. For unseen speakers, who are few, they are t intervals over the means of the speakers: a
+bootstrap of four speakers is much too narrow, and so says "certain" of what four speakers cannot show.
 
 A row is a dict like a line of clips.csv: clip_id, speaker, case (a change of the input; '' or absent for none), gap_ms, system,
 metrics (a number or its text; None, '' or NaN for no value), and optionally start_s and end_s of the gap. An estimate is a dict:
@@ -59,6 +62,27 @@ def _resampled_means(parts: list[np.ndarray], n: int, generator) -> np.ndarray:
     return total / count
 
 
+def speaker_mean(values: ArrayLike, speakers: Sequence[str]) -> tuple[float, float, float]:
+    """(mean, low, high): the mean of values (C,) over clips, and the 95 % t interval over the S speakers' means.
+
+    NaN is left out. `bootstrap_mean` over clips where the values are of one speaker: nothing is known about others then.
+    """
+    from scipy import special
+
+    values, labels = np.asarray(values, np.float64), np.asarray(speakers)
+    if np.isinf(values).any():
+        raise ValueError(
+            f"speaker_mean: {np.isinf(values).sum()} of {len(values)} values are infinite; expected finite ones or NaN"
+        )
+    known = ~np.isnan(values)
+    names = sorted(set(labels[known].tolist()))
+    if len(names) < 2:
+        return bootstrap_mean(values)
+    means = np.array([values[known & (labels == name)].mean() for name in names])
+    half = special.stdtrit(len(names) - 1, 0.975) * means.std(ddof=1) / math.sqrt(len(names))
+    return float(values[known].mean()), float(means.mean() - half), float(means.mean() + half)
+
+
 def paired_difference(
     a: ArrayLike, b: ArrayLike, n: int = RESAMPLES, seed: int = 0, groups: ArrayLike | None = None
 ) -> tuple[float, float, float]:
@@ -82,7 +106,7 @@ def summarise(
 ) -> dict[str, list[dict]]:
     """{"table": means by case, gap length, system and metric; "paired": a - b for each pair of systems}, with intervals.
 
-    by_speaker resamples speakers first: for unseen speakers. `missing` counts the rows (in pairs: shared clips) without a value; a
+    by_speaker: intervals of `speaker_mean`, for unseen speakers. `missing` counts rows (in pairs: shared clips) without a value; a
     metric without any value is left out. ValueError for two rows of the same clip, case, gap length and system. Order: case by
     first appearance, gap length, system by first appearance, metric.
     """
@@ -127,7 +151,7 @@ def _estimates(rows: dict, minus: dict | None, metrics, by_speaker: bool) -> Ite
             values -= [number(minus[clip].get(metric)) for clip in clips]
         missing = int(np.isnan(values).sum())
         if missing < len(clips):
-            mean, low, high = bootstrap_mean(values, groups=speakers)
+            mean, low, high = speaker_mean(values, speakers) if by_speaker else bootstrap_mean(values)
             yield {"metric": metric, "mean": mean, "low": low, "high": high, "n": len(clips) - missing, "missing": missing}
 
 

@@ -37,7 +37,7 @@ COLUMNS = (
     "clip_id", "speaker", "case", "gap_ms", "start_s", "end_s", "gaps_s", "in_words", "system", "kind",
     *METRICS, "transcript", "text", "recognized", "touched", "reason",
 )  # fmt: skip
-UNSEEN_SPLITS = ("validation", "test")  # splits of unseen speakers: intervals resample speakers, then clips
+UNSEEN_SPLITS = ("validation", "test")  # splits of unseen speakers: intervals are over speakers
 PAIRED = ("baseline", "interpolation", "other_video")  # kinds with which the system is compared clip by clip
 OTHER_VIDEO_IN = ("lengths", "unseen", "multigap")  # suites with a row for another clip's video
 
@@ -53,7 +53,16 @@ def evaluate(
     a message for the user.
     """
     from avsi_jax.data import input_pipeline
-    from avsi_jax.evaluation import bootstrap, conditions, metrics, protocols, reference_cache, report, run_systems
+    from avsi_jax.evaluation import (
+        bootstrap,
+        conditions,
+        metrics,
+        protocols,
+        reference_cache,
+        report,
+        run_systems,
+        table_export,
+    )
     from avsi_jax.inference.restorer import Restorer
 
     # 1. Check the request and load everything.
@@ -147,6 +156,7 @@ def evaluate(
             "references": "cached" if cached else "computed",
             "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
             "by_speaker": unseen,
+            "intervals": table_export.INTERVALS[unseen],
             "versions": versions(),
             "judge": judge.described if judge else "",
             "runs": {restorer.name: run_facts(restorer)} | ({other[0]["name"]: other[0]["run"]} if other else {}),

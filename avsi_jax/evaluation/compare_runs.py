@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 from collections import Counter
 
-from avsi_jax.evaluation import bootstrap, tables
+from avsi_jax.evaluation import bootstrap, table_export, tables
 from avsi_jax.evaluation.tables import Evaluation
 
 SAME = ("protocol", "split", "suite", "metric_rate", "fingerprint", "judge")
@@ -41,6 +41,7 @@ def merged(evaluations: list[Evaluation], command: str = "") -> Evaluation:
         "command": command,
         "date": datetime.date.today().isoformat(),
         "by_speaker": by_speaker,
+        "intervals": table_export.INTERVALS[by_speaker],
         "num_clips": len({clip for clip, _, _ in shared}),
         "left_out": len(set.union(*map(set, own.values())) - shared),
         "systems": tables.in_order([*references, *({"name": n, "kind": "system"} for n in names)]),

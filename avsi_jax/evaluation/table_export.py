@@ -23,7 +23,8 @@ HEAD = (
     "command", "runs",
 )  # fmt: skip
 MAX_FLOAT_ROWS = 14  # longer tables become longtables
-INTERVALS = "95 % percentile bootstrap"
+INTERVALS = {False: "95 % percentile bootstrap over clips", True: "95 % t interval over the means of the speakers"}  # by_speaker
+OLD_INTERVALS = "95 % percentile bootstrap over speakers, then over the clips of each"  # of summaries without "intervals"
 SPECIAL = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$", "–": "--", "→": r"$\to$",
     "\u00a0": "~", "<": "$<$", ">": "$>$", **{c: f"\\{c}" for c in "&%$#_{}"},
@@ -71,7 +72,7 @@ def as_json(summary: dict, rows: list[dict]) -> str:
 
 def intervals_text(summary: dict) -> str:
     """How the intervals were computed."""
-    return f"{INTERVALS} {'over speakers, then over the clips of each' if summary.get('by_speaker') else 'over clips'}"
+    return summary.get("intervals") or (OLD_INTERVALS if summary.get("by_speaker") else INTERVALS[False])
 
 
 # ---- LaTeX -----------------------------------------------------------------------------------------------------------------------

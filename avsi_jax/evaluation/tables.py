@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from avsi_jax.evaluation import bootstrap
+
 KINDS = ("masked", "interpolation", "baseline", "system", "other_video", "oracle_mel")  # in the order of every table
 REFERENCES = ("masked", "interpolation", "oracle_mel")  # kinds that depend on no system
 COLUMNS = set("clip_id speaker case gap_ms gaps_s in_words system kind reason".split())  # required in clips.csv
@@ -343,15 +345,18 @@ def _reach(summary: dict, a: str, b: str) -> str:
 # ---- interval of a rate ----------------------------------------------------------------------------------------------------------
 
 
-def clustered(sums: Sequence[float], counts: Sequence[float], n: int = 2000) -> dict:
+def clustered(sums: Sequence[float], counts: Sequence[float], n: int = 2000, *, by_speaker: bool = False) -> dict:
     """sum(sums) / sum(counts) with its 95 % percentile bootstrap over clusters, one pair (sum, count) each.
 
     n is the number of clusters with a count above 0. The clips of a speaker or the words of a clip are not independent, so clusters
-    are resampled as units.
+    are resampled as units. by_speaker: the clusters are speakers; the interval is the t interval over their rates.
     """
     sums, counts = (np.asarray(x, np.float64) for x in (sums, counts))
     if not counts.sum():
         return {"mean": math.nan, "low": math.nan, "high": math.nan, "n": 0}
+    if by_speaker and (counts > 0).sum() > 1:
+        _, low, high = bootstrap.speaker_mean((sums / np.where(counts > 0, counts, np.nan)), [str(i) for i in range(len(sums))])
+        return {"mean": float(sums.sum() / counts.sum()), "low": low, "high": high, "n": int((counts > 0).sum())}
     times = _draws(len(sums), n)
     total = times @ counts
     low, high = np.percentile((times @ sums)[total > 0] / total[total > 0], [2.5, 97.5])

@@ -72,7 +72,7 @@ def estimates(summary: dict, words: list[Word]) -> Iterator[dict]:
     for kind, item in items:
         for system in systems:
             if (by_cluster := counts.get((kind, item, system))) and (n := sum(n for _, n in by_cluster.values())):
-                rate = tables.clustered(*zip(*by_cluster.values()))
+                rate = tables.clustered(*zip(*by_cluster.values()), by_speaker=bool(summary.get("by_speaker")))
                 yield {"kind": kind, "item": item, "system": system, **rate, "n": n}
 
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from avsi_jax.evaluation import bootstrap
 
@@ -11,8 +12,6 @@ from avsi_jax.evaluation import bootstrap
 
 
 def test_the_interval_is_that_of_scipy():
-    from scipy import stats
-
     values = np.random.default_rng(3).gamma(2.0, size=200)
     mean, low, high = bootstrap.bootstrap_mean(values, n=20_000)
     theirs = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=1).confidence_interval
@@ -39,6 +38,28 @@ def test_the_interval_over_speakers_reflects_their_number():
     assert mean == 2 and (low, high) == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.26)  # means lie 0.25 apart
     _, low_clips, high_clips = bootstrap.bootstrap_mean(level)
     assert high - low > 3 * (high_clips - low_clips)
+
+
+def test_the_interval_of_unseen_speakers_is_the_t_interval_over_their_means():
+    """That of scipy, with three degrees of freedom for four speakers; the mean is over clips, of which speakers have 3 to 6."""
+    rng = np.random.default_rng(3)
+    speakers = np.repeat(["s30", "s32", "s33", "s34"], [3, 4, 5, 6])
+    values = rng.normal(np.repeat([8.0, 9.0, 9.5, 12.0], [3, 4, 5, 6]), 1.0)
+    values[0] = np.nan
+    means = [np.nanmean(values[speakers == s]) for s in ("s30", "s32", "s33", "s34")]
+    theirs = stats.ttest_1samp(means, 0).confidence_interval(0.95)
+    mean, low, high = bootstrap.speaker_mean(values, speakers)
+    assert mean == pytest.approx(np.nanmean(values)) and (low, high) == pytest.approx(tuple(theirs))
+    _, narrow_low, narrow_high = bootstrap.bootstrap_mean(values, groups=speakers)
+    assert high - low > 1.3 * (narrow_high - narrow_low), "the bootstrap of four speakers is too narrow"
+    rows = [
+        {"clip_id": str(i), "speaker": s, "gap_ms": 300, "system": "a", "stoi": v} for i, (s, v) in enumerate(zip(speakers, values))
+    ]
+    (found,) = bootstrap.summarise(rows, ("stoi",), [], by_speaker=True)["table"]
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx((mean, low, high)) and found["missing"] == 1
+    assert bootstrap.speaker_mean(values[:3], speakers[:3]) == bootstrap.bootstrap_mean(values[:3]), "nothing is known about others"
+    with pytest.raises(ValueError, match="infinite"):
+        bootstrap.speaker_mean([1.0, np.inf], ["a", "b"])
 
 
 def test_the_interval_over_one_speaker_is_that_over_clips():

@@ -8,6 +8,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from avsi_jax.data import grid_text
 from avsi_jax.evaluation import report, table_export, tables, word_errors
@@ -201,3 +202,8 @@ def test_intervals_of_none_or_one_cluster():
     assert np.isnan(tables.clustered([0], [0])["mean"])
     assert tables.clustered([2], [4]) == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 1}
     assert tables.clustered([1, 0], [1, 0])["high"] == 1  # a resample may have no counts
+    theirs = stats.ttest_1samp([0.5, 0.25, 0.1], 0).confidence_interval(0.95)
+    found = tables.clustered([2, 1, 1, 0], [4, 4, 10, 0], by_speaker=True)
+    assert (
+        (found["low"], found["high"]) == pytest.approx(tuple(theirs)) and found["mean"] == pytest.approx(4 / 18) and found["n"] == 3
+    )
