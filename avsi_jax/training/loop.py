@@ -23,7 +23,7 @@ from avsi_jax.runtime import storage
 from avsi_jax.runtime.goodput import CHECKPOINT, COMPILE, DATA, RESTORE, START, STEP, VALIDATION, PhaseTimer, read_status
 from avsi_jax.runtime.signals import Stopped, StopSignals
 from avsi_jax.runtime.watchdog import STATUS, Watchdog, check_no_other_training
-from avsi_jax.training.objective import learning_rate, make_optimiser
+from avsi_jax.training.optimiser import learning_rate, make_optimiser
 from avsi_jax.training.progress_log import Console
 from avsi_jax.training.run_directory import METRICS, TIMING, add_row, check_config, cut_rows, read_rows, timing, write_run
 from avsi_jax.training.summaries import Summaries

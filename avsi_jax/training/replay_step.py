@@ -14,7 +14,8 @@ import numpy as np
 
 from avsi_jax.runtime import storage
 from avsi_jax.training.loop import open_data
-from avsi_jax.training.objective import make_objective, make_optimiser
+from avsi_jax.training.objective import make_objective
+from avsi_jax.training.optimiser import make_optimiser
 from avsi_jax.training.run_directory import METRICS, check_config, read_rows
 from avsi_jax.training.train_step import TrainState, accumulate_gradients, global_counts, init_state, make_train_step, step_key
 

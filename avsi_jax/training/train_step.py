@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from avsi_jax.models.build import init_params
-from avsi_jax.training.objective import make_loss, make_objective, make_optimiser
+from avsi_jax.training.objective import make_loss, make_objective
+from avsi_jax.training.optimiser import make_optimiser
 
 if TYPE_CHECKING:
     import jax

@@ -42,10 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     devices.use_every_core(args.batch_size)
     import jax
 
-    from avsi_jax.training import objective, train_step
+    from avsi_jax.training import train_step
+    from avsi_jax.training.optimiser import make_optimiser
 
     batch = raw_batch(args.batch_size)
-    step = devices.map_train_step(train_step.make_train_step(config, objective.make_optimiser(config, 1)))
+    step = devices.map_train_step(train_step.make_train_step(config, make_optimiser(config, 1)))
     state = devices.replicate(train_step.init_state(config, 1))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     saves, blocking, late_saves = 0, [], []

@@ -96,7 +96,8 @@ def ours(args: Namespace, cell: str = "") -> Contender:
     from avsi_jax.data import features
     from avsi_jax.models import build, systems
     from avsi_jax.runtime import devices
-    from avsi_jax.training import objective, train_step
+    from avsi_jax.training import train_step
+    from avsi_jax.training.optimiser import make_optimiser
 
     overrides = [("batch_size", str(args.batch_size)), ("lstm", args.lstm)]
     if cell:
@@ -120,7 +121,7 @@ def ours(args: Namespace, cell: str = "") -> Contender:
 
     def compiled(batch, from_raw: bool):
         features.make_features = make_features if from_raw else given_features
-        step = devices.map_train_step(train_step.make_train_step(config, objective.make_optimiser(config, 1)))
+        step = devices.map_train_step(train_step.make_train_step(config, make_optimiser(config, 1)))
         start = time.perf_counter()
         return step.lower(state, devices.split(batch)).compile(), time.perf_counter() - start
 

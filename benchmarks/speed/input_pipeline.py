@@ -86,9 +86,10 @@ def measure_step(config: ConfigDict, folder: str | os.PathLike, seconds: float) 
     import jax
 
     from avsi_jax.models import build
-    from avsi_jax.training import objective, train_step
+    from avsi_jax.training import train_step
+    from avsi_jax.training.optimiser import make_optimiser
 
-    optimiser = objective.make_optimiser(config, 1)
+    optimiser = make_optimiser(config, 1)
     step = devices.map_train_step(train_step.make_train_step(config, optimiser, build.read_normalisation(config, folder)))
     state = devices.replicate(train_step.init_state(config, 1))
     batch = next(input_pipeline.train_batches(input_pipeline.Records(folder, config.train_split), config.batch_size, seed=0))

@@ -131,12 +131,13 @@ def alternate(tasks: dict, rounds: int = ROUNDS) -> dict:
 def small_step() -> tuple[Callable, TrainState, dict]:
     """(unmapped training step, its state, a batch of 16 clips of noise)."""
     from avsi_jax import configs
-    from avsi_jax.training import objective, train_step
+    from avsi_jax.training import train_step
+    from avsi_jax.training.optimiser import make_optimiser
     from benchmarks.speed import contenders
 
     config = configs.load("tiny", list(SMALL.items()))
     return (
-        train_step.make_train_step(config, objective.make_optimiser(config, 1)),
+        train_step.make_train_step(config, make_optimiser(config, 1)),
         train_step.init_state(config, 1),
         contenders.raw_batch(16),
     )
@@ -178,7 +179,8 @@ def child_devices() -> dict:
     from avsi_jax import configs
     from avsi_jax.models import build
     from avsi_jax.runtime import devices
-    from avsi_jax.training import objective, train_step
+    from avsi_jax.training import train_step
+    from avsi_jax.training.optimiser import make_optimiser
     from benchmarks.speed import contenders
 
     load = os.getloadavg()[0]
@@ -194,7 +196,7 @@ def child_devices() -> dict:
     split = lambda n, how: lambda: devices.split(many, how, some(n))
     splits = alternate({(how, n): split(n, how) for n in counts for how in devices.PARALLEL_MODES})
     config = configs.load("av_mtl_s2s", [("lstm", "separate")], like="base")
-    full_step = train_step.make_train_step(config, objective.make_optimiser(config, 1))
+    full_step = train_step.make_train_step(config, make_optimiser(config, 1))
     shapes = jax.eval_shape(lambda: train_step.init_state(config, 1))
     all_sums = {}
     for how, n in (("pmap", 1), ("pmap", 2), ("pmap", 8), ("shard_map", 8)):

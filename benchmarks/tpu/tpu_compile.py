@@ -59,7 +59,8 @@ HEADLINE = "av_mtl_s2s"
 NOT_YET = "not compiled yet"  # the time budget was used up
 STEP_MODULES = """
 presets data/grid_text audio/stft audio/gap_masks data/features data/augmentation data/input_pipeline models/lstm
-models/systems models/losses models/ctc_decoding runtime/devices models/build training/objective training/train_step
+models/systems models/losses models/ctc_decoding runtime/devices models/build training/objective
+training/optimiser training/train_step
 """.split()
 
 
@@ -76,10 +77,11 @@ def lower_step(config: ConfigDict, topology: str, batch_per_chip: int) -> tuple[
     from jax.experimental import topologies
 
     from avsi_jax.runtime import devices as devices_lib
-    from avsi_jax.training import objective, train_step
+    from avsi_jax.training import train_step
+    from avsi_jax.training.optimiser import make_optimiser
 
     devices = topologies.get_topology_desc(topology, platform="tpu", **options).devices
-    optimiser = objective.make_optimiser(config, 1000)
+    optimiser = make_optimiser(config, 1000)
     step = train_step.make_train_step(config, optimiser, placeholder_normalisation(config))
     state = jax.eval_shape(lambda: train_step.init_state(config, 1000))
     batch = batch_shapes(len(devices) * batch_per_chip)

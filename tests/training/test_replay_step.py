@@ -11,8 +11,9 @@ import pytest
 
 from avsi_jax.data import input_pipeline
 from avsi_jax.runtime import devices
-from avsi_jax.training import cli, objective, replay_step, train_step
+from avsi_jax.training import cli, replay_step, train_step
 from avsi_jax.training.checkpoints import Checkpoints
+from avsi_jax.training.optimiser import make_optimiser
 from tests.support import nan_clips, step_batches
 from tests.support.step_batches import arrays
 from tests.support.tiny_runs import arguments
@@ -52,7 +53,7 @@ def start(config):
 def test_a_diagnosis_has_the_metrics_of_the_step(config, start, batch, compile_quickly):
     """To the rounding of float32, and each clip's share of them; nothing is reported as not finite."""
     compile_quickly()
-    optimiser = objective.make_optimiser(config, 2)
+    optimiser = make_optimiser(config, 2)
     step = devices.map_train_step(train_step.make_train_step(config, optimiser), parallel=devices.UNMAPPED)
     states, metrics = step_batches.run(step, arrays(batch), 2, start)
     diagnosis, expected = json.loads(json.dumps(replay_step.diagnose(config, None, states[0], batch))), metrics[1]

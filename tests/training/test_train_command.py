@@ -14,7 +14,8 @@ import pytest
 from avsi_jax import configs
 from avsi_jax.models import build
 from avsi_jax.runtime import goodput
-from avsi_jax.training import cli, objective, run_directory, train_step
+from avsi_jax.training import cli, run_directory, train_step
+from avsi_jax.training.optimiser import make_optimiser
 from tests.support import nan_clips, tiny_runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -411,7 +412,7 @@ def test_lr_scale_multiplies_the_update(tiny_config):
     config = tiny_config()
     records = input_pipeline.Records(input_pipeline.find_dataset(config.data_dir), "train")
     batch = devices.split(next(input_pipeline.train_batches(records, 4, seed=0)))
-    step = devices.map_train_step(train_step.make_train_step(config, objective.make_optimiser(config, 2)))
+    step = devices.map_train_step(train_step.make_train_step(config, make_optimiser(config, 2)))
     start = jax.device_get(train_step.init_state(config, 2))
     unchanged, moved = (step(devices.replicate(start._replace(lr_scale=np.float32(scale))), batch)[0] for scale in (0, 1))
     assert_same_tree(unchanged.params, start.params)
@@ -446,7 +447,7 @@ def test_the_full_network_overfits_eight_clips(grid_dir, tmp_path):
 
     config = configs.load("av_mtl_s2s", [("batch_size", "8")])
     state = devices.replicate(train_step.init_state(config, 1))
-    step = devices.map_train_step(train_step.make_train_step(config, objective.make_optimiser(config, 1)))
+    step = devices.map_train_step(train_step.make_train_step(config, make_optimiser(config, 1)))
     shares, gap = devices.split(batch), []
     for _ in range(300):
         state, metrics = step(state, shares)

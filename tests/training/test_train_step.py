@@ -17,7 +17,8 @@ from avsi_jax import configs
 from avsi_jax.data import grid_text
 from avsi_jax.models import build
 from avsi_jax.runtime import devices
-from avsi_jax.training import objective, train_step
+from avsi_jax.training import train_step
+from avsi_jax.training.optimiser import learning_rate, make_optimiser
 from tests.support import step_batches
 from tests.support.step_batches import TEXTS, WEIGHTS, arrays, run
 
@@ -117,7 +118,7 @@ def test_accumulation_needs_less_memory(batch):
     sizes = []
     for parts in (1, 2, 4):
         config = configs.load("av_mtl_s2s", [("accumulate", str(parts))])
-        step = jax.jit(train_step.make_train_step(config, objective.make_optimiser(config, 1)))
+        step = jax.jit(train_step.make_train_step(config, make_optimiser(config, 1)))
         program = step.lower(jax.eval_shape(lambda c=config: train_step.init_state(c, 1)), rows).compile()
         sizes.append(program.memory_analysis().temp_size_in_bytes)
     print([f"{size / 1e6:.0f} MB" for size in sizes])
@@ -235,7 +236,7 @@ def test_the_learning_rate_of_every_step_of_a_cosine_schedule(epochs, per_epoch,
     t = np.arange(total + 3)
     down = 0.25 * (1 + np.cos(np.pi * np.minimum((t - warmup) / (total - warmup), 1)))
     expected = np.where(t < warmup, 0.5 * t / max(warmup, 1), down)
-    rate, optimiser = objective.learning_rate(config, per_epoch), objective.make_optimiser(config, per_epoch)
+    rate, optimiser = learning_rate(config, per_epoch), make_optimiser(config, per_epoch)
     np.testing.assert_allclose([rate(step) for step in t], expected, rtol=1e-6, atol=1e-7)
     update = jax.jit(optimiser.update)
     state, moved = optimiser.init(np.float32(0)), []
@@ -246,10 +247,10 @@ def test_the_learning_rate_of_every_step_of_a_cosine_schedule(epochs, per_epoch,
 
 
 def test_the_plateau_schedule_has_the_constant_rate_of_the_config():
-    rate = objective.learning_rate(config_of(learning_rate=0.02), 7)
+    rate = learning_rate(config_of(learning_rate=0.02), 7)
     assert [rate(step) for step in (0, 1, 10_000)] == [0.02] * 3 and isinstance(rate(0), float)
     with pytest.raises(ValueError, match="config.schedule: found 'cosinus'"):
-        objective.learning_rate(config_of(schedule="cosinus"), 7)
+        learning_rate(config_of(schedule="cosinus"), 7)
 
 
 @pytest.mark.parametrize("clip_norm", [1.0, 0.0])
@@ -258,7 +259,7 @@ def test_gradients_are_clipped_by_their_global_norm(clip_norm):
     config = config_of(clip_norm=clip_norm, learning_rate=0.01)
     rng = np.random.default_rng(1)
     gradients = [{"a": s * rng.normal(size=(2, 3)), "b": s * rng.normal(size=4)} for s in (0.1, 100, 0.1, 3)]
-    optimiser = objective.make_optimiser(config, 1)
+    optimiser = make_optimiser(config, 1)
     as_float32 = lambda tree: jax.tree.map(np.float32, tree)
     state = optimiser.init(as_float32(gradients[0]))
     mean = square = {"a": 0.0, "b": 0.0}
