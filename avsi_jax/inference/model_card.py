@@ -98,6 +98,7 @@ def evaluation(path: Path, step: int) -> dict | None:
         speakers.setdefault(row["speaker"], set()).add(row["clip_id"])
     return {
         **{k: summary[k] for k in ("split", "suite", "protocol", "num_clips", "by_speaker", "date")},
+        **{k: summary[k] for k in ("intervals",) if k in summary},
         "command": without_paths(summary["command"]),
         "speakers": {s: len(clips) for s, clips in sorted(speakers.items())},
         "table": table,
@@ -205,7 +206,7 @@ A vocoder turns the spectrogram into audio that joins the known samples. Samples
 USE = """
 ## How to use
 
-    pip install avsi_jax
+    pip install .                                                      # in a checkout of avsi_jax
     avsi-inpaint clip.mpg --gap 0.93-1.73 -o out.wav                   # the default weights
     avsi-inpaint clip.mpg --gap 0.93-1.73 -o out.wav --checkpoint=DIR  # the folder that contains this file
 
@@ -242,8 +243,7 @@ def _quality(facts: dict, streams: dict[str, str]) -> str:
     introduction = (
         "Mean [95 % interval] over clips with one gap each, placed in the words; the samples in the gap are set to zero. The error "
         "in the gap compares the log-mel spectrograms of the restored audio and of the recording. `masked audio`: the input, not "
-        "restored. Intervals are bootstrapped over clips; for unseen speakers over speakers, then clips, which is rough with few "
-        "speakers."
+        "restored. `interpolation`: linear interpolation of the log-mel across the gap, through the same vocoder."
     )
     return "\n\n".join(["## Quality", introduction, *filter(None, tables)])
 
@@ -255,13 +255,16 @@ def _table(e: dict, streams: dict[str, str]) -> str:
     cell = {(r["case"], r["gap_ms"], r["kind"], r["metric"]): r for r in e["table"]}
     metrics = [m for m in METRICS if any(key[3] == m for key in cell)]
     heading = SPLITS.get(e["split"], e["split"]).capitalize()
+    old = "95 % bootstrap over speakers, then clips, which is much too narrow for few speakers" if e["by_speaker"] else ""
+    intervals = e.get("intervals") or old or "95 % bootstrap over clips"
     lines = [
         f"### {heading} (`{e['split']}`), {'by stream' if e['suite'] == 'streams' else 'by gap length'}",
-        "", f"n = {e['num_clips']} clips ({', '.join(f'{s} {n}' for s, n in e['speakers'].items())}); `{e['command']}`", "",
+        "", f"n = {e['num_clips']} clips ({', '.join(f'{s} {n}' for s, n in e['speakers'].items())}); `{e['command']}`",
+        "", f"Intervals: {intervals}.", "",
         f"| gap, ms | input | {' | '.join(METRICS[m] for m in metrics)} |", "|---|---|" + "---|" * len(metrics),
     ]  # fmt: skip
     for case, ms in dict.fromkeys((case, ms) for case, ms, *_ in cell):
-        for kind, label in (("system", streams.get(case, case)), ("masked", "masked audio")):
+        for kind, label in (("system", streams.get(case, case)), ("masked", "masked audio"), ("interpolation", "interpolation")):
             cells = [_cell(cell.get((case, ms, kind, m))) for m in metrics]
             if any(cells) and (kind == "system" or not case):
                 lines.append(f"| {ms} | {label} | {' | '.join(cells)} |")
@@ -284,6 +287,7 @@ def _limits(facts: dict) -> str:
         if most
         else ""
     )
+    few += _pesq_limit(facts)
     return f"""## Limits
 
 {few}- Trained only on Grid: sentences of six words with a fixed grammar ("bin blue at f two now"), read in a studio. The model
@@ -293,6 +297,22 @@ def _limits(facts: dict) -> str:
 - **It invents speech.** The audio in a gap is what a network considers likely, not what the person spoke. Do not use it as
   evidence, do not rely on words in it, and label it for listeners. Restore people's voices only with their consent; do not use it
   to put words into someone's mouth."""
+
+
+def _pesq_limit(facts: dict) -> str:
+    """A line about the gap lengths at which interpolation has the better wide-band PESQ on unseen speakers; '' without any."""
+    means: dict = {"system": {}, "interpolation": {}}
+    for e in facts.get("evaluations", []):
+        for row in e["table"] if (e["split"], e["suite"]) == (UNSEEN, "lengths") else ():
+            if row["metric"] == "pesq_wb" and not row["case"] and row["kind"] in means:
+                means[row["kind"]][row["gap_ms"]] = row["mean"]
+    own, interpolated = means.values()
+    shared = sorted(own.keys() & interpolated.keys())
+    below = [ms for ms in shared if own[ms] < interpolated[ms]]
+    if not below:
+        return ""
+    at = "every length" if below == shared else f"{', '.join(map(str, below))} ms (of {', '.join(map(str, shared))})"
+    return f"- Wide-band PESQ of unseen speakers is below that of plain interpolation for gaps of {at}.\n"
 
 
 def _training_section(facts: dict) -> str:
