@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{NAME}: {message}; see --help\n")
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
 def _type(parse: Callable) -> Callable:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import collections
 import csv
 import dataclasses
-import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-AUTO = "auto"
+from avsi_jax.inpainting.gap_text import AUTO, parse_gap
+
 RESTORED_MARK = ".restored"  # outputs are named STEM.restored.SUFFIX; such files are skipped when a folder is searched
 OUTPUT_SUFFIXES = (".wav", ".flac", ".mkv", ".mp4", ".mov", ".mpg", ".mpeg")
 LOSSLESS = (".wav", ".flac", ".mkv", ".mp4", ".mov")  # hold audio without loss; other kinds of clips are written as .mkv
@@ -27,7 +27,6 @@ COLUMNS = ("path", "start_s", "end_s")  # of a table of gaps
 IGNORED_FOLDERS = ("__MACOSX",)  # besides hidden ones
 EXAMPLE = Path(__file__).parent.parent / "examples" / "person.mpg"  # installed with the package, without a gap
 EXAMPLE_GAP = (0.9, 1.5)
-EXPECTED_GAP = "expected START-END in seconds, such as 0.93-1.73"
 
 Spans = Sequence[tuple[float, float]]
 
@@ -48,27 +47,6 @@ class Job:
 
 
 # ---- gaps --------------------------------------------------------------------------------------------------------------------
-
-
-def parse_gap(text: str) -> tuple[float, float]:
-    """'0.93-1.73' or '59:30.5-59:31' -> (start_s, end_s). Raises ValueError."""
-    start, _, end = text.partition("-")
-    try:
-        gap = parse_time(start), parse_time(end)
-    except ValueError:
-        raise ValueError(f"{text!r}: {EXPECTED_GAP}") from None
-    if not gap[0] < gap[1]:
-        raise ValueError(f"gap {text}: expected START-END with START < END")
-    return gap
-
-
-def parse_time(text: str) -> float:
-    """'83.5', '1:23.5' or '0:01:23.5' -> 83.5. Raises ValueError."""
-    parts = [float(part) for part in text.strip().split(":")]
-    seconds = sum(part * 60**i for i, part in enumerate(reversed(parts)))
-    if len(parts) > 3 or not all(math.isfinite(part) and part >= 0 for part in parts):
-        raise ValueError(f"{text!r}: expected seconds")
-    return seconds
 
 
 def read_table(path: str) -> dict[str, list[tuple[float, float]]]:
@@ -221,9 +199,12 @@ def _file_target(clip: Path, target: Path, form: str) -> Path:
 
 
 def _suffix_of(clip: Path, form: str) -> str:
+    return default_suffix(clip) if form == "same" else f".{form}"
+
+
+def default_suffix(clip: Path) -> str:
+    """The suffix of the output unless another format is asked for: one that keeps the samples outside the gaps bit for bit."""
     own = clip.suffix.lower()
-    if form != "same":
-        return f".{form}"
     return own if own in LOSSLESS else ".mkv"
 
 
