@@ -88,7 +88,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.loss.ctc = 1e-3  # weight of the CTC loss, which is in nats per clip (the paper); 0 for systems without a CTC head
 
     # ---- Optimisation.
-    config.seed = 0  # of parameters, clip order, gaps, dropout and augmentation
+    config.seed = 0  # of parameters, clip order, gaps, dropout and augmentation; the gaps of validation are the same for all seeds
     config.batch_size = 32  # clips per training step over all devices (the paper)
     # Equal parts in which a device processes its share of the batch one after the other: less memory, the same training step.
     config.accumulate = 1

@@ -130,7 +130,8 @@ def gap_times(batch: dict, spec: Spec) -> list[dict]:
             part = {k: v[:size] for k, v in batch.items()}
             known, missing = masked(part, spec, gap_places(part, gap_ms, spec))
             level = np.asarray(stft.log_mel(audio_of(part, spec), spec))
-            work = lambda a=(level, known, missing), s=part["id_hash"]: np.asarray(griffin_lim.inpaint_gap(*a, spec, seeds=s))
+            options = {"seeds": part["id_hash"], "lengths": lengths_of(part, spec)}
+            work = lambda a=(level, known, missing), o=options: np.asarray(griffin_lim.inpaint_gap(*a, spec, **o))
             work()
             rows.append({"batch": size, "gap_ms": gap_ms, "ms": round(1000 * min(timed(work)[0] for _ in range(2 * ROUNDS)), 1)})
     return rows
@@ -154,6 +155,11 @@ def masked(batch: dict, spec: Spec, gap: np.ndarray) -> tuple[jax.Array, jax.Arr
     ), gap_masks.gap_at_preset(missing, spec)
 
 
+def lengths_of(batch: dict, spec: Spec) -> np.ndarray:
+    """(B,) samples of each clip at the preset's rate, before its padding."""
+    return -(-np.minimum(batch["audio_length"], spec.record_samples) // spec.decimation)
+
+
 def measure_oracle_mel(batch: dict, run: Path, gap_lengths: Sequence[int]) -> dict:
     """Scores of every vocoder with true and with predicted levels, against the recordings at the preset's rate."""
     restorer = restorer_lib.Restorer.from_workdir(run)
@@ -168,7 +174,8 @@ def measure_oracle_mel(batch: dict, run: Path, gap_lengths: Sequence[int]) -> di
         predicted = np.asarray(restorer.restore(arrays, gap).level)
         waveforms = {("masked", "masked"): np.asarray(known)}
         for kind, level in (("true", true), ("predicted", predicted)):
-            waveforms[kind, "inpaint_gap"] = griffin_lim.inpaint_gap(level, known, missing, spec, seeds=seeds)
+            options = {"seeds": seeds, "lengths": lengths_of(batch, spec)}
+            waveforms[kind, "inpaint_gap"] = griffin_lim.inpaint_gap(level, known, missing, spec, **options)
             waveforms[kind, "splice"] = griffin_lim.splice(level, known, missing, spec, seeds=seeds)
         for (kind, name), restored in waveforms.items():
             rows.append({"level": kind, "vocoder": name, "gap_ms": gap_ms, **scored(true_audio, restored, batch, spec, gap)})

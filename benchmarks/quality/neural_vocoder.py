@@ -372,7 +372,9 @@ def measure(data_dir: str, weights: Path, run: Path, split: str, clips: int, gap
             magnitude, unit = jax.jit(apply)(params, level, known, missing)
             with_griffin_lim = functools.partial(in_griffin_lim, magnitude, unit, known, missing, seeds)
             generated = {
-                "Griffin-Lim": griffin_lim.inpaint_gap(level, known, missing, SPEC, seeds=seeds),
+                "Griffin-Lim": griffin_lim.inpaint_gap(
+                    level, known, missing, SPEC, seeds=seeds, lengths=vocoders.lengths_of(batch, SPEC)
+                ),
                 "network": splice_in(magnitude, unit, known, missing),
                 "its magnitudes": with_griffin_lim(iterations=griffin_lim.ITERATIONS, own_phases=False),
                 "both, 5 iterations": with_griffin_lim(iterations=5, own_phases=True),

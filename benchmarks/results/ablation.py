@@ -8,7 +8,7 @@ holds the mean log-mel error in the gap of the restored waveform. It uses one fr
 floor -80 dB), so that runs of different presets can be compared. For one gap length it also holds the error with another clip's
 video and, if the network handles missing streams, without video and without any audio; and the error of the predicted text, in the
 units of the CTC head. Differences from the first run of the group are paired, with a 95 % bootstrap interval over clips (unseen
-speakers: over speakers, then clips). The tables are between `<!-- GROUP -->` and `<!-- end -->` in docs/systems.md.
+speakers: a t interval over their means). The tables are between `<!-- GROUP -->` and `<!-- end -->` in docs/systems.md.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def text_error(config: ConfigDict, transcripts: list[str], texts: list[str]) -> 
 
 
 def row_of(run: dict, first: dict, unseen: bool) -> dict:
-    """The table row of a run on one split, from its scores and those of the group's first run. unseen: resample speakers first."""
+    """The table row of a run on one split, from its scores and those of the group's first run. unseen: interval over speakers."""
     from avsi_jax.evaluation import bootstrap
 
     mean = lambda scores, kind: np.mean([v for v in scores["errors"][kind].values()], 0)  # of each clip over gap lengths
@@ -117,8 +117,8 @@ def row_of(run: dict, first: dict, unseen: bool) -> dict:
     row |= {kind: round(float(mean(run, kind).mean()), 3) for kind in run["errors"]}
     row["text_error"] = run["text_error"] and round(run["text_error"], 4)
     if run is not first:
-        groups = run["speakers"] if unseen else None
-        difference = bootstrap.paired_difference(mean(run, "own_video"), mean(first, "own_video"), groups=groups)
+        lower = mean(run, "own_video") - mean(first, "own_video")
+        difference = bootstrap.speaker_mean(lower, run["speakers"]) if unseen else bootstrap.bootstrap_mean(lower)
         row["difference"] = [round(float(x), 3) for x in difference]
     return row | {"clips": len(next(iter(run["errors"]["own_video"].values())))}
 
