@@ -176,6 +176,7 @@ def test_the_number_of_processed_frames_does_not_change_the_result(seconds):
     assert (beside[4] != audio[4]).all()
 
 
+@pytest.mark.slow  # tests/inference/test_restorer.py has a quick one
 @pytest.mark.parametrize("s", PRESETS, ids=lambda s: s.name)
 def test_padding_after_a_clip_does_not_change_its_restoration(s):
     """A clip of 0.8 s with a constant offset, alone and padded with zeros to 2 s: the offset is that of the clip, and a gap at its
