@@ -73,7 +73,6 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     options, overrides = parse(argv)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax' threads log while they save; its exceptions are reported here
     console = Console()
     try:
         config = configs.load(options.config, configs.split_overrides(overrides), like="base")
@@ -124,6 +123,9 @@ def exit_code_of(error: Exception, console: Console) -> int:
 def run(config: ConfigDict, options: argparse.Namespace, console: Console) -> int:
     """Joins the other processes, then trains or replays a step; returns the exit code."""
     phases, stop_signals = PhaseTimer(), StopSignals(console.warn).install()
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(logging.CRITICAL)  # Orbax' threads log while they save; its exceptions are reported here
     try:
         topology = distributed.start(options.distributed, options.coordinator, options.num_processes, options.process_id)
         import jax
@@ -150,6 +152,7 @@ def run(config: ConfigDict, options: argparse.Namespace, console: Console) -> in
         raise
     finally:
         stop_signals.uninstall()
+        absl.setLevel(level)
     return 0
 
 

@@ -119,9 +119,9 @@ def test_orbax_is_quiet_and_the_callers_logging_stays_as_it_is(saved, caplog):
     import logging
 
     logger = logging.getLogger("absl")
-    before = logger.level, list(logger.filters)
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG, "absl"):
+        before = logger.level, list(logger.filters)
         Checkpoints(saved, read_only=True).restore(4, on_device(state_of(0)))
         logger.warning("of the caller")
-    assert (logger.level, logger.filters) == before
+        assert (logger.level, logger.filters) == before
     assert [r.message for r in caplog.records if r.name == "absl"] == ["of the caller"]
