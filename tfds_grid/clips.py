@@ -215,13 +215,28 @@ def _decoded(clip: RawClip, notes: list[str]):
             return
         path = stack.enter_context(clip.video.on_disk())
         try:
-            decoded = clip_io.read_clip(path, max_bytes=MAX_DECODED_BYTES)
+            decoded = _without_filled_ends(clip_io.read_clip(path, max_bytes=MAX_DECODED_BYTES))
         except clip_io.MediaError as e:
             if clip.audio is None:
                 raise
             decoded = clip_io.read_clip(path, audio=False, max_bytes=MAX_DECODED_BYTES)
             notes.append(f"audio: the video file's audio can't be decoded ({_without_path(e, clip)}); only the wav is used")
         yield decoded
+
+
+def _without_filled_ends(clip: clip_io.Clip) -> clip_io.Clip:
+    """The clip without the zeros where its audio starts late or ends early; MediaError where samples between others are missing."""
+    if clip.audio is None or not clip.audio.missing:
+        return clip
+    first, last = 0, len(clip.audio.samples)
+    for start, stop in clip.audio.missing:
+        if 0 < start and stop < len(clip.audio.samples):
+            at_s = start / clip.audio.rate
+            raise clip_io.MediaError(f"{clip.path}: audio is missing at {at_s:.2f} s; download the file again")
+        first, last = (stop, last) if start == 0 else (first, start)
+    start_s = clip.audio.start_s + first / clip.audio.rate
+    audio = dataclasses.replace(clip.audio, samples=clip.audio.samples[first:last], start_s=start_s, missing=())
+    return dataclasses.replace(clip, audio=audio)
 
 
 def _audio(clip: RawClip, video: clip_io.Clip, notes: list[str]) -> tuple[np.ndarray, float]:

@@ -1,13 +1,15 @@
 """Decodes clip files into video frames and audio samples, and writes audio files.
 
-Video files (.mpg .mpeg .mp4 .avi .mov .mkv) are decoded by PyAV in one pass, audio files (.wav .flac) by libsndfile. A clip keeps
-its own frame count, audio length, sample rate and channels: nothing is padded, cut, mixed or resampled. Times are in seconds, from
-the presentation times of the file. Frames are returned as stored: rotation flags and the pixel aspect ratio are ignored. Only the
-package avsi_jax.media imports av and soundfile. Letters: T video frames, H and W their height and width, N samples, C channels.
+The content of a file decides how it is read, not its suffix: WAV and FLAC files are decoded by libsndfile, all others by PyAV in
+one pass. A clip keeps its own frame count, sample rate and channels: nothing is cut, mixed or resampled. Audio is placed by its
+presentation times, in seconds, and starts with the file: samples that the file lacks are zeros and listed in Audio.missing. Frames
+are returned as players show them (frame_geometry). Only the package avsi_jax.media imports av and soundfile. Letters: T video
+frames, H and W their height and width, N samples, C channels.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 import pathlib
@@ -17,8 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from avsi_jax import presets
+from avsi_jax.media import frame_geometry
 
 if TYPE_CHECKING:
+    import fractions
+
     import av
     import soundfile
 
@@ -37,7 +42,15 @@ MAX_FRAME_PIXELS = 4096 * 2304  # a file of few bytes can hold frames that take 
 MAX_VIDEO_BYTES = 6 * 2**30  # decoded; 75 Grid frames take 23 MB, one minute of 1080p 9 GB
 PCM_BITS = {"PCM_U8": 8, "PCM_S8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
 MAX_SAMPLES_PER_BYTE = 65_535  # FLAC's longest block, of silence, takes more than a byte
+WIDE_SUBTYPES = ("PCM_32", "DOUBLE")  # float32 has too few bits for them
 SAME_START_S = 1e-4  # two streams that start within this time count as starting together
+# Placement of audio by its time stamps. Matroska rounds stamps to milliseconds.
+PLACEMENT_TOLERANCE_S, LOOKAHEAD_S = 0.002, 0.3
+MIN_EARLY_END_S = 0.25  # audio that ends earlier than the video by less is usual, and stays as it is
+MAX_OVERLAP_S = 1.0  # stamps that go back further begin a new recording
+MAX_MISSING_S = 3600.0  # in all
+MAX_PRIMING_S = 0.1  # of lossy codecs
+MISSING_BLOCK = 2**18  # missing samples that are appended at once
 # Formats that are accepted inside a file, whatever its suffix: a playlist (concat, hls, dash, sdp) could open other files.
 MEDIA_FORMATS = (
     "mpeg,mpegts,mpegvideo,m4v,h264,hevc,av1,obu,ivf,mov,matroska,avi,flv,live_flv,asf,asf_o,ogg,mxf,gxf,nut,rm,dv,wtv,"
@@ -48,6 +61,10 @@ IMAGE_FORMATS = "image2,png_pipe,jpeg_pipe,bmp_pipe,tiff_pipe,webp_pipe,gif_pipe
 
 class MediaError(ValueError):
     """A clip cannot be read or written. The message is one line: what was found, what was expected, how to fix it."""
+
+
+class FrameSizeError(MediaError):
+    """The frames of a video change their size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +81,13 @@ class Video:
 class Audio:
     """Decoded audio."""
 
-    samples: np.ndarray  # (N, C) float32 as decoded (16-bit / 32768); lossy codecs may exceed 1.0
+    samples: np.ndarray  # (N, C) float32 as decoded (16-bit / 32768), float64 if PCM_32 or DOUBLE; lossy codecs may exceed 1.0
     rate: int  # Hz
     start_s: float  # time of the first sample in the container
     subtype: str  # libsndfile subtype with which `write_audio` writes it back: PCM_16, PCM_24, FLOAT, ...
     codec: str  # canonical name of the codec, e.g. mp2
+    missing: tuple[tuple[int, int], ...] = ()  # spans [start, stop) of samples that the file lacks: zeros
+    warnings: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,9 +237,10 @@ def audio_lag_s(clip: Clip) -> float:
 
 def audio_lag_from_times(video_start_s: float, audio: Audio, num_samples: int) -> float:
     """As `audio_lag_s`, for a clip with video and audio, without access to `audio.samples`."""
-    lag = video_start_s - audio.start_s
-    is_copy = audio.codec.startswith(("mp3", "flac", "alac", "pcm_")) and num_samples == presets.GRID_MPEG_SAMPLES
-    is_grid = (audio.codec == "mp2" or is_copy) and audio.rate == 44_100 and abs(lag) < SAME_START_S
+    lag, num_missing = video_start_s - audio.start_s, sum(stop - start for start, stop in audio.missing)
+    is_copy = audio.codec.startswith(("mp3", "flac", "alac", "pcm_")) and num_samples - num_missing == presets.GRID_MPEG_SAMPLES
+    is_late = bool(audio.missing) and audio.missing[0][0] == 0
+    is_grid = (audio.codec == "mp2" or is_copy) and audio.rate == 44_100 and abs(lag) < SAME_START_S and not is_late
     return lag + presets.MPEG_AUDIO_LAG_S if is_grid else lag
 
 
@@ -274,7 +294,7 @@ def _read_audio_file(file: pathlib.Path) -> Audio:
             dtype, subtype, codec = audio_file_format(f)
             audio = Audio(f.read(dtype=dtype, always_2d=True), f.samplerate, 0.0, subtype, codec)
     except (soundfile.SoundFileError, OSError) as e:
-        raise MediaError(f"{file}: cannot be decoded as {file.suffix[1:].lower()} ({one_line(e)}); check that it plays") from e
+        raise MediaError(f"{file}: cannot be decoded ({one_line(e)}); check that it plays") from e
     if not len(audio.samples):
         raise MediaError(f"{file}: found 0 samples, expected audio")
     return audio
@@ -286,7 +306,7 @@ def audio_file_format(f: soundfile.SoundFile) -> tuple[str, str, str]:
     if f.frames > MAX_SAMPLES_PER_BYTE * file.stat().st_size:  # a wrong header, or a .flac of unknown length
         raise MediaError(f"{file}: its header claims {f.frames} samples, more than the file can hold; convert it again")
     subtype = f.subtype if f.subtype in (*PCM_BITS, "FLOAT", "DOUBLE") else "PCM_16"
-    return "float64" if subtype in ("PCM_32", "DOUBLE") else "float32", subtype, f"{f.format} {f.subtype}".lower()
+    return "float64" if subtype in WIDE_SUBTYPES else "float32", subtype, f"{f.format} {f.subtype}".lower()
 
 
 def _read_video_file(file: pathlib.Path, want_video: bool, want_audio: bool, track: int | None, max_bytes: int) -> Clip:
@@ -294,17 +314,23 @@ def _read_video_file(file: pathlib.Path, want_video: bool, want_audio: bool, tra
 
     try:
         with open_container(file) as container:
-            video, audio = select_streams(container, want_video, want_audio, track=track)
-            pairs = ((video, FrameReader(file, max_bytes)), (audio, AudioReader(file)))
-            readers = {stream.index: reader for stream, reader in pairs if stream is not None}
-            if video is not None:
-                readers[video.index].check_size(video)
-            for packet in container.demux([s for s in (video, audio) if s is not None]) if readers else ():
-                decode_packet(packet, readers[packet.stream.index])
+            video, audio = select_streams(container, audio=want_audio, track=track)
+            frames = FrameReader(file, max_bytes, video and video.sample_aspect_ratio)
+            video_end, sound = VideoEnd(), AudioReader(file, audio, presentation_start(container, audio))
+            if want_video and video is not None:
+                frames.check_size(video)
+            wanted = [s for s in (video if want_video or want_audio else None, audio) if s is not None]
+            for packet in container.demux(wanted) if wanted else ():
+                if packet.stream_index != getattr(video, "index", None):
+                    decode_packet(packet, sound)
+                    continue
+                video_end.add(packet)
+                if want_video:
+                    decode_packet(packet, frames)
             return Clip(
                 str(file),
-                readers[video.index].result(video) if video is not None else None,
-                readers[audio.index].result(audio) if audio is not None else None,
+                frames.result(video) if want_video and video is not None else None,
+                sound.result(video_end.seconds(video)) if audio is not None else None,
             )
     except av.FFmpegError as e:
         raise MediaError(f"{file}: cannot be decoded ({one_line(e)}); check that it plays, or download it again") from e
@@ -346,6 +372,18 @@ def _is_not_default(stream: av.stream.Stream) -> bool:
     return not stream.disposition & Disposition.default
 
 
+def presentation_start(container: av.container.InputContainer, audio: av.AudioStream | None) -> float:
+    """When a player begins to show the file, by the streams other than `audio`: seconds in the container; NaN where none says."""
+    from av.stream import Disposition
+
+    shown = [s for s in container.streams if s.start_time is not None and not s.disposition & Disposition.attached_pic]
+    starts_s = {s.index: float(s.start_time * s.time_base) for s in shown if s.type in ("video", "audio")}
+    own_s = starts_s.get(audio.index, np.inf) if audio is not None else np.inf
+    # other audio tracks may begin a little earlier with priming, which is not played
+    others = [t for i, t in starts_s.items() if container.streams[i].type == "video" or own_s - t > MAX_PRIMING_S]
+    return min(others, default=np.nan)
+
+
 def decode_packet(packet: av.Packet, reader: FrameReader | AudioReader) -> None:
     """Passes the packet's frames to reader.add; a packet that cannot be decoded is skipped and reported to reader.note_missing."""
     import av
@@ -353,17 +391,41 @@ def decode_packet(packet: av.Packet, reader: FrameReader | AudioReader) -> None:
     try:
         frames = packet.decode()
     except av.FFmpegError:
-        reader.note_missing()
+        reader.note_missing(packet)
         return
     for frame in frames:
         reader.add(frame)
 
 
+class VideoEnd:
+    """Determines the end of a video from its packets."""
+
+    def __init__(self):
+        self._last, self._pts = None, -(2**63)
+
+    def add(self, packet: av.Packet) -> None:
+        """Adds a packet of the video."""
+        if packet.size and packet.pts is not None and packet.pts > self._pts and not packet.is_discard:
+            self._pts, self._last = packet.pts, packet.duration
+
+    def seconds(self, stream: av.VideoStream | None) -> float:
+        """When the last frame ends, in the container; NaN where no packet has a time."""
+        if self._last is None:
+            return np.nan
+        return float(self._pts * stream.time_base) + (
+            float(self._last * stream.time_base) if self._last else 1 / frame_rate(stream)
+        )
+
+
 class FrameReader:
     """Collects the frames of a video. Packets that cannot be decoded leave a jump in `times`."""
 
-    def __init__(self, file: os.PathLike | str, max_bytes: int):
-        self.file, self.max_bytes, self.rgb, self.seconds, self.num_bytes = file, max_bytes, [], [], 0
+    def __init__(
+        self, file: os.PathLike | str, max_bytes: int, aspect: fractions.Fraction | None = None, size: tuple[int, int] | None = None
+    ):
+        """aspect: of the pixels. size: (width, height) that all frames must have as they are shown; None: that of the first."""
+        self.file, self.max_bytes, self.aspect, self.size = file, max_bytes, aspect, size
+        self.rgb, self.seconds, self.num_bytes = [], [], 0
 
     def check_size(self, stream: av.VideoStream) -> None:
         """Raises MediaError for frames that are too large, before one is decoded."""
@@ -373,24 +435,24 @@ class FrameReader:
                 f"{self.file}: found frames of {width}x{height}, expected at most 4096x2304 pixels; scale the video down"
             )
 
-    def note_missing(self) -> None:
+    def note_missing(self, packet: av.Packet) -> None:
         """A packet could not be decoded; nothing to do, since frames carry their times."""
 
     def add(self, frame: av.VideoFrame, seconds: float | None = None) -> None:
-        """Adds a frame, at `seconds` or at its own presentation time; MediaError for too many bytes or another size."""
-        self.num_bytes += 3 * frame.width * frame.height  # known before any memory is allocated
+        """Adds a frame, at `seconds` or at its own presentation time; MediaError for too many bytes, FrameSizeError."""
+        size = frame_geometry.shown_size(frame, self.aspect)
+        self.size = self.size or size
+        if size != self.size:
+            raise FrameSizeError(
+                f"{self.file}: the frame size changes from {self.size} to {size}; expected one size, re-encode the clip"
+            )
+        self.num_bytes += 3 * size[0] * size[1]  # known before any memory is allocated
         if self.num_bytes > self.max_bytes:
             raise MediaError(
                 f"{self.file}: the decoded frames take more than {self.max_bytes / 2**30:g} GiB; "
                 "cut the clip around the gap or scale the video down"
             )
-        rgb = frame.to_ndarray(format="rgb24")
-        if self.rgb and rgb.shape != self.rgb[0].shape:
-            raise MediaError(
-                f"{self.file}: the frame size changes from {self.rgb[0].shape[1::-1]} to {rgb.shape[1::-1]}; "
-                "expected one size, re-encode the clip"
-            )
-        self.rgb.append(rgb)
+        self.rgb.append(frame_geometry.shown_rgb(frame, self.aspect))
         self.seconds.append(frame_time(frame) if seconds is None else seconds)
 
     def result(self, stream: av.VideoStream) -> Video | None:
@@ -405,37 +467,114 @@ class FrameReader:
 
 
 class AudioReader:
-    """Collects audio in `parts`, a list or an object with its `append` and `len`.
+    """Collects audio in `parts`, a list or an object with its `append`; places it by its time stamps.
 
-    A packet that cannot be decoded would shift all audio after it, so between others it is an error.
+    Samples that the file lacks become zeros, `missing`: where the stamps jump, where packets cannot be decoded, before audio that
+    starts late and after audio that ends early. Samples that overlap by their stamps are dropped. Containers round stamps, and
+    recorders jitter: a difference counts where it exceeds PLACEMENT_TOLERANCE_S in every packet of the next LOOKAHEAD_S.
     """
 
-    def __init__(self, file: os.PathLike | str, parts: Any = None):
-        self.file, self.parts, self.start_s, self.missing_at = file, [] if parts is None else parts, np.nan, []
+    def __init__(self, file: os.PathLike | str, stream: av.AudioStream | None, starts_at_s: float = np.nan, parts: Any = None):
+        """starts_at_s: `presentation_start`."""
+        self.file, self.stream, self.parts = file, stream, [] if parts is None else parts
+        self.start_s, self.missing, self.warnings = np.nan, [], []
         self.rate = self.channels = self.num_samples = 0
+        self._starts_at_s, self._placed_from_s, self._undecodable = starts_at_s, np.nan, []
+        self._subtype = _subtype(stream.codec_context) if stream is not None else ""
+        self._dtype = np.float64 if self._subtype in WIDE_SUBTYPES else np.float32
+        self._waiting, self._num_waiting, self._num_missing = collections.deque(), 0, 0
 
-    def note_missing(self) -> None:
-        """Records that a packet could not be decoded."""
-        self.missing_at.append(len(self.parts))
+    def note_missing(self, packet: av.Packet) -> None:
+        """Records a packet that could not be decoded."""
+        stamp = packet.pts if packet.pts is not None else packet.dts
+        if stamp is not None:
+            times = float(stamp * packet.time_base), float((stamp + (packet.duration or 0)) * packet.time_base)
+            self._undecodable.append(times)
 
     def add(self, frame: av.AudioFrame) -> None:
         """Adds an audio frame; MediaError where its rate or channels differ from those before it."""
-        x = _frame_samples(frame)
-        if len(self.parts) and (x.shape[1] != self.channels or frame.sample_rate != self.rate):
+        x = _frame_samples(frame, self._dtype)
+        if not self.rate:
+            self.rate, self.channels = frame.sample_rate, x.shape[1]
+        if x.shape[1] != self.channels or frame.sample_rate != self.rate:
             raise MediaError(f"{self.file}: the sample rate or the channels change inside the file; re-encode the audio")
-        if not len(self.parts):
-            self.start_s, self.rate, self.channels = frame_time(frame), frame.sample_rate, x.shape[1]
-        self.parts.append(x)
-        self.num_samples += len(x)
+        self._waiting.append((frame_time(frame), x))
+        self._num_waiting += len(x)
+        while self._num_waiting - len(self._waiting[0][1]) > LOOKAHEAD_S * self.rate:
+            self._place_next()
 
-    def result(self, stream: av.AudioStream, join: Callable = np.concatenate) -> Audio | None:
-        """The audio, with join(parts) as its samples; None without samples. MediaError where packets between others are missing."""
+    def result(self, video_end_s: float = np.nan, join: Callable = np.concatenate) -> Audio | None:
+        """The audio, with join(parts) as its samples; None without samples. video_end_s: as from VideoEnd."""
+        while self._waiting:
+            self._place_next()
         if not self.num_samples:
             return None
-        if any(0 < n < len(self.parts) for n in self.missing_at):
-            raise MediaError(f"{self.file}: {len(self.missing_at)} audio packets cannot be decoded; download the file again")
-        start, context = 0.0 if np.isnan(self.start_s) else self.start_s, stream.codec_context
-        return Audio(join(self.parts), self.rate, start, _subtype(context), context.codec.canonical_name)
+        undecodable_end_s = max((end for _, end in self._undecodable), default=np.nan)
+        end_s = self._placed_from_s + self.num_samples / self.rate
+        if undecodable_end_s - end_s > PLACEMENT_TOLERANCE_S:
+            self._add_missing(undecodable_end_s - end_s)
+            end_s = undecodable_end_s
+        if video_end_s - end_s > MIN_EARLY_END_S:
+            self._add_missing(video_end_s - end_s)
+        start_s = 0.0 if np.isnan(self.start_s) else self.start_s
+        codec = self.stream.codec_context.codec.canonical_name
+        return Audio(join(self.parts), self.rate, start_s, self._subtype, codec, tuple(self.missing), tuple(self.warnings))
+
+    def _place_next(self) -> None:
+        """Appends the first of the waiting frames, after missing samples or without its start where its time stamp says so."""
+        stamp_s, x = self._waiting[0]
+        if np.isnan(self._placed_from_s) and not np.isnan(stamp_s):
+            self._begin(stamp_s)
+        late_s = stamp_s - self._placed_from_s - self.num_samples / self.rate
+        late_s = self._lateness() if abs(late_s) > PLACEMENT_TOLERANCE_S else 0.0
+        skipped = 0
+        if late_s > 0 or late_s < -MAX_OVERLAP_S:
+            self._add_missing(late_s)
+        elif late_s < 0:
+            skipped = min(len(x), round(-late_s * self.rate))
+        self._waiting.popleft()
+        self._num_waiting -= len(x)
+        self._append(x[skipped:])
+
+    def _begin(self, stamp_s: float) -> None:
+        """Sets the time of the first sample: that of the file's start where the audio starts later."""
+        starts_s = [start for start, _ in self._undecodable] + [self._starts_at_s]
+        late_s = stamp_s - min((s for s in starts_s if not np.isnan(s)), default=stamp_s)
+        self.start_s = self._placed_from_s = stamp_s - self.num_samples / self.rate
+        if not self.num_samples and PLACEMENT_TOLERANCE_S < late_s <= MAX_MISSING_S:
+            self.start_s = self._placed_from_s = stamp_s - late_s
+            self._add_missing(late_s)
+
+    def _lateness(self) -> float:
+        """By how many seconds all waiting frames are late (negative: early) by their time stamps; 0 where some are not."""
+        stamps_s = np.array([stamp_s for stamp_s, _ in self._waiting])
+        position = self.num_samples + np.cumsum([0] + [len(x) for _, x in self._waiting][:-1])
+        late_s = stamps_s - self._placed_from_s - position / self.rate
+        late_s = late_s[~np.isnan(late_s)]
+        least_s = late_s[np.abs(late_s).argmin()]
+        if abs(least_s) <= PLACEMENT_TOLERANCE_S or (np.sign(late_s) != np.sign(least_s)).any():
+            return 0.0
+        return float(np.median(late_s[np.abs(late_s - least_s) <= PLACEMENT_TOLERANCE_S]))  # others jump again later
+
+    def _add_missing(self, late_s: float) -> None:
+        """Appends zeros for late_s seconds; if stamps jump too far or back, counts time from here on by what follows."""
+        count = round(late_s * self.rate)
+        if late_s < 0 or self._num_missing + count > MAX_MISSING_S * self.rate:
+            at_s = self.num_samples / self.rate
+            self.warnings.append(f"the time stamps of the audio jump by {late_s:.1f} s at {at_s:.1f} s: not followed")
+            self._placed_from_s += late_s
+            return
+        start, self._num_missing = self.num_samples, self._num_missing + count
+        for at in range(0, count, MISSING_BLOCK):
+            self._append(np.zeros((min(MISSING_BLOCK, count - at), self.channels), self._dtype))
+        if self.missing and self.missing[-1][1] == start:
+            start = self.missing.pop()[0]
+        self.missing.append((start, self.num_samples))
+
+    def _append(self, x: np.ndarray) -> None:
+        if len(x):
+            self.parts.append(x)
+            self.num_samples += len(x)
 
 
 def frame_rate(stream: av.VideoStream) -> float:
@@ -459,16 +598,16 @@ def fill_times(seconds: np.ndarray, fps: float) -> np.ndarray:
     return np.where(np.isnan(seconds), regular, seconds)
 
 
-def _frame_samples(frame: av.AudioFrame) -> np.ndarray:
-    """One audio frame -> (n, C) float32; integers divided by their full scale."""
+def _frame_samples(frame: av.AudioFrame, dtype: type) -> np.ndarray:
+    """One audio frame -> (n, C) of a float type; integers divided by their full scale."""
     x = frame.to_ndarray()
     channels = frame.layout.nb_channels
     x = x.T if frame.format.is_planar else x.reshape(-1, channels)
     if x.dtype.kind == "u":
-        return ((x.astype(np.float64) - 128) / 128).astype(np.float32)
+        return ((x.astype(np.float64) - 128) / 128).astype(dtype)
     if x.dtype.kind == "i":
-        return (x / float(2 ** (8 * x.dtype.itemsize - 1))).astype(np.float32)
-    return x.astype(np.float32)
+        return (x / float(2 ** (8 * x.dtype.itemsize - 1))).astype(dtype)
+    return x.astype(dtype)
 
 
 def _subtype(context: av.AudioCodecContext) -> str:

@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from avsi_jax.media import clip_io
+from avsi_jax.media import clip_io, frame_geometry
 from avsi_jax.media.muxing import write_clip as write_clip
 
 if TYPE_CHECKING:
+    from fractions import Fraction
+
     import av
     import soundfile
 
@@ -37,7 +39,9 @@ class Source:
     """An open clip from which ranges of audio and video are read; a context manager.
 
     Attributes: `path`; of the audio `rate` (Hz), `channels`, `num_samples`, `subtype`, `codec`, as in clip_io.Audio, and `track`,
-    its number among the audio tracks of the file, counted from 1; of the video `has_video`, `fps`, `size` (width, height);
+    its number among the audio tracks of the file, counted from 1; `missing`, spans [start, stop) of samples that the file lacks,
+    which are zeros, and `warnings` about the audio; `end_s`, when the last of audio and video ends, in seconds from the first
+    sample; of the video `has_video`, `is_still` (a single image), `fps`, `size` (width, height) as shown;
     `lag_s`, by which the audio lags the video, as clip_io.audio_lag_s; `audio_start_s` and `video_start_s`, times of the first
     sample and frame in the container. A clip without audio has rate, channels and num_samples 0; one without video has fps 0 and
     size (0, 0).
@@ -49,17 +53,21 @@ class Source:
         audio: clip_io.Audio | None,
         frame_store: _VideoFile | _VideoInMemory | None,
         track: int = 1,
+        video_end_s: float = np.nan,
     ):
-        """`audio.samples` is a store such as _SpooledAudio."""
+        """`audio.samples` is a store such as _SpooledAudio. video_end_s: as from clip_io.VideoEnd."""
         self.path, self._frame_store, self.track = str(path), frame_store, track
         self._audio_store = audio.samples if audio else _AudioInMemory(np.zeros((0, 0), np.float32))
         self.channels, self.num_samples = self._audio_store.channels, self._audio_store.num_samples
         self.rate, self.audio_start_s = (audio.rate, audio.start_s) if audio else (0, 0.0)
         self.subtype, self.codec = (audio.subtype, audio.codec) if audio else ("PCM_16", "")
+        self.missing, self.warnings = (audio.missing, audio.warnings) if audio else ((), ())
         self.has_video = frame_store is not None
         self.fps, self.size, self.video_start_s = 0.0, (0, 0), 0.0
         if frame_store is not None:
             self.fps, self.size, self.video_start_s = frame_store.fps, frame_store.size, frame_store.start_s
+        self.is_still = frame_store is not None and frame_store.is_still
+        self.end_s = max(self.duration_s, float(np.nan_to_num(video_end_s, nan=-np.inf)) - self.audio_start_s)
         has_both = audio is not None and frame_store is not None
         self.lag_s = clip_io.audio_lag_from_times(self.video_start_s, audio, self.num_samples) if has_both else 0.0
 
@@ -114,8 +122,9 @@ def open_source(path: os.PathLike | str, *, video: bool = True, track: int | Non
 def source_from_clip(clip: clip_io.Clip) -> Source:
     """A clip in memory as a Source."""
     audio = clip.audio and clip_io.Audio(
-        _AudioInMemory(clip.audio.samples), clip.audio.rate, clip.audio.start_s, clip.audio.subtype, clip.audio.codec
-    )
+        _AudioInMemory(clip.audio.samples), clip.audio.rate, clip.audio.start_s, clip.audio.subtype, clip.audio.codec,
+        clip.audio.missing, clip.audio.warnings,
+    )  # fmt: skip
     return Source(clip.path, audio, clip.video and _VideoInMemory(clip.video))
 
 
@@ -136,22 +145,20 @@ class _AudioInMemory:
 
 
 class _SpooledAudio:
-    """Audio store for AudioReader's `parts`: float32 in memory, long audio in an unnamed temporary file."""
+    """Audio store for AudioReader's `parts`: in memory as decoded, long audio in an unnamed temporary file."""
 
     def __init__(self):
-        self.num_parts = self.num_samples = self.channels = 0
+        self.num_samples, self.channels, self.dtype = 0, 0, np.dtype(np.float32)
         self.file = tempfile.SpooledTemporaryFile(MAX_SPOOLED_BYTES)  # noqa: SIM115  close() closes it
 
-    def __len__(self) -> int:
-        return self.num_parts
-
     def append(self, part: np.ndarray) -> None:
-        self.file.write(np.ascontiguousarray(part, np.float32).tobytes())
-        self.num_parts, self.num_samples, self.channels = self.num_parts + 1, self.num_samples + len(part), part.shape[1]
+        self.file.write(np.ascontiguousarray(part).tobytes())
+        self.num_samples, self.channels, self.dtype = self.num_samples + len(part), part.shape[1], part.dtype
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        self.file.seek(4 * self.channels * start)
-        return np.frombuffer(bytearray(self.file.read(4 * self.channels * (stop - start))), np.float32).reshape(-1, self.channels)
+        frame_bytes = self.dtype.itemsize * self.channels
+        self.file.seek(frame_bytes * start)
+        return np.frombuffer(bytearray(self.file.read(frame_bytes * (stop - start))), self.dtype).reshape(-1, self.channels)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # closing flushes, which fails again where the disk was full
@@ -186,8 +193,7 @@ def _open_audio(file: Path) -> Source:
     try:
         opened = soundfile.SoundFile(os.fsencode(file))
     except (soundfile.SoundFileError, OSError) as e:
-        kind = file.suffix[1:].lower()
-        raise clip_io.MediaError(f"{file}: cannot be decoded as {kind} ({clip_io.one_line(e)}); check that it plays") from e
+        raise clip_io.MediaError(f"{file}: cannot be decoded ({clip_io.one_line(e)}); check that it plays") from e
     with contextlib.ExitStack() as on_error:
         on_error.enter_context(opened)
         dtype, subtype, codec = clip_io.audio_file_format(opened)
@@ -207,16 +213,20 @@ def _open_video(file: Path, want_video: bool, track: int | None) -> Source:
         spool = on_error.enter_context(contextlib.closing(_SpooledAudio()))
         try:
             with clip_io.open_container(file) as container:
-                video, audio = clip_io.select_streams(container, want_video, track=track)
+                video, audio = clip_io.select_streams(container, track=track)
                 number = 1 if audio is None else clip_io.track_number(container, audio)
-                video_file, reader = _VideoFile(file, video), clip_io.AudioReader(file, spool)
+                video_file, video_end = _VideoFile(file, video if want_video else None), clip_io.VideoEnd()
+                reader = clip_io.AudioReader(file, audio, clip_io.presentation_start(container, audio), spool)
                 wanted = [stream for stream in (video, audio) if stream is not None]
                 for packet in container.demux(wanted) if wanted else ():
-                    if video is not None and packet.stream.index == video.index:
-                        video_file.index(packet)
-                    else:
+                    if packet.stream_index != getattr(video, "index", None):
                         clip_io.decode_packet(packet, reader)
-                decoded = reader.result(audio, lambda parts: parts) if audio is not None else None
+                        continue
+                    video_end.add(packet)
+                    if want_video:
+                        video_file.index(packet)
+                end_s = video_end.seconds(video)
+                decoded = reader.result(end_s, lambda parts: parts) if audio is not None else None
             video_file = video_file if video_file.finish_index() else None
         except av.FFmpegError as e:
             reason = clip_io.one_line(e)
@@ -227,7 +237,7 @@ def _open_video(file: Path, want_video: bool, track: int | None) -> Source:
         if decoded is None and video_file is None:
             raise clip_io.no_stream_error(file, want_video, True)
         on_error.pop_all()
-    return Source(file, decoded, video_file, number)
+    return Source(file, decoded, video_file, number, end_s)
 
 
 # ---- video -----------------------------------------------------------------------------------------------------------------------
@@ -238,7 +248,7 @@ class _VideoInMemory:
 
     def __init__(self, video: clip_io.Video):
         self.decoded, self.fps, self.start_s = video, video.fps, video.start_s
-        self.size = video.rgb.shape[2:0:-1]
+        self.size, self.is_still = video.rgb.shape[2:0:-1], len(video.rgb) == 1
 
     def read(self, start_s: float, end_s: float) -> clip_io.Video:
         in_range = (self.decoded.times >= start_s) & (self.decoded.times < end_s)
@@ -246,17 +256,17 @@ class _VideoInMemory:
 
 
 class _TimeReader:
-    """Collects the times of decoded frames and the size of the first one, without the images."""
+    """Collects the times of decoded frames and the size at which the first one is shown, without the images."""
 
-    def __init__(self):
-        self.seconds, self.size = [], (0, 0)
+    def __init__(self, aspect: Fraction | None = None):
+        self.seconds, self.size, self.aspect = [], (0, 0), aspect
 
-    def note_missing(self) -> None:
+    def note_missing(self, packet: av.Packet) -> None:
         pass
 
     def add(self, frame: av.VideoFrame) -> None:
         self.seconds.append(clip_io.frame_time(frame))
-        self.size = self.size if len(self.seconds) > 1 else (frame.width, frame.height)
+        self.size = self.size if len(self.seconds) > 1 else frame_geometry.shown_size(frame, self.aspect)
 
 
 class _RangeReader:
@@ -264,13 +274,13 @@ class _RangeReader:
 
     def __init__(self, video_file: _VideoFile, start_s: float, end_s: float, times: np.ndarray | None = None):
         self.video_file, self.start_s, self.end_s, self.times = video_file, start_s, end_s, times
-        self.reader = clip_io.FrameReader(video_file.file, video_file.max_bytes)
+        self.reader = clip_io.FrameReader(video_file.file, video_file.max_bytes, video_file.aspect, video_file.size)
         self.count, self.last = 0, None
         if times is not None:
             self.last = np.flatnonzero((times >= start_s) & (times < end_s)).max(initial=-1)
         self.is_done, self.has_unknown_times = self.last == -1, False
 
-    def note_missing(self) -> None:
+    def note_missing(self, packet: av.Packet) -> None:
         pass
 
     def add(self, frame: av.VideoFrame) -> None:
@@ -314,13 +324,16 @@ class _VideoFile:
     def __init__(self, file: Path, stream: av.VideoStream | None):
         self.file, self.has_ordered_times, self.times = file, True, None
         self.keys, self.keys_by_fingerprint, self.packet_pts = [], {}, array.array("q")
-        self.first, self.fps, self.size, self.start_s = _TimeReader(), 0.0, (0, 0), 0.0
+        self.aspect = stream.sample_aspect_ratio if stream is not None else None
+        self.first, self.fps, self.size, self.start_s = _TimeReader(self.aspect), 0.0, (0, 0), 0.0
+        self.num_packets, self.is_still = 0, False
         if stream is not None:
             clip_io.FrameReader(file, self.max_bytes).check_size(stream)
             self.fps, self.tick_s = clip_io.frame_rate(stream), stream.time_base
 
     def index(self, packet: av.Packet) -> None:
         """Records the next packet of the file."""
+        self.num_packets += packet.size > 0
         if packet.size and self.has_ordered_times:
             self.has_ordered_times = packet.pts is not None and (len(self.keys) < 2 or packet.pts > self.keys[-2].pts)
         if packet.size and self.has_ordered_times:
@@ -336,6 +349,7 @@ class _VideoFile:
         self.size, seconds = self.first.size, np.array(self.first.seconds)
         if not len(seconds):
             return False
+        self.is_still = self.num_packets == 1
         if self.has_ordered_times and not np.isnan(seconds).any():
             self.start_s = float(seconds.min())
         else:
