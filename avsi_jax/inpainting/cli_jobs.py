@@ -19,7 +19,7 @@ from avsi_jax.inpainting.gap_text import AUTO, parse_gap
 
 RESTORED_MARK = ".restored"  # outputs are named STEM.restored.SUFFIX; such files are skipped when a folder is searched
 OUTPUT_SUFFIXES = (".wav", ".flac", ".mkv", ".mp4", ".mov", ".mpg", ".mpeg")
-LOSSLESS = (".wav", ".flac", ".mkv", ".mp4", ".mov")  # hold audio without loss; other kinds of clips are written as .mkv
+LOSSLESS = (".wav", ".flac", ".mkv", ".mp4", ".mov")  # hold audio without loss
 AUDIO = (".wav", ".flac")
 UNSUPPORTED_OUTPUTS = (".avi", ".mp3", ".m4a", ".aac", ".ogg", ".opus", ".webm", ".wmv", ".aiff")  # not taken for folder names
 FORMATS = ("same", "wav", "flac", "mkv", "mp4", "mov", "mpg")
@@ -112,15 +112,15 @@ def _in_folder(folder: Path) -> list[tuple[Path, Path]]:
     """The clips below a folder, sorted by name, with their paths relative to it; without hidden and restored files."""
     from avsi_jax.media import clip_io
 
-    suffixes, clips = clip_io.VIDEO_SUFFIXES + clip_io.AUDIO_SUFFIXES, []
+    clips = []
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in IGNORED_FOLDERS)
         for name in sorted(files):
             path = Path(parent, name)
-            if not name.startswith(".") and path.suffix.lower() in suffixes and not path.stem.endswith(RESTORED_MARK):
+            if not name.startswith(".") and path.suffix.lower() in clip_io.MEDIA_SUFFIXES and not path.stem.endswith(RESTORED_MARK):
                 clips.append((path, path.relative_to(folder)))
     if not clips:
-        raise ValueError(f"{folder}: found no clip in this folder, expected files with one of {' '.join(suffixes)}")
+        raise ValueError(f"{folder}: found no clip in this folder, expected files with one of {' '.join(clip_io.MEDIA_SUFFIXES)}")
     return clips
 
 
@@ -144,7 +144,7 @@ def plan(
         folder = _output_folder(output, len(clips))
         targets = [folder / target for target in _targets(clips, form)]
     jobs = [
-        Job(clip, target, _gaps_of(clip, gaps, table or {}), _problem_of(clip, target))
+        Job(clip, target, _gaps_of(clip, gaps, table or {}), _problem_of(clip))
         for (clip, _), target in zip(clips, targets, strict=True)
     ]
     _refuse_targets(jobs)
@@ -202,10 +202,19 @@ def _suffix_of(clip: Path, form: str) -> str:
     return default_suffix(clip) if form == "same" else f".{form}"
 
 
-def default_suffix(clip: Path) -> str:
-    """The suffix of the output unless another format is asked for: one that keeps the samples outside the gaps bit for bit."""
+def default_suffix(clip: Path, has_video: bool | None = None) -> str:
+    """The suffix of the output unless another format is asked for: one that keeps the samples outside the gaps bit for bit.
+
+    That of the clip where its format is lossless and can hold what the clip holds, else .mkv with video and .wav without.
+    has_video: whether the clip has video besides a cover image; None: the header of the file says so.
+    """
+    from avsi_jax.media import muxing
+
     own = clip.suffix.lower()
-    return own if own in LOSSLESS else ".mkv"
+    if own in LOSSLESS and own not in AUDIO:
+        return own
+    has_video = muxing.has_video(clip) if has_video is None else has_video
+    return ".mkv" if has_video else own if own in AUDIO else ".wav"
 
 
 def _gaps_of(clip: Path, gaps: Spans | str, table: Mapping[str, Spans]) -> Spans | str:
@@ -215,16 +224,14 @@ def _gaps_of(clip: Path, gaps: Spans | str, table: Mapping[str, Spans]) -> Spans
     return own
 
 
-def _problem_of(clip: Path, target: Path) -> str:
-    """Why a clip cannot be restored into the target, as far as the names show; '' if it can."""
+def _problem_of(clip: Path) -> str:
+    """Why a clip cannot be restored, as far as that is known without opening it; '' if nothing is known."""
     from avsi_jax.media import clip_io
 
     try:
         clip_io.check_file(clip)
     except (ValueError, OSError) as error:
         return str(error)
-    if clip.suffix.lower() in AUDIO and target.suffix.lower() not in AUDIO:
-        return f"{clip}: has no video for a {target.suffix}; expected a target of {' or '.join(AUDIO)}"
     return ""
 
 

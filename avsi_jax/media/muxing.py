@@ -89,6 +89,19 @@ def write_clip(
     return warnings
 
 
+def has_video(path: os.PathLike | str) -> bool:
+    """Whether a file has video besides a cover image, by its header; by its suffix where it cannot be opened."""
+    import av
+
+    try:
+        if clip_io.is_audio_file(clip_io.check_file(path)):
+            return False
+        with clip_io.open_container(path) as container:
+            return clip_io.select_streams(container)[0] is not None
+    except (av.FFmpegError, ValueError, OSError):
+        return Path(path).suffix.lower() in clip_io.VIDEO_SUFFIXES
+
+
 def _writer_for(source: SourceProperties, target: Path) -> Callable:
     suffix = target.suffix.lower()
     if not source.num_samples:

@@ -4,10 +4,13 @@ import itertools
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 from avsi_jax.inpainting import api, cli_jobs
 from tests.support.fake_inpainter import run, touch
+from tests.support.video_files import write_video
 
 
 class NameWriter:
@@ -74,3 +77,25 @@ def test_other_outputs_have_short_names(work):
     touch("a.mpg", "b.avi", "x/c.wav")
     jobs = cli_jobs.plan(["a.mpg", "b.avi", "x/c.wav"], gaps=[(1.0, 2.0)])
     assert [str(job.target) for job in jobs] == ["a.restored.mkv", "b.restored.mkv", "c.restored.wav"]
+
+
+@pytest.mark.parametrize(
+    ("name", "has_video", "suffix"),
+    [
+        ("a.mpg", True, ".mkv"), ("a.TS", True, ".mkv"), ("a.ogg", True, ".mkv"), ("a.wav", True, ".mkv"), ("a.MOV", True, ".mov"),
+        ("a.mp4", False, ".mp4"), ("a.webm", False, ".wav"), ("a.m4a", False, ".wav"), ("a.flac", False, ".flac"),
+        ("noname", False, ".wav"),
+    ],
+)  # fmt: skip
+def test_the_default_output_is_lossless_and_holds_the_video(name, has_video, suffix):
+    assert cli_jobs.default_suffix(Path(name), has_video) == suffix
+
+
+def test_the_content_of_a_clip_decides_whether_its_default_output_holds_video(tmp_path):
+    """The same video under three names, and audio in a container that is mostly used for video."""
+    video = write_video(tmp_path / "talk.webm", "mpeg4", "pcm_s16le", container="matroska")
+    for name in ("talk.m4a", "talk.wav", "talk"):
+        (tmp_path / name).write_bytes(video.read_bytes())
+        assert cli_jobs.default_suffix(tmp_path / name) == ".mkv", name
+    soundfile.write(tmp_path / "voice.avi", np.zeros(8000), 8000, format="WAV")
+    assert cli_jobs.default_suffix(tmp_path / "voice.avi") == ".wav"

@@ -43,8 +43,8 @@ def test_the_line_lists_at_most_three_gaps(fake, capsys):
 
 
 def test_an_error_in_one_clip_does_not_stop_the_others(fake, capsys):
-    """Junk, a missing file, a file that is not a clip, one that is too large, and a bug."""
-    names = ["a.wav", "junk.wav", "none.wav", "notes.txt", "huge.wav", "bug.wav", "z.wav"]
+    """Junk, a missing file, one that is too large, and a bug."""
+    names = ["a.wav", "junk.wav", "none.wav", "huge.wav", "bug.wav", "z.wav"]
     touch(*(n for n in names if n != "none.wav"))
     assert run(*names, "-o", "out") == 1
     printed = capsys.readouterr()
@@ -52,9 +52,8 @@ def test_an_error_in_one_clip_does_not_stop_the_others(fake, capsys):
     lines = printed.err.splitlines()
     assert lines[0] == "avsi-inpaint: junk.wav: cannot be decoded (found nothing)"
     assert lines[1].startswith("avsi-inpaint: none.wav: ")
-    assert lines[2].startswith("avsi-inpaint: notes.txt: ") and "'.txt'" in lines[2]
-    assert lines[3].startswith("avsi-inpaint: huge.wav: ") and "memory" in lines[3]
-    assert lines[4].startswith("avsi-inpaint: bug.wav: unexpected KeyError at fake_inpainter.py:") and len(lines) == 5
+    assert lines[2].startswith("avsi-inpaint: huge.wav: ") and "memory" in lines[2]
+    assert lines[3].startswith("avsi-inpaint: bug.wav: unexpected KeyError at fake_inpainter.py:") and len(lines) == 4
 
 
 def test_if_all_clips_fail_nothing_is_left_behind(fake):
