@@ -9,6 +9,7 @@ A clip that can't become a record raises UnusableClipError. One that can, but ha
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import os
@@ -230,7 +231,7 @@ def _without_filled_ends(clip: clip_io.Clip) -> clip_io.Clip:
         return clip
     first, last = 0, len(clip.audio.samples)
     for start, stop in clip.audio.missing:
-        if 0 < start and stop < len(clip.audio.samples):
+        if start > 0 and stop < len(clip.audio.samples):
             at_s = start / clip.audio.rate
             raise clip_io.MediaError(f"{clip.path}: audio is missing at {at_s:.2f} s; download the file again")
         first, last = (stop, last) if start == 0 else (first, start)

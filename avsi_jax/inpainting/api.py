@@ -34,7 +34,7 @@ LOG_MEL_PAD_S = 3.0  # their audio is padded to this, twice this, ...: few shape
 
 @dataclasses.dataclass(frozen=True)
 class Gap:
-    """A restored gap, in seconds of the clip's audio.
+    """A restored gap, in seconds from the start of the clip as a player shows it.
 
     confidence: 0 to 1, from the quality measured for gaps of this length (inpainting/confidence.py).
     transcript: the predicted text around the gap, as the most likely sentence of the Grid corpus; '' if the system has no text head
@@ -109,11 +109,16 @@ def clip_of(samples: np.ndarray, rate: int, *, rgb: np.ndarray | None = None, fp
     from avsi_jax.media import clip_io
 
     samples = np.asarray(samples)
+    if samples.dtype == np.uint8:
+        raise ValueError("found audio of uint8, expected floats or signed integers; use (samples.astype(np.int16) - 128) / 128")
     if samples.ndim not in (1, 2) or samples.dtype.kind not in "fi":
-        raise ValueError(f"found audio of shape {samples.shape} {samples.dtype}, expected (N,) or (N, C) of floats or integers")
+        raise ValueError(
+            f"found audio of shape {samples.shape} {samples.dtype}, expected (N,) or (N, C) of floats or signed integers"
+        )
     if samples.dtype.kind == "i":
         samples = samples / float(2 ** (8 * samples.dtype.itemsize - 1))
-    samples = np.asarray(samples.reshape(len(samples), -1), np.float32)
+    samples = np.asarray(samples if samples.ndim == 2 else samples[:, None], np.float32)
+    clip_io.check_samples(samples)
     if not (rate == int(rate) and rate > 0 and fps > 0):
         raise ValueError(f"found {rate} Hz and {fps} frames per second, expected a whole number of hertz, both above 0")
     video = None
@@ -151,9 +156,6 @@ class Inpainter:
 
     def __init__(self, restorer: Restorer, measured: Mapping | None = None):
         """measured: facts['measured'] of the weights, from which `Gap.confidence` is computed."""
-        from avsi_jax.runtime import compilation_cache
-
-        compilation_cache.enable()
         self.restorer = restorer
         self.measured = measured or {}
         self._tracker = None
@@ -167,9 +169,7 @@ class Inpainter:
         Raises ValueError if there is nothing to load there.
         """
         from avsi_jax.inference import weights
-        from avsi_jax.runtime import compilation_cache
 
-        compilation_cache.enable()
         if folder := weights.locate(checkpoint):
             return cls._from_weights(folder)
         return cls.from_workdir(checkpoint)
@@ -193,9 +193,7 @@ class Inpainter:
     def from_workdir(cls, workdir: str | Path, which: str = "best") -> Inpainter:
         """Loads a system trained in `workdir`; which: 'best', 'last' or a training step. Raises checkpoints.CheckpointError."""
         from avsi_jax.inference.restorer import Restorer
-        from avsi_jax.runtime import compilation_cache
 
-        compilation_cache.enable()
         return cls(Restorer.from_workdir(workdir, which))
 
     def inpaint(
@@ -203,11 +201,11 @@ class Inpainter:
     ) -> Repair:
         """Restores the gaps in a clip.
 
-        gaps: (start, end) pairs in seconds of the clip's audio, or 'auto' to detect them. face: which of several faces to track,
-        counted from 0 at the left; by default the largest. sync: 'off'; 'auto' to correct an A/V offset that is measured reliably;
-        or a known offset in seconds, positive if the audio lags the video by more than the clip's time stamps say.
-        track: which audio track of a file to restore, counted from 1; by default the one that the file marks as default, or the
-        first.
+        gaps: (start, end) pairs in seconds from the start of the clip as a player shows it, or 'auto' to detect them. face: which
+        of several faces to track, counted from 0 at the left; by default the largest. sync: 'off'; 'auto' to correct an A/V offset
+        that is measured reliably; or a known offset in seconds, positive if the audio lags the video by more than the clip's time
+        stamps say. track: which audio track of a file to restore, counted from 1; by default the one that the file marks as
+        default, or the first.
 
         Raises ValueError for gaps that do not fit the clip, for a clip without any usable input, and (NoGapFoundError) if 'auto'
         detects no gap; clip_io.MediaError for a clip that cannot be read, has no audio, or lacks the video that the system needs;
@@ -279,6 +277,9 @@ class Inpainter:
         """Any kind of clip as a Source. A Source passed in stays open; of it, and of a Clip, the track is chosen already."""
         from avsi_jax.media import clip_io, clip_source
 
+        if not isinstance(clip, str | Path | clip_io.Clip | clip_source.Source):
+            kind = type(clip).__name__
+            raise ValueError(f"found a clip of type {kind}, expected a file name, or clip_of(samples, rate) for an array")
         if isinstance(clip, clip_source.Source | clip_io.Clip) and track is not None:
             raise ValueError(f"track {track}: expected a file name as the clip; choose the track where you open the clip")
         if isinstance(clip, clip_source.Source):
@@ -300,7 +301,7 @@ class Inpainter:
                 raise ValueError(f"gaps {gaps!r}: expected (start, end) pairs in seconds, or 'auto'")
             spans = clip_inpainter.detected_gaps(source)
         else:
-            spans = clip_inpainter.check_gaps(gaps, source.num_samples, source.rate)
+            spans = clip_inpainter.check_gaps(gaps, source.num_samples, source.rate, source.end_s)
         face_models = self._face_models(source) if self.restorer.system.uses_video else None
         return clip_inpainter.ClipInpainter(
             source, spans, self.restorer, face_models, self.measured, face=face, sync=sync, streaming=streaming
@@ -311,7 +312,7 @@ class Inpainter:
         from avsi_jax.inpainting import clip_inpainter
 
         with self._lock:
-            if self._tracker is None and source.has_video:
+            if self._tracker is None and source.has_video and not source.is_still:
                 self._tracker = landmarks.FaceTracker()
         return clip_inpainter.FaceModels(self._tracker, self._mouth_visible or mouth_visibility.mouth_visible, self._lock)
 

@@ -281,7 +281,9 @@ def run(args: argparse.Namespace, command: str, outcomes: list[ClipOutcome]) -> 
 
 def _load(checkpoint: str) -> Inpainter:
     from avsi_jax.inpainting.api import Inpainter
+    from avsi_jax.runtime import compilation_cache
 
+    compilation_cache.enable()
     return Inpainter.load(checkpoint)
 
 

@@ -25,6 +25,11 @@ PHASE_WARNING = (
     "with its own sign"
 )
 MAX_OFFSET_S = 5.0  # the largest A/V offset that may be given
+MEASURED_AROUND_S = (0.0, 5.0, 13.0)  # on either side of the first window, in turn until the A/V offset is measured
+# Samples that the file lacks are gaps from this length on, between others and at the ends of the clip; shorter ones are usual there
+# or between joined recordings, and count by the rules of gap_detection. MAX_GAP_S of gap_detection is the longest.
+MIN_MISSING_S, MIN_MISSING_AT_END_S = 0.03, 0.15
+MAX_NAMED = 3  # missing spans that one warning names
 
 
 class NoGapFoundError(ValueError):
@@ -65,7 +70,8 @@ class ClipInpainter:
         self.source, self.restorer, self.measured = source, restorer, measured
         self.masked = MaskedAudio(source, spans)
         self.tracks, self.av_offset_s, self._sync = None, None, _checked_sync(sync)
-        self._streaming, self._inpainted, self._warnings, self._phase_warned = streaming, {}, [], False
+        self._streaming, self._inpainted, self._phase_warned = streaming, {}, False
+        self._warnings = [*source.warnings, *_warnings_of_missing(source, spans)]
         if face_models is not None:
             self._add_tracks(face_models, face)
         spec = restorer.spec
@@ -75,31 +81,51 @@ class ClipInpainter:
 
     def _add_tracks(self, face_models: FaceModels, face: int | None) -> None:
         video_optional = self.restorer.system.handles_missing_streams
-        if self.source.has_video:
+        problem = "no video" if not self.source.has_video else "a video of one image" if self.source.is_still else ""
+        if not problem:
             self.tracks = face_tracks.FaceTracks(
                 self.source, *face_models, self.seconds, face=face, face_required=not video_optional
             )
         elif video_optional:
-            self._warnings.append("no video: restored from the audio alone")
+            self._warnings.append(f"{problem}: restored from the audio alone")
         else:
             raise clip_io.MediaError(
-                f"{self.source.path} has no video; {self.restorer.name} needs it; use a_si or av_unified, which do not"
+                f"{self.source.path} has {problem}; {self.restorer.name} needs it; use a_si or av_unified, which do not"
             )
 
     def begin(self) -> None:
         """Tracks the face in the first windows and measures the A/V offset."""
         if self.tracks is None:
+            if self._sync == "auto":
+                self._warnings.append("the A/V offset was not measured: no video is used")
             return
         if isinstance(self._sync, float):
             self.tracks.lag_s += self._sync
         window_inpainter.track_faces(self.window_inpainters[: window_inpainter.BATCH_SIZES[-1]])
-        began = time.perf_counter()
-        measured = face_tracks.measure_av_offset(self.tracks, self.masked)
-        self.seconds["landmarks"] += time.perf_counter() - began
+        measured = self._measured_offset()
         if measured.certainty >= av_sync.MIN_CERTAINTY:
             given_s = self._sync if isinstance(self._sync, float) else 0.0
             self.av_offset_s = float(measured.offset_s + given_s)
             self._handle_offset(measured, given_s)
+        elif self._sync == "auto":
+            reason = "the audio does not clearly follow the mouth" if self.tracks.ever_visible else "no mouth is visible"
+            self._warnings.append(
+                f"the A/V offset could not be measured around the first gap ({reason}): not corrected; if the audio lags, give its "
+                "seconds as sync"
+            )
+
+    def _measured_offset(self) -> av_sync.OffsetEstimate:
+        """The A/V offset around the first gap. To correct it, the face is tracked further around until the estimate is certain."""
+        start_s, end_s = self.window_inpainters[0].interval
+        for around_s in MEASURED_AROUND_S if self._sync == "auto" else (0.0,):
+            if around_s:
+                self.tracks.track([self.tracks.interval(start_s - around_s, end_s + around_s)])
+            began = time.perf_counter()
+            measured = face_tracks.measure_av_offset(self.tracks, self.masked)
+            self.seconds["landmarks"] += time.perf_counter() - began
+            if measured.certainty >= av_sync.MIN_CERTAINTY:
+                break
+        return measured
 
     def _handle_offset(self, measured: av_sync.OffsetEstimate, given_s: float) -> None:
         """Corrects the measured A/V offset if asked to, and warns of one that is large enough to matter."""
@@ -195,42 +221,68 @@ def _checked_sync(sync: str | float) -> str | float:
     return float(sync)
 
 
-def check_gaps(gaps: Sequence[tuple[float, float]], num_samples: int, rate: int) -> list[tuple[int, int]]:
+def check_gaps(gaps: Sequence[tuple[float, float]], num_samples: int, rate: int, end_s: float = 0.0) -> list[tuple[int, int]]:
     """(start, end) pairs in seconds -> [start, end) in samples of the clip's own rate, sorted, overlapping gaps merged.
 
-    Raises ValueError that names the gap that does not fit and the reason.
+    end_s: of the clip, where its video ends later than its audio: a gap may end there. Raises ValueError that names the gap that
+    does not fit and the reason.
     """
     duration = num_samples / rate
     spans = []
-    for start, end in sorted(gaps):
+    for start, end in _pairs(gaps):
         if not 0 <= start < end:
             raise ValueError(f"gap {start:g}-{end:g}: expected START-END in seconds with 0 <= START < END")
-        if start >= duration or end > duration + 0.5 / rate:
+        if start >= duration or end > max(duration, end_s) + 0.5 / rate:
             raise ValueError(f"gap {start:g}-{end:g} s is not inside the clip, whose audio is {duration:.3f} s long")
         spans.append((round(start * rate), min(round(end * rate), num_samples)))
         if spans[-1][0] == spans[-1][1]:
             raise ValueError(f"gap {start:g}-{end:g} s contains no sample at {rate} Hz")
     if not spans:
         raise ValueError("no gap given; expected at least one, such as --gap 0.93-1.73")
-    merged = [spans[0]]
-    for start, end in spans[1:]:
-        if start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    return merged
+    return window_plan.merged(spans)
+
+
+def _pairs(gaps: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The gaps, sorted. Raises ValueError for anything but pairs of numbers."""
+    try:
+        return sorted((float(start), float(end)) for start, end in gaps)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"gaps {repr(gaps)[:60]}: expected a list of (start, end) pairs in seconds, such as [(0.9, 1.7)]"
+        ) from None
 
 
 def detected_gaps(source: Source) -> list[tuple[int, int]]:
-    """The gaps detected in a clip, [start, end) in samples of its own rate. Raises NoGapFoundError if there are none."""
+    """The gaps detected in a clip, [start, end) in samples of its own rate. Raises NoGapFoundError if there are none.
+
+    Besides those of gap_detection, these are the samples that the file lacks: they need not be recognised by their silence.
+    """
     from avsi_jax.audio import gap_detection
 
     detector = gap_detection.GapDetector(source.rate)
     detected = [gap for _, block in source.blocks(max(1, round(BLOCK_S * source.rate))) for gap in detector.feed(block)]
     spans = [(gap.start, gap.end) for gap in (*detected, *detector.end())]
+    longest = gap_detection.MAX_GAP_S * source.rate
+    spans += [(start, end) for start, end in _missing_spans(source) if end - start <= longest]
     if not spans:
         raise NoGapFoundError(
             f"{source.path}: no gap detected; expected digital silence, lost or repeated packets or clipped bursts in speech; "
             "give it with --gap START-END"
         )
-    return spans
+    return window_plan.merged(spans)
+
+
+def _missing_spans(source: Source) -> list[tuple[int, int]]:
+    """The samples that a file lacks, as [start, end), where they are long enough to be a gap."""
+    shortest = {True: MIN_MISSING_AT_END_S * source.rate, False: MIN_MISSING_S * source.rate}
+    return [(start, end) for start, end in source.missing if end - start >= shortest[start == 0 or end == source.num_samples]]
+
+
+def _warnings_of_missing(source: Source, spans: list[tuple[int, int]]) -> list[str]:
+    """A warning of samples that the file lacks and that are not restored, since they are not among the gaps `spans`."""
+    left = [(a / source.rate, b / source.rate) for span in _missing_spans(source) for a, b in window_plan.without(span, spans)]
+    if not left:
+        return []
+    named = ", ".join(f"{a:.2f}-{b:.2f} s" for a, b in left[:MAX_NAMED])
+    more = f" and {len(left) - MAX_NAMED} more" if len(left) > MAX_NAMED else ""
+    return [f"the file has no audio at {named}{more}: silent there, since no gap covers it"]

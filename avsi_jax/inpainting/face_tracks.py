@@ -17,7 +17,7 @@ import numpy as np
 
 from avsi_jax.face import av_sync
 from avsi_jax.inpainting import window_plan
-from avsi_jax.media import channels
+from avsi_jax.media import channels, clip_io
 from avsi_jax.presets import GRID_FPS, NUM_LANDMARKS
 
 if TYPE_CHECKING:
@@ -85,9 +85,15 @@ class FaceTracks:
         count = max(1, int(np.ceil((end - start) / longest)))
         cuts = np.linspace(start, end, count + 1).tolist()
         for a, b in zip(cuts, cuts[1:]):
-            with self._timed("decode"):
-                video = self.source.video(a, b)
-            if len(video.times):
+            try:
+                with self._timed("decode"):
+                    video = self.source.video(a, b)
+            except clip_io.FrameSizeError:
+                if self.face_required and not self.ever_visible:
+                    raise
+                self._notes.append(_from_time(a, "the size of the frames changes: restored from the audio alone"))
+                video = None
+            if video is not None and len(video.times):
                 with self._timed("landmarks"):
                     self._segments.append((a, b, self._track_segment(video)))
             else:
@@ -122,7 +128,7 @@ class FaceTracks:
         return TrackedFrames(np.zeros((count, NUM_LANDMARKS, 2), np.float32), np.zeros(count, bool), video.times)
 
     def _with_time(self, video: Video, note: str) -> str:
-        return note if video.times[0] < MIN_SEGMENT_S else f"from {video.times[0]:.1f} s on: {note}"
+        return _from_time(video.times[0], note)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -173,8 +179,14 @@ class FaceTracks:
     @contextlib.contextmanager
     def _timed(self, part: str) -> Iterator[None]:
         began = time.perf_counter()
-        yield
-        self._seconds[part] += time.perf_counter() - began
+        try:
+            yield
+        finally:
+            self._seconds[part] += time.perf_counter() - began
+
+
+def _from_time(start_s: float, note: str) -> str:
+    return note if start_s < MIN_SEGMENT_S else f"from {start_s:.1f} s on: {note}"
 
 
 def measure_av_offset(tracks: FaceTracks, masked: MaskedAudio) -> av_sync.OffsetEstimate:
@@ -187,7 +199,8 @@ def measure_av_offset(tracks: FaceTracks, masked: MaskedAudio) -> av_sync.Offset
     samples, start_s = masked.read_native(start, stop), start / masked.rate
     if channels.cancel_in_mean(samples):
         samples = channels.downmix(samples)[:, None]
-    gaps = [(a / masked.rate - start_s, b / masked.rate - start_s) for a, b in masked.spans if a < stop and b > start]
+    missing = (*masked.spans, *masked.source.missing)
+    gaps = [(a / masked.rate - start_s, b / masked.rate - start_s) for a, b in missing if a < stop and b > start]
     return av_sync.estimate_offset(frames.landmarks, frames.valid, frames.times, samples, masked.rate, gaps, tracks.lag_s - start_s)
 
 

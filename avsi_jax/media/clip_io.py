@@ -197,6 +197,16 @@ def read_frames(
     return Video(np.stack(reader.rgb), fps, 0.0, np.array(reader.seconds))
 
 
+def check_samples(samples: np.ndarray) -> None:
+    """Raises ValueError for audio that is not (N, C) of floats, with at least as many samples as channels."""
+    if samples.ndim != 2 or samples.dtype.kind != "f":
+        raise ValueError(f"found audio of shape {samples.shape} {samples.dtype}, expected (N, C) of floats")
+    if not samples.size:
+        raise ValueError(f"found audio of shape {samples.shape}, which has no samples; expected (N, C)")
+    if samples.shape[0] < samples.shape[1]:
+        raise ValueError(f"found audio of shape {samples.shape}, which looks like (C, N); expected (N, C): use samples.T")
+
+
 def mono(samples: np.ndarray) -> np.ndarray:
     """Mean of the channels, (N, C) -> (N,) float32 (a decoder's own downmix scales by 1.41 and clips)."""
     return np.asarray(samples, np.float32).mean(axis=1, dtype=np.float64).astype(np.float32)

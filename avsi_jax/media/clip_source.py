@@ -120,7 +120,9 @@ def open_source(path: os.PathLike | str, *, video: bool = True, track: int | Non
 
 
 def source_from_clip(clip: clip_io.Clip) -> Source:
-    """A clip in memory as a Source."""
+    """A clip in memory as a Source. Raises ValueError for audio that is not (N, C) of floats."""
+    if clip.audio is not None:
+        clip_io.check_samples(clip.audio.samples)
     audio = clip.audio and clip_io.Audio(
         _AudioInMemory(clip.audio.samples), clip.audio.rate, clip.audio.start_s, clip.audio.subtype, clip.audio.codec,
         clip.audio.missing, clip.audio.warnings,

@@ -1,5 +1,7 @@
 """Keeps the programs that jax compiles for inpainting from one process to the next: the first clip starts seconds earlier.
 
+It changes settings of jax for the whole process, so it is for commands, not for functions of the library.
+
 JAX_COMPILATION_CACHE_DIR and jax's own setting of that name take precedence. Without a writable folder programs are simply
 compiled in every process. jax writes an entry in place and never overwrites an existing one, so truncated entries (full disk,
 killed process) have to be removed here.
@@ -15,6 +17,8 @@ import zlib
 from pathlib import Path
 
 MIN_COMPILE_S = 0.1  # programs that compile faster are not kept
+MAX_BYTES = 2**28  # of all entries that are kept at the start of a process, the newest; inpainting needs a tenth of it
+READ_BYTES = 2**20  # of an entry at once
 
 
 def default_folder() -> Path:
@@ -39,17 +43,35 @@ def enable() -> None:
 
 
 def remove_truncated_entries(folder: Path) -> None:
-    """Removes incomplete entries. Recognises those compressed with zlib, which jax uses where zstandard is not installed."""
-    for entry in folder.glob("*-cache"):
+    """Removes incomplete entries, and the oldest beyond MAX_BYTES in all.
+
+    Recognises incomplete entries compressed with zlib, which jax uses where zstandard is not installed.
+    """
+    total = 0
+    for entry in sorted(folder.glob("*-cache"), key=_modified_s, reverse=True):
         with contextlib.suppress(OSError):
-            data, stream = entry.read_bytes(), zlib.decompressobj()
-            is_complete = bool(data)
-            if data[:1] == b"\x78":
-                with contextlib.suppress(zlib.error):
-                    stream.decompress(data)
-                is_complete = stream.eof
-            if not is_complete:
+            total += entry.stat().st_size
+            if total > MAX_BYTES or not _is_complete(entry):
                 entry.unlink()
+
+
+def _modified_s(entry: Path) -> float:
+    try:
+        return entry.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _is_complete(entry: Path) -> bool:
+    with entry.open("rb") as file:
+        data, stream = file.read(READ_BYTES), zlib.decompressobj()
+        if data[:1] != b"\x78":
+            return bool(data)
+        with contextlib.suppress(zlib.error):
+            while data and not stream.eof:
+                stream.decompress(data)
+                data = file.read(READ_BYTES)
+        return stream.eof
 
 
 def _processor_hash() -> str:
