@@ -1,4 +1,4 @@
-"""asr, the recogniser that scores restored words: clean audio -> 5 convolutions -> phones by CTC (docs/asr_judge.md).
+"""asr, the recognizer that scores restored words: clean audio -> 5 convolutions -> phones by CTC (docs/asr_judge.md).
 
 avsi-train --config=asr --workdir=DIR --config.data_dir=DATA
 """

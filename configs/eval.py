@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Gap lengths, ms. (): those of the suite; for 'lengths' 300, 600, 900, 1200, 1500, 2000, 2500 and 3000 (the whole clip).
     config.gap_ms = ()
     config.checkpoint = "best"  # best (by validation), last, or a training step
-    config.judge = ""  # workdir of a recogniser (avsi-train --config=asr) that transcribes the words in the gaps; empty: none
+    config.judge = ""  # workdir of a recognizer (avsi-train --config=asr) that transcribes the words in the gaps; empty: none
     config.batch_size = 16  # clips
     config.max_clips = 0  # clips evaluated at most; 0: the whole split
     config.other_video = True  # also restore each clip with another clip's video, where the suite has a row for it; half the time

@@ -24,7 +24,7 @@ from avsi_jax.models.lstm import BidirectionalLSTM
 class Output(NamedTuple):
     """What a network returns."""
 
-    level: jax.Array | None  # (B, F, K) restored spectrogram; None for a recogniser
+    level: jax.Array | None  # (B, F, K) restored spectrogram; None for a recognizer
     logits: jax.Array | None = None  # (B, S, L) of the CTC head; None without one
     num_steps: jax.Array | None = None  # (B,) valid time steps of the logits
 
@@ -241,7 +241,7 @@ class System(NamedTuple):
     uses_video: bool
     has_ctc_head: bool
     options: frozenset[str]  # the fields of OPTIONS that it supports
-    restores: bool = True  # False: a recogniser
+    restores: bool = True  # False: a recognizer
     handles_missing_streams: bool = False  # trained with clips without a face or with all audio masked
 
 

@@ -94,7 +94,7 @@ def make_objective(config: ConfigDict, normalisation: Normalisation | None = Non
         return Objective(total, terms, features, output)
 
     def draw_gaps(key, drop_audio_key, batch, step):
-        """Gaps (B, G, 2) of the batch; none for a recogniser."""
+        """Gaps (B, G, 2) of the batch; none for a recognizer."""
         if not system.restores:
             return jnp.zeros((len(batch["audio"]), 1, 2), jnp.int32)
         options = {k: v for k, v in config.gaps.items() if k not in ("protocol", "curriculum_steps")}

@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help=f"run: some of {', '.join(RUNS)} (default: all); add: NAME WORKDIR")
     parser.add_argument("--data_dir", default=os.environ.get("AVSI_DATA", ""), help="dataset written by avsi-prepare")
     parser.add_argument("--runs", type=Path, help="folder of the runs' workdirs, outside of the repository")
-    parser.add_argument("--judge", default="", help="workdir of a recogniser")
+    parser.add_argument("--judge", default="", help="workdir of a recognizer")
     args = parser.parse_args(argv)
     if unknown := sorted(set(args.names[: 1 if args.what == "add" else None]) - set(RUNS)):
         parser.error(f"no run {unknown[0]!r}; expected {', '.join(RUNS)}")

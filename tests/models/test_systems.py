@@ -91,7 +91,7 @@ def network(name):
 
 
 def main_output(output):
-    """The level, or the logits of a recogniser."""
+    """The level, or the logits of a recognizer."""
     return np.asarray(output.logits if output.level is None else output.level)
 
 

@@ -108,7 +108,7 @@ def test_drop_audio_masks_whole_clips_in_training_only(monkeypatch):
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_a_recogniser_gets_no_gaps(monkeypatch, train):
+def test_a_recognizer_gets_no_gaps(monkeypatch, train):
     no_augmentation = {"augment.speed": 0.0, "augment.gain_db": 0.0, "augment.trim": 0.0}
     config = config_of("asr", **no_augmentation, preset="paper", levels="preset")
     assert not gaps_of(monkeypatch, config, train=train)[0].any()
