@@ -2,8 +2,8 @@
 
 The audio comes in blocks and is written as it comes, in memory that does not grow with the clip. The A/V offset is kept: the new
 file has the lag of the source (Source.lag_s) within a millisecond, and shows it by presentation times, even where the source,
-an original Grid MPEG, does not. Video is never re-encoded. Other content of the source (other streams, chapters, titles) is not
-copied.
+an original Grid MPEG, does not. Video is never re-encoded. Other content of the source (other streams, chapters, tags) is copied
+where the target can hold it, and named in a warning where not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from avsi_jax.media import clip_io
+from avsi_jax.media import clip_io, stream_copy
 
 if TYPE_CHECKING:
     import av
@@ -36,7 +36,6 @@ PCM_CODECS = {
     "DOUBLE": ("pcm_f64le", "dbl"),
 }
 SAME_TIME_S = 1e-3
-MAX_TICK_S = Fraction(1, 1000)  # resolution of the written times
 MP2_RATES = (16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
 MP2_DELAY, MP2_FRAME = 481, 1152  # samples: delay of ffmpeg's encoder; size of a packet
 MAX_REORDERED = 16  # frames that a codec may hold back
@@ -56,6 +55,7 @@ class SourceProperties(Protocol):
     video_start_s: float
     audio_start_s: float
     lag_s: float
+    track: int
 
 
 def write_clip(
@@ -64,8 +64,9 @@ def write_clip(
     """Writes the clip of a clip_source.Source with new audio; returns warnings.
 
     `blocks`: the new audio, float arrays (n, C) in order, num_samples in all. .wav and .flac hold the audio alone, with the rate,
-    channels and subtype of the source. .mp4 .mkv .mov .mpg .mpeg also hold the source's video, copied, at the same A/V offset;
-    their audio is FLAC in .mp4 and .mkv, PCM in .mov and MP2, which is lossy, in .mpg. The file appears complete or not at all.
+    channels and subtype of the source. .mp4 .mkv .mov .mpg .mpeg also hold the source's video, copied, at the same A/V offset, and
+    the rest of the file (stream_copy); their audio is lossless (FLAC or PCM), except in .mpg, where it is MP2. The file appears
+    complete or not at all.
 
     Raises FileExistsError; MediaError for content that the target cannot hold, for blocks of another size, for samples that are not
     finite, and for a failed write.
@@ -111,9 +112,9 @@ def _writer_for(source: SourceProperties, target: Path) -> Callable:
     if suffix not in FORMATS:
         known = " ".join((*clip_io.AUDIO_SUFFIXES, *FORMATS))
         raise clip_io.MediaError(f"{target}: found suffix {target.suffix!r}, expected one of {known}")
-    if not source.has_video or not Path(source.path).is_file():
-        reason = "has no video" if not source.has_video else "is not a file whose video could be copied"
-        raise clip_io.MediaError(f"{target}: {source.path or 'the clip'} {reason}; use a .wav or .flac target")
+    if not Path(source.path).is_file():
+        what = f"{source.path or 'the clip'} is not a file whose video could be copied"
+        raise clip_io.MediaError(f"{target}: {what}; use a .wav or .flac target")
     return _write_video
 
 
@@ -173,17 +174,10 @@ def _encoding_for(source: SourceProperties, target: Path) -> _AudioEncoding:
     if suffix in (".mpg", ".mpeg"):
         return _mp2_encoding(source, target)
     is_flac_rate = rate < 65_536 or (rate < 655_360 and rate % 10 == 0)
-    if suffix == ".mov" or (suffix == ".mkv" and not (bits in (8, 16, 24) and source.channels <= 8 and is_flac_rate)):
+    if suffix == ".mov" or bits not in (8, 16, 24) or source.channels > 8 or not is_flac_rate:
         codec, sample_format = PCM_CODECS[subtype]
         return _AudioEncoding(codec, sample_format, subtype, rate)
-    if source.channels > 8 or not is_flac_rate:
-        raise clip_io.MediaError(f"{target}: .mp4 cannot hold {source.channels} channels at {rate} Hz; use a .mkv or .mov target")
-    if subtype == "PCM_16":
-        return _AudioEncoding("flac", "s16", subtype, rate)
-    if subtype == "PCM_24":
-        return _AudioEncoding("flac", "s32", subtype, rate)
-    warning = f"the {subtype} audio is reduced to 24 bit; a .mkv or .mov keeps it unchanged"
-    return _AudioEncoding("flac", "s32", "PCM_24", rate, (warning,))
+    return _AudioEncoding("flac", "s16" if subtype == "PCM_16" else "s32", subtype, rate)
 
 
 def _mp2_encoding(source: SourceProperties, target: Path) -> _AudioEncoding:
@@ -199,27 +193,55 @@ def _mp2_encoding(source: SourceProperties, target: Path) -> _AudioEncoding:
 def _write_video(source: SourceProperties, part: Path, target: Path, pieces: Iterator[np.ndarray]) -> tuple[str, ...]:
     import av
 
-    encoding = _encoding_for(source, target)
-    times, num_hidden = _frame_times(source.path, target)
+    encoding, kind = _encoding_for(source, target), FORMATS[part.suffix]
     with clip_io.open_container(source.path) as container:
-        video, audio = clip_io.select_streams(container)
-        kind = FORMATS[part.suffix]
-        codec = video.codec_context.name
-        if kind == "mpeg" and codec not in ("mpeg1video", "mpeg2video"):
-            raise clip_io.MediaError(f"{target}: .mpg cannot hold {codec} video; use a .mkv or .mp4 target")
-        with av.open(str(part.absolute()), "w", format=kind) as out:
-            video_out, audio_out = out.add_stream_from_template(video), out.add_stream(encoding.codec, rate=encoding.rate)
-            audio_out.layout = _layout(audio, source.channels)
-            audio_out.codec_context.format = encoding.format
-            if encoding.codec == "mp2":
-                max_channel_bit_rate = 192_000 if encoding.rate >= 32_000 else 80_000
-                audio_out.bit_rate = max_channel_bit_rate * source.channels
+        video, audio = clip_io.select_streams(container, video=source.has_video, track=source.track)
+        times, num_hidden = (np.zeros(0), 0) if video is None else _frame_times(source.path, target)
+        tag = "" if video is None else _video_tag(video, kind, target)
+        others = stream_copy.OtherStreams(container, kind, [s for s in (video, audio) if s is not None])
+        video_out = audio_out = None
+        with av.open(str(part.absolute()), "w", format=kind, options=stream_copy.muxer_options(kind, container)) as out:
+            for stream in container.streams:
+                if video is not None and stream.index == video.index:
+                    video_out = stream_copy.add_stream(out, stream, tag)
+                elif audio is not None and stream.index == audio.index:
+                    audio_out = _add_audio_stream(out, source, encoding, stream)
+                else:
+                    others.add_to(out, stream)
             hidden_lag_s = 0.0 if encoding.delay else _hidden_lag_s(source)
-            start_s = min(source.video_start_s + hidden_lag_s, source.audio_start_s)
+            start_s = min(source.video_start_s + hidden_lag_s, source.audio_start_s) if video is not None else source.audio_start_s
+            stream_copy.copy_tags(container, out, start_s)
             frames = _audio_frames(source, encoding, audio_out.layout.name, pieces, source.audio_start_s - start_s)
-            packets = _video_packets(container, video, _reorder_depth(times), start_s - hidden_lag_s, source.fps)
-            _interleave(out, packets, video_out, audio_out, frames)
-    return encoding.warnings + tuple(_video_warnings(part, target, times, num_hidden))
+            retimed = video and _VideoTimes(video.time_base, _reorder_depth(times), start_s - hidden_lag_s, source.fps)
+            packets = _packets(container, video, video_out, retimed, others, start_s)
+            _interleave(out, packets, audio_out, frames)
+        lost = [*others.left_out, *stream_copy.not_kept(container, video, part)]
+    video_warnings = () if video is None else _video_warnings(part, target, times, num_hidden)
+    return (*encoding.warnings, *video_warnings, *stream_copy.left_out_warning(target, lost))
+
+
+def _video_tag(video: av.VideoStream, kind: str, target: Path) -> str:
+    """The codec tag for a copy of the video; MediaError where the format cannot hold it."""
+    codec = video.codec_context.codec.canonical_name
+    is_held = kind != stream_copy.MPEG or codec in ("mpeg1video", "mpeg2video")
+    tag = stream_copy.fitting_tag(kind, video) if is_held else None
+    if tag is None:
+        raise clip_io.MediaError(f"{target}: {target.suffix} cannot hold {codec} video; use a .mkv target")
+    return tag
+
+
+def _add_audio_stream(
+    out: av.container.OutputContainer, source: SourceProperties, encoding: _AudioEncoding, audio: av.AudioStream
+) -> av.AudioStream:
+    """Adds the stream of the new audio, with the tags and flags of the source's."""
+    audio_out = out.add_stream(encoding.codec, rate=encoding.rate)
+    audio_out.layout = _layout(audio, source.channels)
+    audio_out.codec_context.format = encoding.format
+    if encoding.codec == "mp2":
+        max_channel_bit_rate = 192_000 if encoding.rate >= 32_000 else 80_000
+        audio_out.bit_rate = max_channel_bit_rate * source.channels
+    stream_copy.describe_as(audio_out, audio)
+    return audio_out
 
 
 def _hidden_lag_s(source: SourceProperties) -> float:
@@ -243,27 +265,45 @@ def _layout(audio: av.AudioStream | None, channels: int) -> str:
     return audio.layout.name if is_named else LAYOUTS.get(channels, f"{channels} channels")
 
 
-def _video_packets(
-    container: av.container.InputContainer, video: av.VideoStream, depth: int, start_s: float, fps: float
-) -> Iterator[av.Packet]:
-    """The video's packets unchanged, with times relative to start_s in ticks of MAX_TICK_S or finer.
+class _VideoTimes:
+    """Gives the packets of a video times relative to start_s, in ticks of MAX_TICK_S or finer.
 
     Decoding times are recomputed, since many containers do not store them: each is the presentation time of the frame shown
     `depth` frames earlier.
     """
-    refinement = -(-video.time_base // MAX_TICK_S)
-    tick = video.time_base / refinement
-    start, frame_ticks = round(start_s / tick), max(1, round(1 / Fraction(fps).limit_denominator(1001) / tick))
-    shown, last_dts = [], None
-    for packet in _data_packets(container, video):
-        packet.time_base, packet.duration = tick, refinement * (packet.duration or 0) or frame_ticks
-        packet.pts = refinement * packet.pts - start
-        if last_dts is None:
-            shown = [packet.pts - k * frame_ticks for k in range(depth, 0, -1)]
-        heapq.heappush(shown, packet.pts)
-        packet.dts = last_dts = heapq.heappop(shown) if last_dts is None else max(heapq.heappop(shown), last_dts + 1)
+
+    def __init__(self, time_base: Fraction, depth: int, start_s: float, fps: float):
+        self.tick, self.start, self.refinement = stream_copy.finer_ticks(time_base, start_s)
+        self.frame_ticks = max(1, round(1 / Fraction(fps).limit_denominator(1001) / self.tick))
+        self.depth, self.shown, self.last_dts = depth, [], None
+
+    def set_times(self, packet: av.Packet) -> None:
+        """Changes the times of the next packet."""
+        packet.time_base, packet.duration = self.tick, self.refinement * (packet.duration or 0) or self.frame_ticks
+        packet.pts = self.refinement * packet.pts - self.start
+        is_first = self.last_dts is None
+        if is_first:
+            self.shown = [packet.pts - k * self.frame_ticks for k in range(self.depth, 0, -1)]
+        heapq.heappush(self.shown, packet.pts)
+        dts = heapq.heappop(self.shown)
+        packet.dts = self.last_dts = dts if is_first else max(dts, self.last_dts + 1)
         packet.pts = max(packet.pts, packet.dts)  # of two frames at one time, the second is shown a tick later
-        yield packet
+
+
+def _packets(
+    container: av.container.InputContainer, video: av.VideoStream | None, video_out: av.VideoStream | None,
+    times: _VideoTimes | None, others: stream_copy.OtherStreams, start_s: float,
+) -> Iterator[av.Packet]:  # fmt: skip
+    """The packets that are copied, unchanged but for their times, in the order of the file."""
+    streams = [container.streams[index] for index in others.copies] + ([video] if video is not None else [])
+    for packet in container.demux(streams) if streams else ():
+        if video is not None and packet.stream_index == video.index:
+            if packet.size:
+                times.set_times(packet)
+                packet.stream = video_out
+                yield packet
+        elif (shifted := others.shifted(packet, start_s)) is not None:
+            yield shifted
 
 
 def _frame_times(path: os.PathLike | str, target: Path) -> tuple[np.ndarray, int]:
@@ -330,20 +370,15 @@ def _resampled(pieces: Iterator[np.ndarray], source: SourceProperties, rate: int
 
 
 def _interleave(
-    out: av.container.OutputContainer,
-    packets: Iterator[av.Packet],
-    video: av.VideoStream,
-    audio: av.AudioStream,
-    frames: Iterator[av.AudioFrame],
+    out: av.container.OutputContainer, packets: Iterator[av.Packet], audio: av.AudioStream, frames: Iterator[av.AudioFrame]
 ) -> None:
-    """Writes video packets and audio frames in the order of their times."""
+    """Writes copied packets and audio frames in the order of their times."""
     audio_end_s = -np.inf
     for packet in packets:
         while audio_end_s < packet.dts * packet.time_base:
             frame = next(frames, None)
             audio_end_s = np.inf if frame is None else frame.time + frame.samples / frame.sample_rate
             out.mux(audio.encode(frame) if frame is not None else [])
-        packet.stream = video
         out.mux(packet)
     for frame in itertools.chain(frames, [None]):
         out.mux(audio.encode(frame))
