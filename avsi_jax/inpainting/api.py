@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -277,7 +278,7 @@ class Inpainter:
         """Any kind of clip as a Source. A Source passed in stays open; of it, and of a Clip, the track is chosen already."""
         from avsi_jax.media import clip_io, clip_source
 
-        if not isinstance(clip, str | Path | clip_io.Clip | clip_source.Source):
+        if not isinstance(clip, str | os.PathLike | clip_io.Clip | clip_source.Source):
             kind = type(clip).__name__
             raise ValueError(f"found a clip of type {kind}, expected a file name, or clip_of(samples, rate) for an array")
         if isinstance(clip, clip_source.Source | clip_io.Clip) and track is not None:

@@ -9,6 +9,7 @@ muxing.write_clip, which writes a Source with new audio, is also available here.
 from __future__ import annotations
 
 import array
+import bisect
 import contextlib
 import itertools
 import os
@@ -383,7 +384,9 @@ class _VideoFile:
 
     def _decode(self, reader: _RangeReader, start_s: float | None) -> _RangeReader:
         """Decodes into the reader from a key frame before start_s; None: from the first frame of the file."""
-        last = -1 if start_s is None else sum(key.pts * self.tick_s <= start_s + self.start_s for key in self.keys) - 2
+        last = -1
+        if start_s is not None:
+            last = bisect.bisect_right(self.keys, start_s + self.start_s, key=lambda key: float(key.pts * self.tick_s)) - 2
         for key in [last - back for back in (0, 1, 3) if last - back > 0] + [None]:  # a seek may land after its target
             with clip_io.open_container(self.file) as container:
                 video = clip_io.select_streams(container)[0]
