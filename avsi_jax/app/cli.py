@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib.util
 import signal
 import sys
@@ -16,6 +17,8 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from avsi_jax.app import isolation
+from avsi_jax.inpainting.cli import Parser
+from avsi_jax.inpainting.cli_output import error_line
 from avsi_jax.runtime import unexpected_errors
 
 if TYPE_CHECKING:
@@ -42,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_gradio_installed()
         limits = _limits(args)
+        check_address(args.host, args.port)
         for number in STOP_SIGNALS:
             signal.signal(number, _stop)
         with served(_load_inpainter(args.checkpoint), limits, args.host, args.port) as address:
@@ -50,14 +54,14 @@ def main(argv: list[str] | None = None) -> int:
             threading.Event().wait()
     except KeyboardInterrupt:
         return 0
-    except (ValueError, OSError) as error:
-        print(f"avsi-app: {error}", file=sys.stderr)
+    except Exception as error:  # as avsi-inpaint: errors of users in one line, others with their class
+        print(f"avsi-app: {error_line(error)}", file=sys.stderr)
         return 2
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         "avsi-app", description="A web page on this machine that restores gaps in the audio of clips. No data leaves the machine."
     )
     parser.add_argument("--checkpoint", default="pretrained", help="name of shipped weights (default: pretrained), a folder of "
@@ -84,7 +88,9 @@ def _limits(args: argparse.Namespace) -> Limits:
 
 def _load_inpainter(checkpoint: str) -> Inpainter:
     from avsi_jax.inpainting.api import Inpainter
+    from avsi_jax.runtime import compilation_cache
 
+    compilation_cache.enable()
     return Inpainter.load(checkpoint)
 
 
@@ -115,23 +121,51 @@ def served(inpainter: Inpainter, limits: Limits, host: str = "127.0.0.1", port: 
             port = port or _free_port(host)
             try:
                 _launch(ui, page, limits, host, port)
-                yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/"
+                yield f"http://{_in_url(host)}:{port}/"
             finally:
                 page.close(verbose=False)
 
 
+def check_address(host: str, port: int) -> None:
+    """Raises OSError if the server cannot listen there, before anything is loaded."""
+    import socket
+
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, kind) as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.bind(address)
+    except (OSError, UnicodeError) as error:
+        raise _address_error(host, port, error) from None
+
+
+def _address_error(host: str, port: int, error: Exception) -> OSError:
+    if getattr(error, "errno", None) == errno.EADDRINUSE:
+        return OSError(
+            f"--port={port}: another program listens on {host}:{port}; stop it, or use another --port, such as 0 for a free one"
+        )
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return OSError(f"cannot listen on {host}:{port} ({reason}); expected a --host of this machine and a --port that you may use")
+
+
 def _launch(ui: ModuleType, page: Any, limits: Limits, host: str, port: int) -> None:
     try:
-        ui.launch(page, limits, host, port)
+        with isolation.without_uvloop():
+            ui.launch(page, limits, host, port)
     except OSError as error:
-        raise OSError(f"cannot listen on {host}:{port} ({' '.join(str(error).split())}); use another --port") from None
+        check_address(host, port)
+        raise _address_error(host, port, error) from None
+
+
+def _in_url(host: str) -> str:
+    """A host as it is written in an address."""
+    return "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host
 
 
 def _free_port(host: str) -> int:
     import socket
 
-    with socket.socket() as s:
-        s.bind((host, 0))
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as s:
         return s.getsockname()[1]
 
 

@@ -15,7 +15,11 @@ from avsi_jax.inpainting import clip_plots
 from avsi_jax.media import channels
 
 AROUND_S, MAX_FULL_S = 1.5, 6.0  # of a clip longer than MAX_FULL_S, only the gaps and so much around them is plotted
-KINDS = {"silence": "silence", "packets": "lost packets", "repeat": "repeated packets", "clipped": "clipped"}
+KINDS = {
+    "silence": "silence", "packets": "lost packets", "repeat": "repeated packets", "clipped": "clipped", "missing": "missing audio"
+}  # fmt: skip
+MAX_LISTED = 20  # detected gaps
+REPLACED = '<div class="avsi"><p>The gaps or the options were changed during the restoration: press Restore again.</p></div>'
 NO_CLIP_YET = (
     '<div class="avsi"><div class="place">The audio of the clip is shown here, with the gaps that are detected.</div></div>'
 )
@@ -44,17 +48,31 @@ def error_line(error: Exception) -> str:
     return html.escape(text)
 
 
-def clip(uploaded: session.UploadedClip, gaps: Sequence[tuple]) -> str:
-    """The clip's waveform and spectrogram with the gaps (start_s, end_s, ...) silent, and what was detected."""
+def clip(uploaded: session.UploadedClip, gaps: Sequence[tuple], note: str = "") -> str:
+    """The clip's waveform and spectrogram with the gaps (start_s, end_s, ...) silent, what was detected, and a note."""
     full = session.masked_samples(uploaded, ())
     weights = channels.downmix_weights(full)
     audio = channels.downmix(session.masked_samples(uploaded, [gap[:2] for gap in gaps]), weights)
     top_db = clip_plots.peak_db(channels.downmix(full, weights), uploaded.rate)
     image = clip_plots.audio(audio, uploaded.rate, [gap[:2] for gap in gaps], top_db, waveform=True)
-    detected = ", ".join(f"{a:.2f}-{b:.2f} s ({KINDS.get(kind, kind)})" for a, b, kind in uploaded.detected_gaps)
-    message = f"Detected gaps: {detected}." if detected else "No gap detected: enter one, or make one for a test."
     description = f"<b>{html.escape(uploaded.name)}</b>: {html.escape(uploaded.description())}."
+    message = " ".join(filter(None, (_message(uploaded, gaps), html.escape(note))))
     return _page(_figure(image, f"Waveform and spectrogram, {_listed(gaps)}", f"{description} {message}"))
+
+
+def _message(uploaded: session.UploadedClip, gaps: Sequence[tuple]) -> str:
+    """Which gaps were detected, and which are to be restored if these are others."""
+    shown = uploaded.detected_gaps[:MAX_LISTED]
+    detected = ", ".join(f"{a:.2f}-{b:.2f} s ({KINDS.get(kind, kind)})" for a, b, kind in shown)
+    if more := len(uploaded.detected_gaps) - len(shown):
+        detected += f" and {more} more"
+    detected = f"Detected gaps: {detected}." if detected else ""
+    if session.format_gaps(gaps) == session.format_gaps(uploaded.detected_gaps):
+        return detected or "No gap detected: enter one, or make one for a test."
+    if not gaps:
+        return f"{detected} None is entered."
+    entered = ", ".join(f"{gap[0]:.2f}-{gap[1]:.2f} s" for gap in gaps)
+    return f"Gaps to restore: {entered}. {detected}".strip()
 
 
 def compared(uploaded: session.UploadedClip, result: session.Result, gaps: Sequence[tuple[float, float]]) -> dict[str, str]:

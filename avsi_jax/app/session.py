@@ -1,8 +1,9 @@
 """One user's clip in avsi-app, from upload to result, in a folder of its own. The page is in app/ui.py.
 
-Limits are checked before anything is decoded (bytes) and before a face is tracked (seconds). A clip is first opened in a sandboxed
-worker process, since a malicious file may hang or crash a decoder. Times are seconds of the clip's audio. Every error caused by a
-user is a ValueError or OSError with a message of one line, which contains the name of the clip but never a folder of this machine.
+Limits are checked before anything is decoded (bytes) and before a face is tracked (seconds). Clips are decoded and written by a
+worker process (app/sandbox.py). Every gap belongs to a clip: `token` changes with the clip and whenever the session sets the gaps,
+and a request that carries an old one is refused. Times are seconds of the clip's audio. Every error caused by a user is a
+ValueError or OSError with a message of one line, which contains the name of the clip but never a folder of this machine.
 """
 
 from __future__ import annotations
@@ -20,22 +21,27 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from avsi_jax.app import sandbox
 from avsi_jax.audio import gap_detection
-from avsi_jax.media import clip_io, clip_source
-from avsi_jax.runtime import process_pool
+from avsi_jax.inpainting import cli_jobs, clip_inpainter, gap_text
+from avsi_jax.media import clip_io
 
 if TYPE_CHECKING:
     from avsi_jax.inpainting.api import Inpainter, Repair
+    from avsi_jax.media import clip_source
 
-OPENING_S, OPENING_MB = 20, 1024  # time and memory for opening a clip
 MAX_PIXELS = 1920 * 1088  # of a video frame
-MAX_GAPS = 20
-MIN_GAP_S = 0.02
+MAX_GAPS = 20  # that can be entered; more that are detected are restored as "auto"
+MIN_MADE_GAP_S = 0.02  # the shortest gap that is made for a test
+ROUNDED_S = 0.005  # by which a gap may exceed the end of the clip: it is entered in milliseconds
 MAX_SESSIONS = 20  # at once; the one that was idle longest is ended for a new one
 MAX_IDLE_S = 3600.0  # after which a session is ended
 STRIP_FRAMES, MAX_STRIPS = 5, 3  # video frames shown of a gap; gaps for which they are shown
-CANONICAL_SUFFIX = {".webm": ".mkv", ".mpeg": ".mpg"}  # other names of the same kind of file
 WORDS = ((0.8, "high"), (0.65, "fairly high"), (0.5, "medium"), (0.0, "low: a guess"))  # for a confidence from this value on
+
+
+class StaleGapsError(ValueError):
+    """A request was made for a clip or for gaps that have been replaced since."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +56,14 @@ class Limits:
 class UploadedClip:
     """An uploaded clip. Letters: N samples, C channels.
 
-    path: its file in the session's folder. name: its name as uploaded. samples: (N, C). size: (width, height) of the video, (0, 0)
-    without. detected_gaps: (start_s, end_s, kind). playable: its audio as a file that browsers play.
+    path: its file in the session's folder. name: its name as uploaded. source: its audio as decoded, and its properties. samples:
+    (N, C) float32. size: (width, height) of the video, (0, 0) without. detected_gaps: (start_s, end_s, kind). playable: its audio
+    as a file that browsers play.
     """
 
     path: Path
     name: str
+    source: sandbox.WorkerSource
     samples: np.ndarray
     rate: int
     subtype: str
@@ -96,23 +104,19 @@ class Result:
 # ---- text entered by the user ----------------------------------------------------------------------------------------------------
 
 
-def parse_gaps(text: str | None) -> list[tuple[float, float]]:
-    """'0.93-1.73, 2.1-2.3' -> [(0.93, 1.73), (2.1, 2.3)]. Raises ValueError that names the part that is wrong."""
-    gaps = []
-    for part in filter(None, re.split(r"[,;\n]+", (text or "").replace(" ", ""))):
-        if not (match := re.fullmatch(r"(\d+\.?\d*|\.\d+)[-–](\d+\.?\d*|\.\d+)(?:s)?", part)):
-            raise ValueError(f"gap {part[:30]!r}: expected START-END in seconds, such as 0.93-1.73")
-        start, end = map(float, match.groups())
-        if end - start < MIN_GAP_S:
-            raise ValueError(f"gap {part[:30]}: expected its end at least {MIN_GAP_S:g} s after its start")
-        gaps.append((start, end))
-    if len(gaps) > MAX_GAPS:
-        raise ValueError(f"{len(gaps)} gaps; expected at most {MAX_GAPS}")
-    return sorted(gaps)
+def parse_gaps(text: str | None) -> list[tuple[float, float]] | str:
+    """As gap_text.parse_gaps, for at most MAX_GAPS gaps."""
+    gaps = gap_text.parse_gaps(text)
+    if gaps != gap_text.AUTO and len(gaps) > MAX_GAPS:
+        raise ValueError(f"found {len(gaps)} gaps; expected at most {MAX_GAPS}, or auto for all that are detected")
+    return gaps
 
 
 def format_gaps(gaps: Iterable[tuple]) -> str:
     """The text that parse_gaps reads, rounded outwards to milliseconds, so that no sample of a gap is left outside."""
+    gaps = list(gaps)
+    if len(gaps) > MAX_GAPS:
+        return gap_text.AUTO
     rounded = [(math.floor(start * 1000 + 1e-6) / 1000, math.ceil(end * 1000 - 1e-6) / 1000) for start, end, *_ in gaps]
     return ", ".join(f"{start:.7g}-{end:.7g}" for start, end in rounded)
 
@@ -134,33 +138,15 @@ def check_size(file: Path, name: str, limits: Limits) -> None:
         raise clip_io.MediaError(f"{name} has {size / 2**20:.1f} MB; at most {limits.megabytes:g} MB are accepted: cut it")
 
 
-def try_to_open(file: str) -> tuple:
-    """Runs in a worker process: (duration_s, frame size), or (error message,)."""
+def detected_gaps(source: clip_source.Source) -> tuple[tuple[float, float, str], ...]:
+    """(start_s, end_s, kind) of the gaps that `avsi-inpaint --gap auto` restores; kind as in gap_detection, or 'missing'."""
     try:
-        with clip_source.open_source(file) as source:
-            return source.duration_s, source.size
-    except (ValueError, OSError) as error:
-        return (str(error),)
-
-
-def check_opens(file: Path, name: str, limits: Limits) -> None:
-    """Opens a clip in a worker process with bounded time and memory. Raises MediaError if that fails or it exceeds the limits."""
-    jobs = process_pool.run(try_to_open, [(str(file),)], workers=1, timeout_s=OPENING_S, memory_mb=OPENING_MB)
-    (outcome,) = jobs
-    if outcome.failure:
-        raise clip_io.MediaError(f"{name}: cannot be opened: it {outcome.failure}; check that it plays")
-    if len(outcome.result) == 1:
-        raise clip_io.MediaError(outcome.result[0].replace(str(file), name))
-    duration_s, (width, height) = outcome.result
-    if not duration_s:
-        raise clip_io.MediaError(f"{name} has no audio; expected a clip with audio that has a gap")
-    if duration_s > limits.seconds:
-        raise clip_io.MediaError(
-            f"{name} is {duration_s:.1f} s long; at most {limits.seconds:g} s are accepted here: cut it around the gap, "
-            "or use the command avsi-inpaint, which has no such limit"
-        )
-    if width * height > MAX_PIXELS:
-        raise clip_io.MediaError(f"{name} has video of {width}x{height}; at most 1920x1088 are accepted: scale it down")
+        spans = clip_inpainter.detected_gaps(source)
+    except clip_inpainter.NoGapFoundError:
+        return ()
+    kinds = gap_detection.detect_gaps(source.audio(0, source.num_samples), source.rate)
+    kind_of = lambda a, b: next((gap.kind for gap in kinds if gap.start < b and gap.end > a), "missing")
+    return tuple((a / source.rate, b / source.rate, kind_of(a, b)) for a, b in spans)
 
 
 class Session:
@@ -170,6 +156,8 @@ class Session:
         self.folder, self.inpainter, self.limits = folder, inpainter, limits
         self.clip: UploadedClip | None = None
         self.gap_made_by_user = False  # the clip itself has no gap there, so there is an original to compare with
+        self.clip_id = self.gaps_id = ""
+        self.restored: tuple | None = None  # gaps, token, face and sync of the last result
         self.last_used_s = time.monotonic()
         self.lock = threading.Lock()
         self.uploads: set[Path] = set()  # where the server stored them
@@ -182,36 +170,40 @@ class Session:
         self.clear()
 
     def load(self, file: str | Path, name: str = "") -> UploadedClip:
-        """Opens a clip that was uploaded or recorded, in place of the one before. Raises MediaError."""
+        """Opens a clip that was uploaded or recorded, in place of the one before. Raises MediaError; then there is no clip."""
         file, name = Path(file), name or Path(file).name
         self.clear(keep=file)
         if self.folder.parent.parent in file.parents:  # otherwise it is an example
             self.uploads.add(file)
-        check_size(file, name, self.limits)
-        suffix = CANONICAL_SUFFIX.get(file.suffix.lower(), file.suffix.lower())
-        own = self._new_file(f"clip{suffix}")
-        shutil.copyfile(file, own)
+        suffix = Path(name).suffix.lower()
+        own = self._new_file("clip" + (suffix if re.fullmatch(r"\.\w{1,8}", suffix) else ""))
         try:
-            clip_io.check_file(own)
-            check_opens(own, name, self.limits)
+            check_size(file, name, self.limits)
+            shutil.copyfile(file, own)
             self.clip = self._read(own, name)
         except (ValueError, OSError) as error:
             self.clear()
-            raise clip_io.MediaError(str(error).replace(str(own), name)) from error
+            raise clip_io.MediaError(self._public(str(error).replace(str(own), name))) from error
         return self.clip
 
     def _read(self, file: Path, name: str) -> UploadedClip:
         """Decodes the audio and detects gaps in it."""
-        with clip_source.open_source(file) as source:
-            samples = np.asarray(source.audio(0, source.num_samples), np.float32)
-            gaps = [g for g in gap_detection.detect_gaps(samples, source.rate) if g.end - g.start >= MIN_GAP_S * source.rate]
-            spans = tuple((g.start / source.rate, g.end / source.rate, g.kind) for g in gaps[:MAX_GAPS])
-            playable = self._write_audio("input", samples, source.rate, source.subtype)
-            return UploadedClip(file, name, samples, source.rate, source.subtype, source.size, source.fps, spans, playable)
+        with sandbox.Worker(file, name, self.folder) as worker:
+            source = worker.open(self.limits.seconds, MAX_PIXELS)
+        source.worker = None
+        samples = np.asarray(source.samples, np.float32)
+        playable = self._write_audio("input", samples, source.rate, source.subtype)
+        gaps = detected_gaps(source)
+        return UploadedClip(file, name, source, samples, source.rate, source.subtype, source.size, source.fps, gaps, playable)
+
+    def _public(self, message: str) -> str:
+        """The message without folders of this machine."""
+        return re.sub(rf"{re.escape(str(self.folder))}/(\w+/)?", "", message)
 
     def clear(self, keep: Path | None = None) -> None:
         """Deletes the clip, all files and all uploads except `keep`, the one to be opened next."""
-        self.clip, self.gap_made_by_user = None, False
+        self.clip, self.gap_made_by_user, self.restored = None, False, None
+        self.clip_id, self.gaps_id = secrets.token_hex(8), secrets.token_hex(8)
         for file in self.uploads - {keep}:
             file.unlink(missing_ok=True)
         self.uploads &= {keep}
@@ -232,64 +224,88 @@ class Session:
         clip_io.write_audio(file, samples, rate, "FLOAT" if subtype == "DOUBLE" else subtype)  # browsers do not play DOUBLE
         return file
 
-    def use_detected_gaps(self) -> UploadedClip:
-        """The clip, whose detected gaps are to be restored."""
-        clip, self.gap_made_by_user = self._need_clip(), False
+    @property
+    def token(self) -> str:
+        """Names the clip and the gaps that the session set last: requests carry it to say what they were made for."""
+        return f"{self.clip_id}-{self.gaps_id}"
+
+    def use_detected_gaps(self, token: str | None = None) -> UploadedClip:
+        """The clip, whose detected gaps are to be restored; if there are none, those that are entered stay. token: as `restore`."""
+        clip = self._need_clip(token, only_clip=True)
+        if clip.detected_gaps:
+            self.gap_made_by_user, self.gaps_id = False, secrets.token_hex(8)
         return clip
 
-    def make_gap(self, start_s: float, length_ms: float) -> list[tuple[float, float]]:
-        """A gap for a test, within the clip."""
-        clip = self._need_clip()
-        start_s = min(max(0.0, start_s), max(0.0, clip.duration_s - MIN_GAP_S))
-        self.gap_made_by_user = True
-        return [(round(start_s, 3), round(min(start_s + max(length_ms / 1000, MIN_GAP_S), clip.duration_s), 3))]
+    def make_gap(self, start_s: float, length_ms: float, token: str | None = None) -> list[tuple[float, float]]:
+        """A gap for a test, within the clip. token: as `restore`."""
+        clip = self._need_clip(token, only_clip=True)
+        start_s = min(max(0.0, start_s), max(0.0, clip.duration_s - MIN_MADE_GAP_S))
+        self.gap_made_by_user, self.gaps_id = True, secrets.token_hex(8)
+        return [(round(start_s, 3), round(min(start_s + max(length_ms / 1000, MIN_MADE_GAP_S), clip.duration_s), 3))]
 
     def check_gaps(self, text: str | None) -> list[tuple[float, float]]:
-        """The gaps that the user entered, within the clip. Raises ValueError."""
+        """The gaps that the user entered, or those detected for 'auto', within the clip. Raises ValueError."""
         clip, gaps = self._need_clip(), parse_gaps(text)
-        for start, end in gaps:
-            if start >= clip.duration_s or end > clip.duration_s + 0.005:
-                raise ValueError(f"gap {start:g}-{end:g} s is not inside the clip, whose audio is {clip.duration_s:.2f} s long")
-        return [(start, min(end, clip.duration_s)) for start, end in gaps]
+        if gaps == gap_text.AUTO:
+            gaps = [gap[:2] for gap in clip.detected_gaps]
+            if not gaps:
+                raise clip_inpainter.NoGapFoundError(f"{clip.name}: no gap detected; enter one, such as 0.93-1.73")
+        elif gaps:
+            gaps = [(start, min(end, clip.duration_s) if end < clip.duration_s + ROUNDED_S else end) for start, end in gaps]
+            clip_inpainter.check_gaps(gaps, len(clip.samples), clip.rate)
+        return gaps
 
-    def restore(self, text: str | None, *, face: int | None = None, sync: str = "off") -> Result:
-        """Restores the gaps that the user entered, and writes all files that the page offers. Raises ValueError."""
-        clip, gaps = self._need_clip(), self.check_gaps(text)
+    def restore(self, text: str | None, token: str | None = None, face: int | None = None, sync: str = "off") -> Result:
+        """Restores the gaps that the user entered, and writes all files that the page offers.
+
+        token: names the clip and the gaps for which the text was entered; None: the present ones. Raises ValueError; StaleGapsError
+        if they have been replaced.
+        """
+        clip, gaps = self._need_clip(token), self.check_gaps(text)
         if not gaps:
             raise ValueError("no gap is given; enter one, such as 0.93-1.73, or make one for a test")
         try:
-            repair = self.inpainter.inpaint(clip.path, gaps, face=face, sync=sync)
-            return self._result(clip, gaps, repair)
+            with sandbox.Worker(clip.path, clip.name, self.folder) as worker:
+                clip.source.worker = worker
+                repair = self.inpainter.inpaint(clip.source, gaps, face=face, sync=sync)
+                result = self._result(clip, gaps, repair, worker)
         except (ValueError, OSError) as error:
-            message = re.sub(rf"{re.escape(str(self.folder))}/\w+/", "", str(error).replace(str(clip.path), clip.name))
-            raise clip_io.MediaError(message) from error
+            raise clip_io.MediaError(self._public(str(error).replace(str(clip.path), clip.name))) from error
+        finally:
+            clip.source.worker = None
+        self.restored = gaps, self.token, face, sync
+        return result
 
-    def _need_clip(self) -> UploadedClip:
+    def result_is_current(self, text: str | None, *request: str | int | None) -> bool:
+        """Whether the last result is that of the gaps and the options that the page shows; arguments: those of `restore`."""
+        try:
+            return self.restored == (self.check_gaps(text), *request)
+        except ValueError:
+            return False
+
+    def _need_clip(self, token: str | None = None, *, only_clip: bool = False) -> UploadedClip:
+        """The clip. Raises StaleGapsError if `token` names another one, or, unless only_clip, other gaps."""
         if self.clip is None:
             raise ValueError("upload a clip first: drop a file, record one, or choose an example")
-        return self.clip
+        if token is None or token == self.token or (only_clip and token.partition("-")[0] == self.clip_id):
+            return self.clip
+        raise StaleGapsError("the clip or its gaps changed after you pressed the button; check the gaps and press it again")
 
-    def _result(self, clip: UploadedClip, gaps: list[tuple[float, float]], repair: Repair) -> Result:
+    def _result(self, clip: UploadedClip, gaps: list[tuple[float, float]], repair: Repair, worker: sandbox.Worker) -> Result:
         waveforms = {"masked": masked_samples(clip, gaps), "restored": repair.samples}
         waveforms |= {"original": clip.samples} if self.gap_made_by_user else {}
         files = {name: self._write_audio(name, x, clip.rate, clip.subtype) for name, x in waveforms.items()}
-        with clip_source.open_source(clip.path) as source:
-            target, warnings = self._write_clip(source, clip, repair)
-            strips = tuple(strip(source, repair, gap) for gap in gaps[:MAX_STRIPS]) if mouth_was_visible(repair) else ()
+        target, warnings = self._write_clip(clip, repair, worker)
+        strips = tuple(strip(clip.source, repair, gap) for gap in gaps[:MAX_STRIPS]) if mouth_was_visible(repair) else ()
         return Result(repair, gaps, files, target, (*repair.warnings, *warnings), strips)
 
-    def _write_clip(self, source: clip_source.Source, clip: UploadedClip, repair: Repair) -> tuple[Path, tuple[str, ...]]:
-        """Writes the restored clip with its unchanged video, in the format of the upload if possible, else as .wav."""
-        suffix = clip.path.suffix
-        suffix, warnings = (".mkv", ("written as .mkv: .avi cannot store the A/V offset",)) if suffix == ".avi" else (suffix, ())
-        target = self._new_file(f"{safe_stem(clip.name)}.restored{suffix}")
-        try:
-            return target, warnings + clip_source.write_clip(source, target, [repair.samples])
-        except clip_io.MediaError:
-            if suffix in clip_io.AUDIO_SUFFIXES:
-                raise
-        target, warning = target.with_suffix(".wav"), "written as .wav, audio only: the video cannot be copied"
-        return target, (*warnings, warning, *clip_source.write_clip(source, target, [repair.samples]))
+    def _write_clip(self, clip: UploadedClip, repair: Repair, worker: sandbox.Worker) -> tuple[Path, tuple[str, ...]]:
+        """Writes the restored clip with its unchanged video, in the format that avsi-inpaint chooses, or as .wav without video."""
+        suffix, own = cli_jobs.default_suffix(clip.path, clip.source.has_video), clip.path.suffix
+        target, warnings = worker.write(self._new_file(f"{safe_stem(clip.name)}.restored{suffix}"), repair.samples)
+        if target.suffix == suffix != own:
+            warnings = (f"written as {suffix}, which keeps the audio outside the gaps unchanged", *warnings)
+        return target, warnings
 
 
 def masked_samples(clip: UploadedClip, gaps: Iterable[tuple[float, float]]) -> np.ndarray:

@@ -23,12 +23,15 @@ EXAMPLES = (  # one from the Grid corpus, two made by tfds_grid.synthetic: examp
     ("A person", "person.mpg"), ("A drawn mouth", "drawn_mouth.mp4"), ("A drawn mouth, with a gap", "drawn_mouth_with_gap.mp4"),
 )  # fmt: skip
 DELETE_UNUSED = (600, 3600)  # seconds: how often, and from which age on, uploads that no session holds are deleted
-PLAYER = {"interactive": False, "buttons": ["download"], "type": "filepath"}
 WEBCAM = gr.WebcamOptions(mirror=False, constraints={"video": {"width": 640, "height": 480}})
 MAX_QUEUE = 20  # restorations that may wait for the one that runs
 FACES = [("the largest", -1), ("1st from the left", 0), ("2nd", 1), ("3rd", 2), ("4th", 3)]
 WAVEFORMS = ("masked", "restored", "original")
-CLIP_OUTPUTS = ("preview", "input_audio", "gaps", "start", "summary", "results")  # components that a new clip changes
+ORIGINS = ("file", "camera", "microphone")  # components from which a clip comes
+# The components that events change. `token` is not shown: it says for which clip and gaps the server made what the page shows.
+GAP_OUTPUTS = ("gaps", "preview", "token", "summary", "results")
+CLIP_OUTPUTS = (*GAP_OUTPUTS, "input_audio", "start", *ORIGINS)
+REFRESH_OUTPUTS = (*GAP_OUTPUTS, "input_audio", *ORIGINS)
 RESULT_OUTPUTS = (
     "results", "original_column", "summary", *(f"{n}{rest}" for n in WAVEFORMS for rest in ("", "_plot")), "faces", "clip_file",
     "audio_file",
@@ -65,14 +68,21 @@ def _input_components() -> dict[str, Any]:
             components = _clip_components() | _gap_components()
         with gr.Column(scale=6, min_width=300):
             components["preview"] = gr.HTML(rendering.NO_CLIP_YET, elem_id="preview")
-            components["input_audio"] = gr.Audio(label="Input", visible=False, elem_id="input-audio", **PLAYER)
+            components["input_audio"] = _player(label="Input", visible=False, elem_id="input-audio")
     return components
 
 
+def _player(**options: Any) -> gr.Audio:
+    """A player of .wav files that this server wrote: sent as they are, since Gradio would start ffprobe to look into them."""
+    player = gr.Audio(interactive=False, buttons=["download"], type="filepath", **options)
+    player.postprocess = lambda file: file and gr.FileData(path=str(file), orig_name=Path(file).name)
+    return player
+
+
 def _clip_components() -> dict[str, Any]:
-    components, suffixes = {}, [*clip_io.VIDEO_SUFFIXES, *clip_io.AUDIO_SUFFIXES]
+    components, kinds = {}, ["video", "audio", *clip_io.MEDIA_SUFFIXES]
     with gr.Tab("File"):
-        components["file"] = gr.File(label="Clip", file_types=suffixes, height=132, elem_id="file")
+        components["file"] = gr.File(label="Clip", file_types=kinds, height=132, elem_id="file")
     with gr.Tab("Camera"):
         options = {"sources": ["webcam"], "include_audio": True, "webcam_options": WEBCAM}
         components["camera"] = gr.Video(label="Video of you speaking", height=230, elem_id="camera", **options)
@@ -93,6 +103,7 @@ def _gap_components() -> dict[str, Any]:
         label="Gaps, in seconds", placeholder="0.93-1.73, 2.1-2.3", max_lines=1, elem_id="gaps",
         info="Detected where the audio is silent, repeated or clipped. You can also enter them.",
     )  # fmt: skip
+    components["token"] = gr.Textbox(visible="hidden", elem_id="token")
     components["detect"] = gr.Button("Detect gaps", size="sm", elem_id="detect")
     with gr.Accordion("No gap? Make one for a test", open=True, elem_id="test-gap"):
         components["start"] = gr.Slider(0, 3, 1.0, step=0.01, label="Start, s", elem_id="start")
@@ -111,7 +122,7 @@ def _result_components() -> dict[str, Any]:
         with gr.Row():
             for name in WAVEFORMS:
                 with gr.Column(min_width=280) as components[f"{name}_column"]:
-                    components[name] = gr.Audio(label=name.capitalize(), elem_id=name, **PLAYER)
+                    components[name] = _player(label=name.capitalize(), elem_id=name)
                     components[f"{name}_plot"] = gr.HTML(elem_id=f"{name}-plot")
         components["faces"] = gr.HTML(elem_id="faces")
         with gr.Row():
@@ -123,22 +134,34 @@ def _result_components() -> dict[str, Any]:
 def _connect(page: gr.Blocks, handlers: Handlers, components: dict[str, Any]) -> None:
     """Connects events to handlers."""
 
-    def on(event: Callable, work: Callable, inputs: Sequence[str], outputs: Sequence[str], progress: str) -> None:
+    def on(event: Callable, work: Callable, inputs: Sequence[str], outputs: Sequence[str], progress: str) -> Any:
         """progress: the component that shows that the handler is running."""
         options = {"concurrency_id": "one at a time", "api_visibility": "private", "show_progress_on": [components[progress]]}
-        event(handlers.handler(work), [components[n] for n in inputs], [components[n] for n in outputs], **options)
+        return event(handlers.handler(work), [components[n] for n in inputs], [components[n] for n in outputs], **options)
 
-    on(components["file"].upload, handlers.load, ["file"], CLIP_OUTPUTS, "preview")
-    on(components["camera"].stop_recording, handlers.load, ["camera"], CLIP_OUTPUTS, "preview")
-    on(components["microphone"].stop_recording, handlers.load, ["microphone"], CLIP_OUTPUTS, "preview")
-    on(components["file"].clear, handlers.clear, [], CLIP_OUTPUTS, "preview")
+    def on_user(event: Callable, work: Callable, inputs: Sequence[str], outputs: Sequence[str], progress: str) -> Any:
+        """As `on`; after an error the page shows what the session then has, no longer what was there before."""
+        dependency = on(event, work, inputs, outputs, progress)
+        on(dependency.failure, handlers.refresh, ["gaps"], REFRESH_OUTPUTS, progress)
+        return dependency
+
+    on_user(components["file"].upload, functools.partial(handlers.load, "file"), ["file"], CLIP_OUTPUTS, "preview")
+    for name in ("camera", "microphone"):
+        on_user(components[name].stop_recording, functools.partial(handlers.load, name), [name], CLIP_OUTPUTS, "preview")
+    on_user(components["file"].clear, handlers.clear, [], CLIP_OUTPUTS, "preview")
     for _, file in EXAMPLES:
-        on(components[file].click, functools.partial(handlers.example, file), [], CLIP_OUTPUTS, "preview")
-    on(components["detect"].click, handlers.detect, [], ("gaps", "preview"), "preview")
-    on(components["make_gap"].click, handlers.make_gap, ["start", "length"], ("gaps", "preview"), "preview")
-    on(components["gaps"].submit, handlers.redraw, ["gaps"], ["preview"], "preview")
-    on(components["gaps"].blur, handlers.redraw, ["gaps"], ["preview"], "preview")
-    on(components["restore"].click, handlers.restore, ["gaps", "face", "sync"], RESULT_OUTPUTS, "summary")
+        on_user(components[file].click, functools.partial(handlers.example, file), [], CLIP_OUTPUTS, "preview")
+    on_user(components["detect"].click, handlers.detect, ["token", "gaps"], GAP_OUTPUTS, "preview")
+    on_user(components["make_gap"].click, handlers.make_gap, ["token", "start", "length"], GAP_OUTPUTS, "preview")
+    shown = ["token", "gaps", "face", "sync"]
+    at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private", "trigger_mode": "always_last"}
+    inputs, outputs = [components[n] for n in shown], [components["summary"], components["results"]]
+    for name in ("gaps", "face", "sync"):  # Gradio's event `input` of a text box misses text that is pasted or deleted
+        components[name].change(handlers.handler(handlers.hide_old_result), inputs, outputs, **at_once)
+    on_user(components["gaps"].submit, handlers.redraw, ["token", "gaps"], ["preview"], "preview")
+    on_user(components["gaps"].blur, handlers.redraw, ["token", "gaps"], ["preview"], "preview")
+    restored = on_user(components["restore"].click, handlers.restore, shown, RESULT_OUTPUTS, "summary")
+    on(restored.success, handlers.replace_old_result, shown, ["summary", "results"], "summary")
     page.unload(handlers.leave)
 
 
@@ -169,46 +192,93 @@ class Handlers:
         """Called when a page is closed."""
         self.sessions.end(request.session_hash)
 
-    def load(self, session: Session, file: str | None) -> tuple:
-        """An upload or a recording."""
-        return self._loaded(session.load(file) if file else None)
+    def load(self, origin: str, session: Session, file: str | None) -> tuple:
+        """An upload or a recording; origin: the component it comes from."""
+        return self._loaded(session, session.load(file) if file else None, origin)
 
     def example(self, name: str, session: Session) -> tuple:
         """One of the examples."""
-        return self._loaded(session.load(PACKAGE / "examples" / name))
+        return self._loaded(session, session.load(PACKAGE / "examples" / name))
 
     def clear(self, session: Session) -> tuple:
         """The upload is removed."""
         session.clear()
-        return self._loaded(None)
+        return self._loaded(session, None)
 
-    def _loaded(self, clip: UploadedClip | None) -> tuple:
-        """Values of CLIP_OUTPUTS for a new clip, or for none."""
+    def _loaded(self, session: Session, clip: UploadedClip | None, origin: str = "") -> tuple:
+        """Values of CLIP_OUTPUTS for a new clip, or for none. Uploads and recordings that it replaces are removed."""
+        others = [gr.skip() if name == origin else None for name in ORIGINS]
         if clip is None:
-            return rendering.NO_CLIP_YET, gr.update(visible=False, value=None), "", gr.update(), "", gr.update(visible=False)
+            hidden = gr.update(visible=False, value=None)
+            return "", rendering.NO_CLIP_YET, session.token, *self.hide_result(), hidden, gr.skip(), *others
         start = gr.update(maximum=round(clip.duration_s, 2), value=round(0.35 * clip.duration_s, 2))
-        player, gaps = gr.update(visible=True, value=str(clip.playable)), clip.detected_gaps
-        return rendering.clip(clip, gaps), player, format_gaps(gaps), start, "", gr.update(visible=False)
+        player = gr.update(visible=True, value=str(clip.playable))
+        return *self._with_gaps(session, clip.detected_gaps), player, start, *others
 
-    def detect(self, session: Session) -> tuple:
-        """The detected gaps, and the clip with them."""
-        clip = session.use_detected_gaps()
-        return format_gaps(clip.detected_gaps), rendering.clip(clip, clip.detected_gaps)
+    def _with_gaps(self, session: Session, gaps: Sequence[tuple]) -> tuple:
+        """Values of GAP_OUTPUTS for gaps that the session has set."""
+        return format_gaps(gaps), rendering.clip(session.clip, gaps), session.token, *self.hide_result()
 
-    def make_gap(self, session: Session, start_s: float, length_ms: float) -> tuple:
+    @staticmethod
+    def hide_result() -> tuple:
+        """Values of the summary and the results for a result that no longer belongs to the clip and the gaps that are shown."""
+        return "", gr.update(visible=False)
+
+    def refresh(self, session: Session, text: str) -> tuple:
+        """Values of REFRESH_OUTPUTS after an error."""
+        if session.clip is None:
+            shown = self._loaded(session, None)
+            return *shown[: len(GAP_OUTPUTS) + 1], *shown[-len(ORIGINS) :]
+        preview = rendering.clip(session.clip, self._entered(session, text))
+        return gr.skip(), preview, gr.skip(), *self.hide_result(), gr.skip(), *[gr.skip() for _ in ORIGINS]
+
+    @staticmethod
+    def _entered(session: Session, text: str) -> list:
+        """The gaps that are entered; none if they cannot be read."""
+        try:
+            return session.check_gaps(text)
+        except ValueError:
+            return []
+
+    def detect(self, session: Session, token: str, text: str) -> tuple:
+        """The detected gaps and the clip with them; if there are none, what is entered stays."""
+        clip = session.use_detected_gaps(token or "")
+        if clip.detected_gaps:
+            return self._with_gaps(session, clip.detected_gaps)
+        entered = self._entered(session, text)
+        note = "No gap detected; those that you entered stay." if entered else ""
+        return gr.skip(), rendering.clip(clip, entered, note), gr.skip(), gr.skip(), gr.skip()
+
+    def make_gap(self, session: Session, token: str, start_s: float, length_ms: float) -> tuple:
         """A gap for a test, and the clip with it."""
-        gaps = session.make_gap(start_s, length_ms)
-        return format_gaps(gaps), rendering.clip(session.clip, gaps)
+        return self._with_gaps(session, session.make_gap(start_s, length_ms, token or ""))
 
-    def redraw(self, session: Session, text: str) -> str:
+    def redraw(self, session: Session, token: str, text: str) -> str:
         """The clip with the gaps that were entered."""
         if session.clip is None:
             return rendering.NO_CLIP_YET
+        if token != session.token:  # of a clip or of gaps that are replaced
+            return gr.skip()
         return rendering.clip(session.clip, session.check_gaps(text))
 
-    def restore(self, session: Session, text: str, face: int | None, sync: bool) -> tuple:
+    def hide_old_result(self, session: Session, *shown: Any) -> tuple:
+        """Called when the gaps or an option change. shown: token, gaps, face and sync, as in `restore`."""
+        return (gr.skip(), gr.skip()) if session.result_is_current(*self._request(*shown)) else self.hide_result()
+
+    def replace_old_result(self, session: Session, *shown: Any) -> tuple:
+        """Called after a restoration: the gaps or an option may have been changed while it ran. shown: as in hide_old_result."""
+        if session.result_is_current(*self._request(*shown)):
+            return gr.skip(), gr.skip()
+        return rendering.REPLACED, gr.update(visible=False)
+
+    @staticmethod
+    def _request(token: str | None, text: str, face: int | None, sync: bool) -> tuple[str, str, int | None, str]:
+        """(text, token, face, sync) as Session.restore takes them, of the values of the page."""
+        return text, token or "", None if face is None or face < 0 else int(face), "auto" if sync else "off"
+
+    def restore(self, session: Session, token: str, text: str, face: int | None, sync: bool) -> tuple:
         """Values of RESULT_OUTPUTS."""
-        result = session.restore(text, face=None if face is None or face < 0 else int(face), sync="auto" if sync else "off")
+        result = session.restore(*self._request(token, text, face, sync))
         plots = rendering.compared(session.clip, result, result.gaps)
         waveforms = {name: str(file) for name, file in result.waveforms.items()}
         players = [v for name in WAVEFORMS for v in (waveforms.get(name), plots.get(name, ""))]

@@ -6,6 +6,7 @@ The fast tests fill gaps with a tone instead of a network; the slow one uses the
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from avsi_jax.app import cli, isolation, session
+from avsi_jax.app import cli, isolation, sandbox, session
 from avsi_jax.media import clip_io
 from tests.support.session_fakes import EXAMPLES, HOSTILE, RATE, ToneInpainter, outside
 
@@ -62,35 +63,80 @@ def test_the_folder_of_a_killed_server_is_deleted_by_the_next_one(tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_connections_to_other_machines_are_blocked():
-    script = """
-import socket
+OUTSIDE = """
+import asyncio, os, socket, subprocess
 from avsi_jax.app import isolation
-isolation.block_outgoing_connections("127.0.0.1")
-with socket.create_server(("127.0.0.1", 0)) as here:
-    socket.create_connection(here.getsockname()).close()
-    socket.create_connection(("localhost", here.getsockname()[1])).close()
-for call in (
-    lambda: socket.create_connection(("192.0.2.1", 80), 1),
-    lambda: socket.getaddrinfo("example.org", 443),
-    lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("192.0.2.1", 53)),
-):
-    try:
-        call()
-    except PermissionError as error:
-        print(error)
+isolation.block_outgoing_connections("192.0.2.7")
+here = socket.create_server(("127.0.0.1", 0))
+udp = lambda family=socket.AF_INET: socket.socket(family, socket.SOCK_DGRAM)
+there, there6, program = ("192.0.2.1", 80), ("2001:db8::1", 80), ["curl", "http://192.0.2.1/"]
 """
+
+REFUSED = (
+    "socket.create_connection(there, 1)",
+    "socket.socket().connect(there)",
+    "socket.socket().connect_ex(there)",
+    "socket.socket(socket.AF_INET6).connect(there6)",
+    "socket.socket(socket.AF_INET6).connect(('::ffff:192.0.2.1', 80, 0, 0))",
+    "udp().connect(there)",
+    "udp().sendto(b'x', there)",
+    "udp().sendto(b'x', 0, there)",
+    "udp().sendmsg([b'x'], [], 0, there)",
+    "udp(socket.AF_INET6).sendmsg([b'x'], [], 0, there6)",
+    "socket.getaddrinfo('example.org', 443)",
+    "socket.getaddrinfo(b'example.org', 443)",
+    "socket.gethostbyname('example.org')",
+    "socket.gethostbyname_ex('example.org')",
+    "socket.gethostbyaddr('192.0.2.1')",
+    "socket.getnameinfo(there, 0)",
+    "asyncio.run(asyncio.wait_for(asyncio.open_connection('192.0.2.1', 80), 1))",
+    "subprocess.run(program)",
+    "subprocess.run(' '.join(program), shell=True)",
+    "os.popen('curl')",
+    "os.system('curl http://192.0.2.1/')",
+    "os.posix_spawn('/bin/sh', program, {})",
+    "os.posix_spawnp('curl', program, {})",
+    "os.execv('/bin/sh', program)",
+    "os.execvp('sh', program)",
+    "asyncio.run(asyncio.create_subprocess_exec('curl'))",
+)
+ALLOWED = (
+    "socket.create_connection(here.getsockname()).close()",
+    "socket.create_connection(('localhost', here.getsockname()[1])).close()",
+    "udp().sendto(b'x', here.getsockname())",
+    "udp().sendmsg([b'x'], [], 0, here.getsockname())",
+    "[end.sendmsg([b'x']) for end in socket.socketpair()]",
+    "socket.getnameinfo(here.getsockname(), 0)",
+    "socket.getaddrinfo(None, 80)",
+    "socket.getaddrinfo('192.0.2.7', 80)",
+    "asyncio.run(asyncio.open_connection(*here.getsockname()))",
+)
+
+
+def test_every_way_of_python_code_to_another_machine_is_blocked():
+    report_refused = "\n    try:\n        eval(call)\n    except PermissionError:\n        print(call)"
+    script = f"{OUTSIDE}\nfor call in {REFUSED + ALLOWED!r}:{report_refused}"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [line.split()[-1] for line in done.stdout.splitlines()] == ["192.0.2.1", "example.org", "192.0.2.1"]
+    assert done.stdout.splitlines() == list(REFUSED)
+
+
+def test_the_server_uses_an_event_loop_whose_connections_can_be_blocked(monkeypatch):
+    """uvloop connects in C, unseen."""
+    monkeypatch.setitem(sys.modules, "uvloop", sys)
+    with isolation.without_uvloop(), pytest.raises(ImportError):
+        __import__("uvloop")
+    assert sys.modules["uvloop"] is sys
 
 
 # ------------------------------------------------------------------------------------------------------------------ the page
 
 STATE = {  # the state of the page, as JavaScript expressions
     "num_plots": "document.querySelectorAll('#preview img').length",
-    "gaps": "document.querySelector('#gaps textarea, #gaps input').value",
+    "gaps": "document.querySelector('#gaps textarea, #gaps input')?.value",
     "errors": "[...document.querySelectorAll('.toast-body')].map(e => e.innerText).join()",
+    "file_name": "document.querySelector('#file')?.innerText",
+    "result_is_shown": "!!document.querySelector('#restored-plot img')?.offsetParent",
     "restored": "document.querySelectorAll('#restored-plot img').length && document.querySelector('#restored a[href]')?.href",
 }
 
@@ -121,6 +167,20 @@ def restore(page) -> np.ndarray:
         return clip_io.read_clip(file).audio.samples
 
 
+def click(page, name: str) -> None:
+    page.evaluate(f"document.querySelector('#{name}').click()")
+
+
+def type_gaps(page, text: str) -> None:
+    """Replaces the text as a user does by pasting: no key is pressed."""
+    page.evaluate("(field => { field.focus(); field.select(); })(document.querySelector('#gaps textarea, #gaps input'))")
+    page("Input.insertText", text=text)
+
+
+def wait(page, milliseconds: float) -> None:
+    page.evaluate(f"new Promise(ok => setTimeout(ok, {milliseconds}))")
+
+
 def check_no_errors_or_requests(page, address: str) -> None:
     """No error on the console except Gradio's own, and no request to another machine."""
     assert [message for message in page.console_errors() if GRADIO_WARNING not in message] == []
@@ -141,8 +201,51 @@ def test_an_uploaded_clip_is_restored(chromium, tmp_path, monkeypatch):
         np.testing.assert_array_equal(restored[kept], samples[kept])
         assert np.abs(restored[~kept]).max() > 0.2
         assert "bin <blue> at f two now" in chromium.evaluate("document.querySelector('#summary').innerText")
+        assert clip.stem in chromium.evaluate(STATE["file_name"])
+        type_gaps(chromium, "0.2-0.5")
+        chromium.wait_for(f"!({STATE['result_is_shown']})", "the result of other gaps is hidden")
+        assert restore(chromium)[round(0.3 * RATE)] != samples[round(0.3 * RATE)]
+        click(chromium, "example-drawn_mouth")
+        chromium.wait_for(f"({STATE['gaps']}) == '' && !({STATE['result_is_shown']})")
+        assert clip.stem not in chromium.evaluate(STATE["file_name"])
         check_no_errors_or_requests(chromium, address)
     assert [p for p in tmp_path.iterdir() if p.name.startswith(isolation.PREFIX)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_no_gap_is_restored_in_another_clip_however_late_restore_is_pressed(chromium, tmp_path, monkeypatch):
+    """Loading is slow; the next clip is chosen, or a gap is made, and Restore is pressed before the page shows it: 20 times."""
+    pytest.importorskip("gradio")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    rng, inpainter, open_clip = np.random.default_rng(0), ToneInpainter(), sandbox.Worker.open
+
+    def open_slowly(*arguments):
+        time.sleep(rng.uniform(0.2, 1.0))
+        return open_clip(*arguments)
+
+    with_gap, without_gap = EXAMPLES / "drawn_mouth_with_gap.mp4", tmp_path / "noise.wav"
+    num_samples = clip_io.read_clip(with_gap).audio.samples.shape[0]
+    clip_io.write_audio(without_gap, np.random.default_rng(1).normal(0, 0.1, 4 * RATE), RATE)
+    with cli.served(inpainter, session.Limits()) as address:
+        monkeypatch.setattr(sandbox.Worker, "open", open_slowly)
+        for number in range(20):
+            upload(chromium, address, with_gap)
+            chromium.wait_for(STATE["gaps"])
+            inpainter.calls.clear()
+            if number % 2:
+                chromium.choose_files("#file input[type=file]", without_gap) if chromium.evaluate(
+                    "!!document.querySelector('#file input[type=file]')"
+                ) else click(chromium, "example-person")
+            else:
+                click(chromium, "example-person")
+                click(chromium, "make-gap")
+            wait(chromium, rng.uniform(0, 1500))
+            click(chromium, "restore")
+            chromium.wait_for(f"({STATE['errors']}) || ({STATE['result_is_shown']})")
+            wait(chromium, 1500)
+            assert [call for call in inpainter.calls if call[0] != num_samples] == [], number
+            assert all(gaps == [pytest.approx((1.0, 1.6), abs=0.01)] for _, gaps in inpainter.calls), number
 
 
 @pytest.mark.slow
@@ -209,6 +312,34 @@ def test_mistakes_are_one_line(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
     assert cli.main([]) == 2
     assert "pip install 'avsi_jax[app]'" in one_line(capsys)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["--port=x"])
+    assert "--port" in one_line(capsys)
+
+
+def test_a_port_in_use_and_an_unknown_host_are_reported_before_anything_is_loaded(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "check_gradio_installed", lambda: None)
+    monkeypatch.setattr(cli, "_load_inpainter", lambda checkpoint: pytest.fail("loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert cli.main([f"--port={port}"]) == 2
+        line = one_line(capsys)
+        assert f"127.0.0.1:{port}" in line and "another program" in line and "--port" in line
+    assert cli.main(["--host=256.1.1.1"]) == 2
+    assert "256.1.1.1" in one_line(capsys)
+
+
+def test_a_missing_run_is_reported_as_by_the_command(capsys, monkeypatch, tmp_path):
+    from avsi_jax.inpainting import cli as inpainting_cli
+
+    monkeypatch.setattr(signal, "signal", lambda *a: None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clip.wav").touch()
+    for checkpoint in ("missing", str(tmp_path)):
+        assert inpainting_cli.main(["clip.wav", f"--checkpoint={checkpoint}"]) == 2
+        expected = capsys.readouterr().err.replace("avsi-inpaint: ", "avsi-app: ")
+        assert cli.main([f"--checkpoint={checkpoint}", "--port=0"]) == 2
+        assert one_line(capsys) == expected and checkpoint in expected
 
 
 def test_help_imports_nothing_heavy():

@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 
-from avsi_jax.app import rendering, session
+from avsi_jax.app import rendering, sandbox, session
+from avsi_jax.inpainting import cli_jobs, clip_inpainter
 from avsi_jax.media import clip_io
 from avsi_jax.runtime import process_pool
-from tests.support.session_fakes import EXAMPLES, HOSTILE, RATE, ToneInpainter, outside
+from tests.support.session_fakes import EXAMPLES, HOSTILE, RATE, ToneInpainter, outside, run_inline
 
 
 @pytest.fixture
 def user(tmp_path, monkeypatch):
-    """A session whose clips are opened in this process: starting a worker process takes a second."""
-    run_inline = lambda work, jobs, **limits: [process_pool.JobOutcome(0, work(*jobs[0]))]
+    """A session whose clips are decoded in this process."""
     monkeypatch.setattr(process_pool, "run", run_inline)
     return session.Session(tmp_path / "gradio" / "sessions" / "one", ToneInpainter(), session.Limits())
 
@@ -28,19 +28,16 @@ def noise(tmp_path):
 # -------------------------------------------------------------------------------------------------------- text of the user
 
 
-@pytest.mark.parametrize(
-    ("text", "gaps"),
-    [
-        ("0.93-1.73", [(0.93, 1.73)]),
-        (" 2.1 - 2.3 , .5–1 ", [(0.5, 1.0), (2.1, 2.3)]),
-        ("1-2s;3-4s,", [(1, 2), (3, 4)]),
-        ("", []),
-        (None, []),
-    ],
-)
-def test_gaps_are_parsed_and_formatted(text, gaps):
-    assert session.parse_gaps(text) == gaps
+def test_formatted_gaps_are_parsed_again():
+    gaps = [(0.5, 1.0), (2.1, 2.3)]
     assert session.parse_gaps(session.format_gaps(gaps)) == gaps
+    assert session.parse_gaps(session.format_gaps([])) == []
+
+
+def test_more_gaps_than_can_be_entered_are_an_error_or_auto():
+    with pytest.raises(ValueError, match="expected at most"):
+        session.parse_gaps("1-2," * 30)
+    assert session.format_gaps([(1, 2)] * 30) == "auto"
 
 
 def test_formatted_gaps_are_rounded_outwards():
@@ -48,13 +45,6 @@ def test_formatted_gaps_are_rounded_outwards():
     (start, end) = session.parse_gaps(session.format_gaps([(12.34567, 59.98761, "silence")]))[0]
     assert 12.3447 <= start <= 12.34567 and 59.98761 <= end <= 59.9886
     assert session.format_gaps([(0.57, 1.73)]) == "0.57-1.73" and session.format_gaps([(100.5, 123.457)]) == "100.5-123.457"
-
-
-@pytest.mark.parametrize("text", ["1", "1:2", "a-b", "2-1", "1-1", "-1-2", "nan-2", "1e9-2e9", "1-2-3", "<b>-2", "1-2," * 30])
-def test_wrong_gaps_are_an_error_of_one_line(text):
-    with pytest.raises(ValueError) as error:
-        session.parse_gaps(text)
-    assert "expected" in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 120
 
 
 def test_confidence_in_words_decreases_with_its_value():
@@ -124,11 +114,93 @@ def test_a_long_clip_is_plotted_around_its_gaps():
     assert rendering.plotted_interval([(10.0, 10.5), (12.0, 12.5)], 60.0) == (8.5, 14.0)
 
 
-@pytest.mark.parametrize("text", ["0.5-1.2", "2-3"])
+@pytest.mark.parametrize("text", ["0.5-1.2", "2-3", "1e9-2e9", "0.5-0:01.2"])
 def test_gaps_outside_the_clip_are_an_error(user, noise, text):
     user.load(noise)
-    with pytest.raises(ValueError, match="1.00 s long"):
+    with pytest.raises(ValueError, match="1.000 s long"):
         user.restore(text)
+
+
+def test_auto_restores_the_detected_gaps_and_is_an_error_where_there_are_none(user, noise):
+    clip = user.load(EXAMPLES / "drawn_mouth_with_gap.mp4")
+    assert user.restore("auto").gaps == [gap[:2] for gap in clip.detected_gaps]
+    user.load(noise)
+    with pytest.raises(clip_inpainter.NoGapFoundError, match="some noise.wav"):
+        user.restore("auto")
+
+
+def test_the_default_output_is_that_of_the_command_and_keeps_known_samples(user):
+    """An .mpg would be written as MP2, which changes the whole clip."""
+    clip = user.load(EXAMPLES / "person.mpg")
+    result, original = user.restore("0.9-1.5"), clip_io.read_clip(EXAMPLES / "person.mpg")
+    assert result.clip.suffix == cli_jobs.default_suffix(EXAMPLES / "person.mpg") != ".mpg"
+    restored, kept = clip_io.read_clip(result.clip), outside(result.gaps, len(clip.samples), clip.rate)
+    np.testing.assert_array_equal(clip_io.to_int16(restored.audio.samples[kept]), clip_io.to_int16(original.audio.samples[kept]))
+    np.testing.assert_array_equal(restored.video.rgb, original.video.rgb)
+    assert any(result.clip.suffix in warning for warning in result.warnings)
+
+
+# ------------------------------------------------------------------------------------------- gaps belong to a clip
+
+
+def test_gaps_of_an_earlier_clip_are_refused(user, noise):
+    user.load(noise)
+    token = user.token
+    user.load(EXAMPLES / "drawn_mouth.mp4")
+    for request in (
+        lambda: user.restore("0.4-0.7", token=token),
+        lambda: user.make_gap(0.4, 300, token),
+        lambda: user.use_detected_gaps(token),
+        lambda: user.restore("0.4-0.7", token=""),
+    ):
+        with pytest.raises(session.StaleGapsError):
+            request()
+    assert user.restore("0.4-0.7", token=user.token).gaps == [(0.4, 0.7)]
+
+
+def test_gaps_that_were_replaced_are_refused(user):
+    user.load(EXAMPLES / "drawn_mouth_with_gap.mp4")
+    for replace in (lambda token: user.make_gap(0.2, 300, token), user.use_detected_gaps):
+        token = user.token
+        replace(token)
+        with pytest.raises(session.StaleGapsError):
+            user.restore("1-1.6", token=token)
+        replace(token)  # a second press of the same button is not refused
+
+
+def test_a_clip_that_is_loaded_again_is_another_one(user, noise):
+    user.load(noise)
+    token = user.token
+    user.load(noise)
+    with pytest.raises(session.StaleGapsError):
+        user.restore("0.4-0.7", token=token)
+
+
+def test_a_result_is_current_until_the_clip_its_gaps_or_an_option_change(user, noise):
+    user.load(noise)
+    user.restore("0.4-0.7")
+    shown = user.token, None, "off"
+    assert user.result_is_current("0.40 - 0.7", *shown)
+    assert not user.result_is_current("0.4-0.8", *shown) and not user.result_is_current("nonsense", *shown)
+    assert not user.result_is_current("0.4-0.7", user.token, 1, "off")
+    assert not user.result_is_current("0.4-0.7", user.token, None, "auto")
+    assert not user.result_is_current("0.4-0.7", "", None, "off")
+    user.load(noise)
+    assert not user.result_is_current("0.4-0.7", *shown)
+
+
+# ------------------------------------------------------------------------------------------- what is shown of the gaps
+
+
+def test_the_message_about_gaps_is_that_of_the_gaps_that_are_shown(user, noise):
+    clip = user.load(noise)
+    assert "No gap detected" in rendering.clip(clip, ())
+    shown = rendering.clip(clip, user.make_gap(0.4, 300))
+    assert "No gap detected" not in shown and "Gaps to restore: 0.40-0.70 s" in shown
+    clip = user.load(EXAMPLES / "drawn_mouth_with_gap.mp4")
+    assert "Detected gaps: 1.00-1.60 s" in rendering.clip(clip, clip.detected_gaps)
+    assert "Gaps to restore: 0.20-0.30 s. Detected gaps: 1.00-1.60 s" in rendering.clip(clip, [(0.2, 0.3)])
+    assert "None is entered" in rendering.clip(clip, ())
 
 
 def test_restoring_without_a_gap_or_a_clip_is_an_error(user, noise):
@@ -152,14 +224,6 @@ def test_hostile_files_are_refused_in_one_line(user, tmp_path, name):
     assert user.clip is None and list(user.folder.iterdir()) == []
 
 
-def test_a_clip_is_opened_in_a_worker_process(tmp_path, noise):
-    limits = session.Limits()
-    session.check_opens(noise, "some noise.wav", limits)
-    (tmp_path / "text.mp4").write_bytes(HOSTILE["text.mp4"])
-    with pytest.raises(clip_io.MediaError, match=r"^text.mp4: "):
-        session.check_opens(tmp_path / "text.mp4", "text.mp4", limits)
-
-
 def test_the_size_is_checked_before_anything_is_decoded(user, noise, monkeypatch):
     monkeypatch.setattr(process_pool, "run", lambda *a, **k: pytest.fail("opened"))
     user.limits = session.Limits(megabytes=0.01)
@@ -167,18 +231,24 @@ def test_the_size_is_checked_before_anything_is_decoded(user, noise, monkeypatch
         user.load(noise)
 
 
-def test_length_and_frame_size_are_checked_before_a_face_is_tracked(user, noise, monkeypatch):
+def test_length_frame_size_and_number_of_samples_are_checked_before_a_face_is_tracked(user, noise, monkeypatch):
     user.limits = session.Limits(seconds=0.9)
     with pytest.raises(clip_io.MediaError, match=r"some noise.wav .*1.0 s .*0.9 s .*avsi-inpaint"):
         user.load(noise)
     user.limits = session.Limits()
-    outcome = process_pool.JobOutcome(0, (1.0, (60_000, 60_000)))
-    monkeypatch.setattr(process_pool, "run", lambda *a, **k: [outcome])
-    with pytest.raises(clip_io.MediaError, match=r"60000x60000.*1920x1088"):
+    monkeypatch.setattr(session, "MAX_PIXELS", 100 * 100)
+    with pytest.raises(clip_io.MediaError, match=r"drawn_mouth.mp4 .*360x288"):
         user.load(EXAMPLES / "drawn_mouth.mp4")
+    monkeypatch.setattr(sandbox, "MAX_AUDIO_BYTES", 10_000)
+    with pytest.raises(clip_io.MediaError, match=r"some noise.wav has 8000 samples in 2 channels"):
+        user.load(noise)
+
+
+def test_a_clip_that_exceeds_a_limit_of_the_worker_is_refused(user, noise, monkeypatch):
     monkeypatch.setattr(process_pool, "run", lambda *a, **k: [process_pool.JobOutcome(0, None, "took more than 20 s")])
     with pytest.raises(clip_io.MediaError, match=r"some noise.wav: .*took more than 20 s"):
         user.load(noise)
+    assert user.clip is None and list(user.folder.iterdir()) == []
 
 
 # -------------------------------------------------------------------------------------------------------- files left behind
