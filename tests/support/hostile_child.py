@@ -1,13 +1,15 @@
 """One process that passes hostile inputs through the API, the command and the page, and reports each outcome.
 
 python -m tests.support.hostile_child ROOT FIRST [page|command]: ROOT/inputs.json lists the inputs, FIRST is the index of the first
-one to process. With `page` the event handlers of the page are called (Gradio is imported), else what they call; with `command`
-avsi-inpaint follows, with all clips at once. Prints a line of JSON on stdout before and after each input. HANG_S after an input was
+one to process. With `page` the event handlers of the page are called (Gradio is imported) and clips are decoded by worker processes,
+else the session is called and decodes them here; with `command` avsi-inpaint follows, with all clips at once. Prints a line of JSON on stdout before and after each input. HANG_S after an input was
 begun the process exits with status 1 and the stack on stderr.
 """
 
 import contextlib
 import faulthandler
+import functools
+import functools
 import io
 import json
 import os
@@ -28,6 +30,11 @@ def peak_mb() -> float:
     peak = int(status[status.index("VmHWM:") :].split()[1]) / 1024
     Path("/proc/self/clear_refs").write_text("5")
     return peak
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of its worker processes that have ended."""
+    return sum(os.times()[:4])
 
 
 def outcome_of(work: Callable, path: Path) -> tuple[str, str]:
@@ -54,9 +61,10 @@ def refused_by_command(program: Callable, *argv: str) -> str:
 def ways_for_clips(root: Path, inpainter, by_page: bool) -> dict[str, Callable]:
     """{name: function of a path} through which each clip goes."""
     from avsi_jax.app import session
+    from avsi_jax.runtime import process_pool
+    from tests.support.session_fakes import run_inline
 
-    run_inline = lambda work, jobs, **limits: [session.process_pool.JobOutcome(0, work(*jobs[0]))]
-    session.process_pool.run = run_inline  # a worker process per upload takes a second: it is tested over HTTP
+    process_pool.run = run_inline  # a worker process per upload takes a second: it is tested over HTTP
     sessions = session.SessionStore(root / "tmp" / "sessions", inpainter, session.Limits())
 
     def api(path):
@@ -72,8 +80,9 @@ def ways_for_clips(root: Path, inpainter, by_page: bool) -> dict[str, Callable]:
 
         page, request = ui.Handlers(sessions), types.SimpleNamespace(session_hash="one")
         try:
-            page.handler(page.load)(request, str(path))
-            page.handler(page.restore)(request, "0.4-0.6", -1, False)
+            values = page.handler(functools.partial(page.load, "file"))(request, str(path))
+            token = dict(zip(ui.CLIP_OUTPUTS, values, strict=True))["token"]
+            page.handler(page.restore)(request, token, "0.4-0.6", -1, False)
         except gradio.Error as error:
             assert "see the terminal of avsi-app" not in error.message, error.message
             raise ValueError(error.message) from None
@@ -102,7 +111,7 @@ def ways_for_weights(root: Path) -> dict[str, Callable]:
         "read": weights.read,
         "api": Inpainter.load,
         "command": command,
-        "page": lambda path: refused_by_command(app_cli.main, f"--checkpoint={path}"),
+        "page": lambda path: refused_by_command(app_cli.main, f"--checkpoint={path}", "--port=0"),
     }
 
 
@@ -142,10 +151,10 @@ def main(root: Path, first: int, more: str) -> None:
             report(number=number, way=way, outcome="begun")
             faulthandler.dump_traceback_later(HANG_S, exit=True)
             peak_mb()
-            began = time.process_time()
+            began = cpu_seconds()
             outcome, text = outcome_of(work, path)
             faulthandler.cancel_dump_traceback_later()
-            report(number=number, way=way, outcome=outcome, text=text, cpu_s=time.process_time() - began, peak_mb=peak_mb())
+            report(number=number, way=way, outcome=outcome, text=text, cpu_s=cpu_seconds() - began, peak_mb=peak_mb())
     if more == "command":
         report(command=run_command(root, inpainter))
 
