@@ -36,8 +36,11 @@ FEWEST_MODULES, MOST_MODULES = 3, 17  # of a package
 
 # Library -> the only files that may import it. Empty: no file at all.
 OWNERS = {
-    "av": tuple(f"avsi_jax/media/{m}.py" for m in ("clip_io", "grid_mpeg", "muxing", "stream_copy", "clip_source", "frame_geometry")),
-    "soundfile": tuple(f"avsi_jax/media/{m}.py" for m in ("clip_io", "muxing", "clip_source")),
+    "av": tuple(
+        f"avsi_jax/media/{m}.py"
+        for m in ("clip_io", "audio_metadata", "clip_source", "frame_geometry", "grid_mpeg", "muxing", "stream_copy")
+    ),
+    "soundfile": tuple(f"avsi_jax/media/{m}.py" for m in ("clip_io", "audio_metadata", "clip_source", "muxing")),
     "ai_edge_litert": ("avsi_jax/face/landmarks.py",),
     "orbax": ("avsi_jax/training/checkpoints.py",),
     "grain": ("avsi_jax/data/input_pipeline.py",),

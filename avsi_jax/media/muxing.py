@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from avsi_jax.media import clip_io, stream_copy
+from avsi_jax.media import audio_metadata, clip_io, stream_copy
 
 if TYPE_CHECKING:
     import av
@@ -145,14 +145,19 @@ def _write_audio(source: SourceProperties, part: Path, target: Path, pieces: Ite
     if kind == "WAV" and size > WAV_BYTES:
         warning = f"{target.name} is too long for a plain .wav: written as RF64, which some programs cannot read"
         kind, warnings = "RF64", (warning,)
+    has_file, lost = Path(source.path).is_file(), ()
     with soundfile.SoundFile(part, "w", source.rate, source.channels, subtype, format=kind) as out:
+        if has_file:
+            lost += audio_metadata.set_tags(out, source.path, source.track, not source.has_video)
         for piece in pieces:
             out.write(clip_io.to_subtype(piece, subtype))
     with soundfile.SoundFile(part) as written:  # libsndfile reports no error where the disk is too full for the end of a .flac
         written.seek(source.num_samples - 1)
         if len(written.read(1)) != 1:
             raise OSError("its end was not written")
-    return warnings
+    if has_file:
+        lost += audio_metadata.copy_metadata(source.path, part, source.track)
+    return (*warnings, *stream_copy.left_out_warning(target, lost))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,7 +118,7 @@ class OtherStreams:
             return
         tag = None if self.kind == MPEG else fitting_tag(self.kind, stream)
         if tag is None:
-            self.left_out.append(self._name(stream))
+            self.left_out.append(name_of(stream))
         else:
             self.copies[stream.index] = add_stream(out, stream, tag)
 
@@ -134,17 +134,6 @@ class OtherStreams:
             return
         attached = out.add_attachment(stream.metadata.get("filename", kind[0]), stream.metadata.get("mimetype", kind[1]), data)
         attached.metadata.update(content_tags(stream.metadata))
-
-    def _name(self, stream: av.stream.Stream) -> str:
-        if _is_cover(stream):
-            return "the cover image"
-        if _is_time_code(stream):
-            return "the time code track"
-        if stream.type == "attachment":
-            return f"the attachment {stream.name or ''}".strip()
-        number = 1 + [s.index for s in self.container.streams if s.type == stream.type].index(stream.index)
-        details = ", ".join(filter(None, (_codec(stream), stream.metadata.get("language"))))
-        return f"{stream.type} track {number}" + (f" ({details})" if details else "")
 
     def shifted(self, packet: av.Packet, start_s: float) -> av.Packet | None:
         """A packet of a copied stream with times relative to start_s; None for one without times or data."""
@@ -163,6 +152,19 @@ class OtherStreams:
             packet.pts = packet.dts if pts is None else pts
         packet.stream = copy
         return packet
+
+
+def name_of(stream: av.stream.Stream) -> str:
+    """A stream in words: 'audio track 2 (aac, fra)'."""
+    if _is_cover(stream):
+        return "the cover image"
+    if _is_time_code(stream):
+        return "the time code track"
+    if stream.type == "attachment":
+        return f"the attachment {stream.name or ''}".strip()
+    number = 1 + [s.index for s in stream.container.streams if s.type == stream.type].index(stream.index)
+    details = ", ".join(filter(None, (_codec(stream), stream.metadata.get("language"))))
+    return f"{stream.type} track {number}" + (f" ({details})" if details else "")
 
 
 def finer_ticks(time_base: Fraction, start_s: float) -> tuple[Fraction, int, int]:
