@@ -280,7 +280,8 @@ def _missing_spans(source: Source) -> list[tuple[int, int]]:
 
 def _warnings_of_missing(source: Source, spans: list[tuple[int, int]]) -> list[str]:
     """A warning of samples that the file lacks and that are not restored, since they are not among the gaps `spans`."""
-    left = [(a / source.rate, b / source.rate) for span in _missing_spans(source) for a, b in window_plan.without(span, spans)]
+    rest = [part for span in _missing_spans(source) for part in window_plan.without(span, spans)]
+    left = [(a / source.rate, b / source.rate) for a, b in rest if b - a >= MIN_MISSING_S * source.rate]
     if not left:
         return []
     named = ", ".join(f"{a:.2f}-{b:.2f} s" for a, b in left[:MAX_NAMED])
