@@ -1,14 +1,13 @@
 """One process that passes hostile inputs through the API, the command and the page, and reports each outcome.
 
 python -m tests.support.hostile_child ROOT FIRST [page|command]: ROOT/inputs.json lists the inputs, FIRST is the index of the first
-one to process. With `page` the event handlers of the page are called (Gradio is imported) and clips are decoded by worker processes,
-else the session is called and decodes them here; with `command` avsi-inpaint follows, with all clips at once. Prints a line of JSON on stdout before and after each input. HANG_S after an input was
-begun the process exits with status 1 and the stack on stderr.
+one to process. With `page` the event handlers of the page are called (Gradio is imported) and worker processes decode the clips;
+otherwise the session is called and decodes them here. With `command` avsi-inpaint follows, with all clips at once. Prints a line of
+JSON on stdout before and after each input. HANG_S after an input was begun the process exits with status 1 and the stack on stderr.
 """
 
 import contextlib
 import faulthandler
-import functools
 import functools
 import io
 import json
@@ -64,7 +63,8 @@ def ways_for_clips(root: Path, inpainter, by_page: bool) -> dict[str, Callable]:
     from avsi_jax.runtime import process_pool
     from tests.support.session_fakes import run_inline
 
-    process_pool.run = run_inline  # a worker process per upload takes a second: it is tested over HTTP
+    if not by_page:
+        process_pool.run = run_inline  # a worker process per upload takes a second
     sessions = session.SessionStore(root / "tmp" / "sessions", inpainter, session.Limits())
 
     def api(path):

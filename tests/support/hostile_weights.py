@@ -15,7 +15,7 @@ from tests.support.hostile_clips import REFUSED, Input, Maker
 
 
 def weights_of(folder: Path, good: Path, few: bool = False) -> list[Input]:
-    """26 folders of weights, or (few) 2, made from those in `good` by one change each; the sha256 is updated with the tensors."""
+    """26 folders of weights, or (few) 1, made from those in `good` by one change each; the sha256 is updated with the tensors."""
     config, tensors = (good / "config.json").read_bytes(), (good / "model.safetensors").read_bytes()
     length = struct.unpack("<Q", tensors[:8])[0]
     header, numbers = json.loads(tensors[8 : 8 + length]), tensors[8 + length :]
@@ -64,7 +64,7 @@ def weights_of(folder: Path, good: Path, few: bool = False) -> list[Input]:
     add("empty", b"")
     add("nan", tensors[: 8 + length] + np.full(len(numbers) // 2, np.nan, "<f2").tobytes())
     add("bytes changed", tensors[:-2] + b"\0\1", sha=False)
-    add("zip bomb", bomb.getvalue(), default=True)
+    add("zip bomb", bomb.getvalue())
     add("gzip bomb", gzip.compress(bytes(2**25)))
     add("pickle", b"\x80\x04cos\nsystem\n(S'touch outside'\ntR.")
     add("endless", lambda path: path.symlink_to("/dev/zero"))
