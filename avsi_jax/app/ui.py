@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+from gradio import processing_utils
 
 from avsi_jax.app import rendering
 from avsi_jax.app.session import Limits, Session, SessionStore, UploadedClip, format_gaps
@@ -23,6 +24,7 @@ EXAMPLES = (  # one from the Grid corpus, two made by tfds_grid.synthetic: examp
     ("A person", "person.mpg"), ("A drawn mouth", "drawn_mouth.mp4"), ("A drawn mouth, with a gap", "drawn_mouth_with_gap.mp4"),
 )  # fmt: skip
 DELETE_UNUSED = (600, 3600)  # seconds: how often, and from which age on, uploads that no session holds are deleted
+PLAYER = {"interactive": False, "buttons": ["download"], "type": "filepath"}
 WEBCAM = gr.WebcamOptions(mirror=False, constraints={"video": {"width": 640, "height": 480}})
 MAX_QUEUE = 20  # restorations that may wait for the one that runs
 FACES = [("the largest", -1), ("1st from the left", 0), ("2nd", 1), ("3rd", 2), ("4th", 3)]
@@ -40,6 +42,7 @@ RESULT_OUTPUTS = (
 
 def build(inpainter: Inpainter, limits: Limits, folder: Path) -> gr.Blocks:
     """The page; sessions keep their files in `folder`."""
+    processing_utils.ffmpeg_installed = lambda: False  # Gradio would start ffprobe on each file that is played
     sessions = SessionStore(folder, inpainter, limits)
     with gr.Blocks(title="Fill gaps in speech", analytics_enabled=False, delete_cache=DELETE_UNUSED) as page:
         gr.HTML(rendering.head(limits))
@@ -68,15 +71,8 @@ def _input_components() -> dict[str, Any]:
             components = _clip_components() | _gap_components()
         with gr.Column(scale=6, min_width=300):
             components["preview"] = gr.HTML(rendering.NO_CLIP_YET, elem_id="preview")
-            components["input_audio"] = _player(label="Input", visible=False, elem_id="input-audio")
+            components["input_audio"] = gr.Audio(label="Input", visible=False, elem_id="input-audio", **PLAYER)
     return components
-
-
-def _player(**options: Any) -> gr.Audio:
-    """A player of .wav files that this server wrote: sent as they are, since Gradio would start ffprobe to look into them."""
-    player = gr.Audio(interactive=False, buttons=["download"], type="filepath", **options)
-    player.postprocess = lambda file: file and gr.FileData(path=str(file), orig_name=Path(file).name)
-    return player
 
 
 def _clip_components() -> dict[str, Any]:
@@ -122,7 +118,7 @@ def _result_components() -> dict[str, Any]:
         with gr.Row():
             for name in WAVEFORMS:
                 with gr.Column(min_width=280) as components[f"{name}_column"]:
-                    components[name] = _player(label=name.capitalize(), elem_id=name)
+                    components[name] = gr.Audio(label=name.capitalize(), elem_id=name, **PLAYER)
                     components[f"{name}_plot"] = gr.HTML(elem_id=f"{name}-plot")
         components["faces"] = gr.HTML(elem_id="faces")
         with gr.Row():
