@@ -77,6 +77,13 @@ def parse_face(text: str) -> int:
     return int(text)
 
 
+def parse_track(text: str) -> int:
+    """'2' -> 2. Raises ValueError."""
+    if not text.isascii() or not text.isdecimal() or not int(text):
+        raise ValueError(f"{text!r}: expected the number of an audio track, counted from 1")
+    return int(text)
+
+
 def parse_sync(text: str) -> str | float:
     """'off', 'auto', or the seconds by which the audio lags the video. Raises ValueError."""
     if text in ("off", AUTO):
@@ -97,8 +104,8 @@ def parser() -> Parser:
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = result.add_argument
-    add("clips", nargs="*", metavar="IN", help="clips (.mpg .mp4 .avi .mov .mkv .wav .flac), folders, @LIST (a file with one name "
-        "per line), or - for names on stdin")  # fmt: skip
+    add("clips", nargs="*", metavar="IN", help="clips (video or audio files of any format), folders, @LIST (a file with one name "
+        "per line), or - for names on stdin; -- before names that begin with a dash")  # fmt: skip
     add(
         "-o",
         "--output",
@@ -106,13 +113,15 @@ def parser() -> Parser:
         help="a file for one clip, else a folder; default: IN.restored.SUFFIX in the current folder",
     )
     gap = _type(lambda text: AUTO if text == AUTO else cli_jobs.parse_gap(text))
-    add("--gap", type=gap, action="append", metavar="START-END", help="a gap, in seconds; may be repeated. Default: auto, which "
-        "detects the gaps")  # fmt: skip
+    add("--gap", type=gap, action="append", metavar="START-END", help="a gap, in seconds on the clock of a player that shows the "
+        "clip; may be repeated. Default: auto, which detects the gaps")  # fmt: skip
     add("--gaps", metavar="FILE.csv", help="gaps of many clips: a table with the columns path,start_s,end_s")
     add("--format", choices=cli_jobs.FORMATS, default="same", help="wav and flac: audio only; the others: also the unchanged "
-        "video. Default: same as IN, but .mkv for .mpg and .avi, which would lose audio quality")  # fmt: skip
+        "video. Default: same as IN, but .mkv (.wav without video) for formats that would lose audio quality")  # fmt: skip
     add("--checkpoint", default="pretrained", help="name of shipped weights, a folder of weights, or the working directory of a "
         "training; default: %(default)s")  # fmt: skip
+    add("--track", type=_type(parse_track), metavar="N", help="which audio track to restore if there are several, counted from 1; "
+        "default: the one that the clip marks as default, or the first")  # fmt: skip
     add("--face", type=_type(parse_face), metavar="N", help="which face is speaking if there are several, counted from 0 at the "
         "left; default: the largest")  # fmt: skip
     add("--sync", type=_type(parse_sync), default="off", metavar="off|auto|SECONDS", help="A/V offset: auto measures and "
@@ -126,6 +135,15 @@ def parser() -> Parser:
         help=f"write a page with plots and players of the results; default name: {REPORT_NAME}")  # fmt: skip
     add("--quiet", action="store_true", help="print errors only")
     return result
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; all after -- are clips, whatever they begin with."""
+    argv = list(argv)
+    options_end = argv.index("--") if "--" in argv else len(argv)
+    args = parser().parse_intermixed_args(argv[:options_end])
+    args.clips += argv[options_end + 1 :]
+    return args
 
 
 def plan(args: argparse.Namespace) -> tuple[list[Job], Path | None]:
@@ -181,8 +199,9 @@ def inpaint_job(inpainter: Inpainter, job: Job, args: argparse.Namespace, progre
     try:
         with folder_of(job.target):
             result = inpainter.inpaint_file(
-                job.source, job.target, gaps, face=args.face, sync=args.sync, overwrite=args.overwrite, progress=progress
-            )
+                job.source, job.target, gaps, face=args.face, sync=args.sync, track=args.track,
+                overwrite=args.overwrite, progress=progress,
+            )  # fmt: skip
     except Exception as error:  # any error: the other clips are still processed
         from avsi_jax.inpainting.clip_inpainter import NoGapFoundError
 
@@ -229,8 +248,9 @@ def is_disk_full(error: BaseException | None, target: Path) -> bool:
 @unexpected_errors.reported(NAME)
 def main(argv: list[str] | None = None) -> int:
     """The console script; the exit code."""
-    args = parser().parse_intermixed_args(argv)
-    command = shlex.join([NAME, *(sys.argv[1:] if argv is None else argv)])
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parse(argv)
+    command = shlex.join([NAME, *argv])
     outcomes = []
     try:
         with _exit_on_sigterm():
@@ -292,7 +312,7 @@ def write_report(path: Path, outcomes: Sequence[ClipOutcome], args: argparse.Nam
     from avsi_jax.inpainting import html_report
 
     try:
-        html_report.write(path, outcomes, command=command, checkpoint=args.checkpoint)
+        html_report.write(path, outcomes, command=command, checkpoint=args.checkpoint, track=args.track)
     except (ValueError, OSError) as error:
         print_message(f"--report: {error_line(error)}")
         return False

@@ -11,11 +11,11 @@ import collections
 import csv
 import dataclasses
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from avsi_jax.inpainting.gap_text import AUTO, parse_gap
+from avsi_jax.runtime import console_streams
 
 RESTORED_MARK = ".restored"  # outputs are named STEM.restored.SUFFIX; such files are skipped when a folder is searched
 OUTPUT_SUFFIXES = (".wav", ".flac", ".mkv", ".mp4", ".mov", ".mpg", ".mpeg")
@@ -50,44 +50,61 @@ class Job:
 
 
 def read_table(path: str) -> dict[str, list[tuple[float, float]]]:
-    """Reads a table of gaps, CSV with the columns path,start_s,end_s, as {absolute path: gaps}.
+    """Reads a table of gaps, with the columns path,start_s,end_s separated by , ; or tabs, as {absolute path: gaps}.
 
     Relative paths are resolved from the current folder, then from the table's. Raises ValueError that names the wrong line.
     """
-    table = collections.defaultdict(list)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a table of gaps with the columns {','.join(COLUMNS)}")
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        rows = csv.DictReader(file)
-        if not set(COLUMNS) <= set(rows.fieldnames or ()):
-            raise ValueError(f"{path}: found the columns {','.join(rows.fieldnames or ['none'])}, expected {','.join(COLUMNS)}")
+    lines = console_streams.text_of(Path(path).read_bytes()).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    separator, header = _separator(lines[0])
+    if not set(COLUMNS) <= set(header):
+        found, expected = ",".join(header) or "none", ",".join(COLUMNS)
+        raise ValueError(f"{path}: found the columns {found}, expected {expected}, separated by commas, semicolons or tabs")
+    rows, table = csv.DictReader(lines[1:], header, delimiter=separator, skipinitialspace=True), collections.defaultdict(list)
+    try:
         for row in rows:
-            try:
-                gap = parse_gap(f"{row['start_s']}-{row['end_s']}")
-            except ValueError as error:
-                raise ValueError(f"{path}, line {rows.line_num}: {error}") from None
-            name = row["path"] if os.path.exists(row["path"]) else os.path.join(os.path.dirname(path), row["path"])
-            table[os.path.abspath(name)].append(gap)
+            name, gap = _table_row({column: row[column] or "" for column in COLUMNS}, os.path.dirname(path))
+            table[name].append(gap)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path}, line {rows.line_num + 1}: {error}") from None
     if not table:
         raise ValueError(f"{path}: contains no gap, expected one row per gap: {','.join(COLUMNS)}")
     return dict(table)
 
 
+def _separator(header: str) -> tuple[str, list[str]]:
+    """The separator of a table by its first line, and the columns."""
+    split = {separator: [name.strip() for name in next(csv.reader([header], delimiter=separator), [])] for separator in ",;\t"}
+    separator = max(split, key=lambda s: len(set(COLUMNS) & set(split[s])))
+    return separator, split[separator]
+
+
+def _table_row(row: dict[str, str], folder: str) -> tuple[str, tuple[float, float]]:
+    """(absolute path, gap) of a row of a table in a folder. Raises ValueError."""
+    if not row["path"]:
+        raise ValueError("found no path, expected the name of a clip")
+    name = row["path"] if os.path.exists(row["path"]) else os.path.join(folder, row["path"])
+    return os.path.abspath(name), parse_gap(f"{row['start_s']}-{row['end_s']}")
+
+
 # ---- clips -------------------------------------------------------------------------------------------------------------------
 
 
-def clips_of(names: Sequence[str]) -> list[tuple[Path, Path]]:
-    """[(clip, its path below the output folder)], each clip once. Raises ValueError for a folder without clips or an empty list.
+def clips_of(names: Sequence[str]) -> tuple[list[tuple[Path, Path]], list[OSError]]:
+    """([(clip, its path below the output folder)], each clip once, errors of folders that cannot be read).
 
-    A file that is named explicitly is kept whatever it is: errors in it are reported when it is processed.
+    A file that is named explicitly is kept whatever it is: errors in it are reported when it is processed. Raises ValueError for a
+    folder without clips or an empty list.
     """
-    clips = {}
+    clips, unreadable = {}, []
     for name in _expanded(names):
         if not name or "\0" in name:
             raise ValueError(f"found {name[:40]!r} among the names, expected files, folders, or a list with one name per line")
-        for clip, place in _in_folder(Path(name)) if os.path.isdir(name) else [(Path(name), Path(Path(name).name))]:
+        found = _in_folder(Path(name), unreadable) if os.path.isdir(name) else [(Path(name), Path(Path(name).name))]
+        for clip, place in found:
             clips.setdefault(os.path.abspath(clip), (clip, place))
-    return list(clips.values())
+    return list(clips.values()), unreadable
 
 
 def _expanded(names: Sequence[str]) -> Iterator[str]:
@@ -97,29 +114,32 @@ def _expanded(names: Sequence[str]) -> Iterator[str]:
             yield name
             continue
         if name == "-":
-            text = sys.stdin.read()
+            text = console_streams.stdin_text()
         elif not Path(name[1:]).is_file():
             raise FileNotFoundError(f"{name}: no such file {name[1:]}; expected a list of clips, one per line")
         else:
-            text = Path(name[1:]).read_text(encoding="utf-8", errors="surrogateescape")
+            text = console_streams.text_of(Path(name[1:]).read_bytes())
         lines = [line.strip("\r") for line in text.split("\n") if line.strip()]
         if not lines:
             raise ValueError(f"{'stdin' if name == '-' else name[1:]}: found no name, expected one per line")
         yield from lines
 
 
-def _in_folder(folder: Path) -> list[tuple[Path, Path]]:
-    """The clips below a folder, sorted by name, with their paths relative to it; without hidden and restored files."""
+def _in_folder(folder: Path, unreadable: list[OSError]) -> list[tuple[Path, Path]]:
+    """The clips below a folder, sorted by name, with their paths relative to it; without hidden and restored files.
+
+    unreadable: the errors of subfolders that cannot be read are appended to it.
+    """
     from avsi_jax.media import clip_io
 
-    clips = []
-    for parent, folders, files in os.walk(folder):
+    clips, num_unreadable = [], len(unreadable)
+    for parent, folders, files in os.walk(folder, onerror=unreadable.append):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in IGNORED_FOLDERS)
         for name in sorted(files):
             path = Path(parent, name)
             if not name.startswith(".") and path.suffix.lower() in clip_io.MEDIA_SUFFIXES and not path.stem.endswith(RESTORED_MARK):
                 clips.append((path, path.relative_to(folder)))
-    if not clips:
+    if not clips and len(unreadable) == num_unreadable:
         raise ValueError(f"{folder}: found no clip in this folder, expected files with one of {' '.join(clip_io.MEDIA_SUFFIXES)}")
     return clips
 
@@ -136,7 +156,7 @@ def plan(
     gaps: of clips that are not in the table; '' if every clip must be in it. Raises ValueError and OSError if something cannot be
     done.
     """
-    clips = clips_of(names or sorted(table or ()))
+    clips, unreadable = clips_of(names or sorted(table or ()))
     single = len(clips) == 1 and not any(os.path.isdir(name) for name in names)
     if single and _is_file(output):
         targets = [_file_target(clips[0][0], Path(output), form)]
@@ -148,7 +168,13 @@ def plan(
         for (clip, _), target in zip(clips, targets, strict=True)
     ]
     _refuse_targets(jobs)
-    return _with_existing(jobs, overwrite, resume)
+    return _with_existing(jobs, overwrite, resume) + [_unreadable_job(error) for error in unreadable]
+
+
+def _unreadable_job(error: OSError) -> Job:
+    """A job that fails, for a folder that cannot be read."""
+    problem = f"{error.filename}: the folder cannot be read ({error.strerror or error}); its clips are left out"
+    return Job(Path(os.fsdecode(error.filename)), Path(), (), problem)
 
 
 def _is_file(output: str | None) -> bool:

@@ -28,18 +28,18 @@ MAX_BYTES = 40_000_000  # of images and audio in the page
 MAX_RATE, MAX_CHANNELS = 48_000, 2  # that every browser plays
 
 
-def write(path: Path, outcomes: Sequence[ClipOutcome], *, command: str, checkpoint: str) -> None:
+def write(path: Path, outcomes: Sequence[ClipOutcome], *, command: str, checkpoint: str, track: int | None = None) -> None:
     """Writes the page, atomically. Raises OSError. If a clip cannot be shown, the page says why."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{secrets.token_hex(6)}.part.html")
     try:
-        part.write_text(render(outcomes, command=command, checkpoint=checkpoint), encoding="utf-8")
+        part.write_text(render(outcomes, command=command, checkpoint=checkpoint, track=track), encoding="utf-8")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def render(outcomes: Sequence[ClipOutcome], *, command: str, checkpoint: str) -> str:
+def render(outcomes: Sequence[ClipOutcome], *, command: str, checkpoint: str, track: int | None = None) -> str:
     """The page as HTML."""
     import jinja2
 

@@ -16,26 +16,54 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, ModuleType, TracebackType
 
+from avsi_jax.runtime import console_streams
+
 OWN_PACKAGES = ("avsi_jax", "configs", "tfds_grid", "__main__", "__mp_main__")
 ADVICE = "the tested versions: pip install . -c constraints/tests.txt in the checkout; AVSI_DEBUG=1 shows the traceback"
 MAX_CHARS = 300  # of the exception's own message
 
 
 def reported(name: str) -> Callable:
-    """Decorator for the main function of the command `name`: an uncaught exception becomes a line on stderr and exit code 1."""
+    """Decorator for the main function of the command `name`: an uncaught exception becomes a line on stderr and exit code 1.
+
+    Its standard streams raise no errors (console_streams); if its stdout was lost, the exit code is not 0.
+    """
 
     def decorate(main: Callable) -> Callable:
         @functools.wraps(main)
         def call(*args, **kwargs) -> int:
-            try:
-                return main(*args, **kwargs)
-            except Exception as error:
-                print(f"{name}: {explain(error)}", file=sys.stderr, flush=True)
-                return 1
+            with console_streams.guarded() as stdout:
+                try:
+                    code = main(*args, **kwargs)
+                except SystemExit as error:  # argparse
+                    if error.code:
+                        raise
+                    raise SystemExit(int(_is_lost(stdout, name))) from None
+                except BrokenPipeError:
+                    stdout.discard()
+                    code = 1
+                except Exception as error:
+                    print(f"{name}: {explain(error)}", file=sys.stderr, flush=True)
+                    code = 1
+                return code or int(_is_lost(stdout, name))
 
         return call
 
     return decorate
+
+
+def _is_lost(stdout: console_streams.GuardedStream, name: str) -> bool:
+    """Whether stdout could not be written, which is reported."""
+    try:
+        stdout.flush()
+    except BrokenPipeError:
+        stdout.discard()
+        return True
+    if stdout.error is None:
+        return False
+    reason = getattr(stdout.error, "strerror", None) or stdout.error
+    print(f"{name}: stdout cannot be written ({reason}): output is lost; redirect it elsewhere", file=sys.stderr, flush=True)
+    return True
 
 
 def explain(error: BaseException) -> str:

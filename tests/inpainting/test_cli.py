@@ -83,6 +83,46 @@ def test_names_are_read_from_lists_and_stdin(fake, monkeypatch):
     assert [str(c["source"]) for c in fake.calls] == ["a.wav", odd, "c d.wav", "e.wav"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_lists_and_stdin_may_begin_with_a_byte_order_mark(fake, monkeypatch, encoding):
+    touch("a é.wav", "b.wav", "c.wav")
+    Path("list.txt").write_bytes("a é.wav\r\nb.wav\r\n".encode(encoding))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("c.wav\n".encode(encoding)), encoding="ascii"))
+    assert run("@list.txt", "-", "-o", "out") == 0
+    assert [str(c["source"]) for c in fake.calls] == ["a é.wav", "b.wav", "c.wav"]
+
+
+def test_names_after_two_dashes_may_begin_with_a_dash(fake):
+    touch("-a.wav", "--gap.wav", "b.wav")
+    assert run("b.wav", "--gap=1-2", "-o", "out", "--", "-a.wav", "--gap.wav") == 0
+    assert [str(c["source"]) for c in fake.calls] == ["b.wav", "-a.wav", "--gap.wav"]
+    assert [f for f in files() if f.startswith("out")] == ["out/--gap.restored.wav", "out/-a.restored.wav", "out/b.restored.wav"]
+
+
+def test_a_subfolder_that_cannot_be_read_is_reported_and_the_rest_is_done(fake, monkeypatch, capsys):
+    """As root no folder is unreadable, so scandir is replaced."""
+    touch("in/a.wav", "in/locked/b.wav", "in/z.wav")
+    scandir = os.scandir
+
+    def failing(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    assert run("in", "-o", "out") == 1
+    monkeypatch.setattr(os, "scandir", scandir)
+    message = one_line(capsys.readouterr().err)
+    assert "in/locked" in message and "Permission denied" in message
+    assert [f for f in files() if f.startswith("out")] == ["out/a.restored.wav", "out/z.restored.wav"]
+
+
+def test_a_corrupt_clip_is_a_failure_whatever_its_name(fake, capsys):
+    touch("no gap detected.wav", "a.wav")
+    assert run("no gap detected.wav", "a.wav", "-o", "out") == 1
+    assert "cannot be decoded" in one_line(capsys.readouterr().err)
+
+
 def test_options_may_stand_anywhere(fake):
     touch("a.wav", "b.wav", "c.wav")
     assert run("a.wav", "--gap", "0.1-0.2", "b.wav", "--report", "c.wav", "--report=x.html", "--gap=1:00-1:01.5") == 0
@@ -104,12 +144,12 @@ def test_the_report_is_written_beside_the_outputs(fake, capsys):
 
 def test_options_are_passed_to_the_inpainter(fake):
     touch("a.wav")
-    assert run("a.wav", "--face=2", "--sync", "-0.08", "--checkpoint=runs/x", "--overwrite", "--gap", "auto") == 0
+    assert run("a.wav", "--face=2", "--track=3", "--sync", "-0.08", "--checkpoint=runs/x", "--overwrite", "--gap", "auto") == 0
     (call,) = fake.calls
-    assert (call["gaps"], call["face"], call["sync"], call["overwrite"]) == ("auto", 2, -0.08, True)
+    assert (call["gaps"], call["face"], call["track"], call["sync"], call["overwrite"]) == ("auto", 2, 3, -0.08, True)
     assert run("a.wav", "--sync=auto", "-o", "out") == 0
     call = fake.calls[1]
-    assert (call["gaps"], call["face"], call["sync"], call["overwrite"]) == ("auto", None, "auto", False)
+    assert (call["gaps"], call["face"], call["track"], call["sync"], call["overwrite"]) == ("auto", None, None, "auto", False)
     assert fake.loaded == ["runs/x", "pretrained"]
 
 
@@ -125,6 +165,17 @@ def test_gaps_are_read_from_a_table(fake):
     ]
     assert run("far", "c.wav", "--gap=0.1-0.2", "--gaps", "far/gaps.csv", "-o", "out2") == 0
     assert [c["gaps"] for c in fake.calls[2:]] == [[(1, 2), (60, 60.5)], [(0.5, 0.75)], [(0.1, 0.2)]]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_tables_may_have_other_separators_and_encodings(fake, separator, encoding):
+    """As spreadsheets save them; pandas writes small numbers with an exponent."""
+    touch("a.wav")
+    rows = [["path", "start_s", "end_s"], ["a.wav", "5e-05", "0.25"], ["a.wav", "1.5", "2"]]
+    Path("gaps.csv").write_bytes("\r\n".join(separator.join(row) for row in rows).encode(encoding))
+    assert run("--gaps", "gaps.csv") == 0
+    assert fake.calls[0]["gaps"] == [(5e-05, 0.25), (1.5, 2.0)]
 
 
 # ---- errors ------------------------------------------------------------------------------------------------------------------
@@ -162,7 +213,12 @@ def test_gaps_are_read_from_a_table(fake):
         (["a.wav", "-o", "there.wav", "--overwrite", "--resume"], ["--overwrite", "--resume"]),
         (["a.wav", "--report=there.html"], ["there.html exists", "--overwrite"]),
         (["a.wav", "--gaps", "blank"], ["blank: ", "path,start_s,end_s"]),
+        (["a.wav", "--track", "0"], ["--track", "'0'", "counted from 1"]),
         (["a.wav", "--gaps", "odd.csv"], ["odd.csv, line 3", "'2-x'"]),
+        (["a.wav", "--gaps", "comma.csv"], ["comma.csv, line 2", "decimal comma"]),
+        (["a.wav", "--gaps", "spaces.csv"], ["spaces.csv", "path start_s end_s", "path,start_s,end_s", "semicolons"]),
+        (["a.wav", "--gaps", "short.csv"], ["short.csv, line 2", "'1-'"]),
+        (["a.wav", "--gaps", "nameless.csv"], ["nameless.csv, line 2", "no path"]),
         (["a.wav", "--gaps", "other.csv"], ["--gaps", "a.wav", "--gap auto"]),
     ],
     ids=lambda a: " ".join(a),
@@ -174,6 +230,10 @@ def test_mistakes_are_one_line_and_nothing_is_done(fake, capsys, arguments, name
     Path("empty").mkdir()
     Path("link.wav").symlink_to("a.wav")
     Path("odd.csv").write_text("path,start_s,end_s\na.wav,1,2\na.wav,2,x\n")
+    Path("comma.csv").write_text("path;start_s;end_s\na.wav;0,93;1,73\n")
+    Path("spaces.csv").write_text("path start_s end_s\na.wav 1 2\n")
+    Path("short.csv").write_text("path,start_s,end_s\na.wav,1\n")
+    Path("nameless.csv").write_text("path,start_s,end_s\n,1,2\n")
     Path("other.csv").write_text("path,start_s,end_s\nb/a.wav,1,2\n")
     before = files()
     try:

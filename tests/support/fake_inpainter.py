@@ -22,8 +22,9 @@ class FakeInpainter:
     calls: list = dataclasses.field(default_factory=list)
     loaded: list = dataclasses.field(default_factory=list)
 
-    def inpaint_file(self, source, target, gaps, *, face, sync, overwrite, progress):
-        self.calls.append({"source": source, "target": target, "gaps": gaps, "face": face, "sync": sync, "overwrite": overwrite})
+    def inpaint_file(self, source, target, gaps, *, face, sync, track, overwrite, progress):
+        options = {"face": face, "sync": sync, "track": track, "overwrite": overwrite}
+        self.calls.append({"source": source, "target": target, "gaps": gaps} | options)
         progress(0.5)
         stem = Path(source).stem
         if stem in ERRORS:
@@ -44,6 +45,7 @@ def disk_full_error() -> clip_io.MediaError:
 
 
 ERRORS = {
+    "no gap detected": clip_io.MediaError("no gap detected.wav: cannot be decoded (found nothing)"),
     "junk": clip_io.MediaError("cannot be decoded\n(found nothing)"),
     "bug": KeyError("x"),
     "huge": MemoryError(),
