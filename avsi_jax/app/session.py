@@ -251,8 +251,8 @@ class Session:
             if not gaps:
                 raise clip_inpainter.NoGapFoundError(f"{clip.name}: no gap detected; enter one, such as 0.93-1.73")
         elif gaps:
-            gaps = [(start, min(end, clip.duration_s) if end < clip.duration_s + ROUNDED_S else end) for start, end in gaps]
-            clip_inpainter.check_gaps(gaps, len(clip.samples), clip.rate)
+            clip_inpainter.check_gaps(gaps, len(clip.samples), clip.rate, max(clip.source.end_s, clip.duration_s + ROUNDED_S))
+            gaps = [(start, min(end, clip.duration_s)) for start, end in gaps]
         return gaps
 
     def restore(self, text: str | None, token: str | None = None, face: int | None = None, sync: str = "off") -> Result:

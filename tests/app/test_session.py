@@ -1,5 +1,7 @@
 """Sessions of avsi-app: text that users enter, a clip from upload to result, refused clips, and that no files are left behind."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
@@ -91,11 +93,13 @@ def test_a_gap_made_by_the_user_is_compared_with_the_original(user, noise):
         np.testing.assert_array_equal(waveforms[name].samples[kept], samples[kept])
         assert waveforms[name].subtype == "PCM_24"
     assert result.clip.name == "some_noise.restored.wav" and rendering.faces(result) == ""
-    user.use_detected_gaps()
+    user.use_detected_gaps()  # none: the one that was made stays
+    assert "original" in user.restore("0.4-0.7").waveforms
+    user.load(noise)
     assert "original" not in user.restore("0.4-0.7").waveforms
 
 
-def test_a_video_file_without_video_is_returned_as_wav(user, noise, tmp_path):
+def test_a_video_file_without_video_keeps_its_format(user, noise, tmp_path):
     import av
 
     with av.open(str(noise)) as source, av.open(str(tmp_path / "talk.mp4"), "w") as out:
@@ -105,8 +109,20 @@ def test_a_video_file_without_video_is_returned_as_wav(user, noise, tmp_path):
         out.mux(stream.encode(None))
     user.load(tmp_path / "talk.mp4")
     result = user.restore("0.4-0.7")
-    assert result.clip.name == "talk.restored.wav" and any(".wav" in w for w in result.warnings)
+    assert result.clip.name == f"talk.restored{cli_jobs.default_suffix(tmp_path / 'talk.mp4')}" == "talk.restored.mp4"
     assert np.abs(clip_io.read_clip(result.clip).audio.samples[3300:5500]).max() > 0.2
+
+
+def test_audio_is_returned_as_wav_where_the_video_cannot_be_copied(user, monkeypatch):
+    def write_clip(source, target, blocks, write=sandbox.clip_source.write_clip):
+        if target.suffix != ".wav":
+            raise clip_io.MediaError("cannot be copied")
+        return write(source, target, blocks)
+
+    monkeypatch.setattr(sandbox.clip_source, "write_clip", write_clip)
+    user.load(EXAMPLES / "drawn_mouth.mp4")
+    result = user.restore("0.4-0.7")
+    assert result.clip.name == "drawn_mouth.restored.wav" and any(".wav, audio only" in w for w in result.warnings)
 
 
 def test_a_long_clip_is_plotted_around_its_gaps():
@@ -119,6 +135,29 @@ def test_gaps_outside_the_clip_are_an_error(user, noise, text):
     user.load(noise)
     with pytest.raises(ValueError, match="1.000 s long"):
         user.restore(text)
+
+
+def test_a_gap_may_end_with_the_video_as_in_the_command(user, tmp_path):
+    """Where the video lasts longer than the audio, the rest of it has no audio to restore."""
+    import av
+
+    with av.open(str(tmp_path / "talk.mkv"), "w") as out:
+        video, audio = out.add_stream("mpeg4", rate=25), out.add_stream("pcm_s16le", rate=8000, layout="mono")
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        for number in range(30):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            out.mux(video.encode(frame))
+        samples = np.random.default_rng(0).integers(-3000, 3000, (1, 8000)).astype(np.int16)
+        frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = 8000, 0, Fraction(1, 8000)
+        for stream, last in ((audio, frame), (audio, None), (video, None)):
+            out.mux(stream.encode(last))
+    clip = user.load(tmp_path / "talk.mkv")
+    assert (clip.duration_s, clip.source.end_s) == pytest.approx((1.0, 1.2), abs=0.01)
+    assert user.restore("0.7-1.2").gaps == [(0.7, clip.duration_s)]
+    with pytest.raises(ValueError, match="not inside the clip"):
+        user.restore("0.7-1.3")
 
 
 def test_auto_restores_the_detected_gaps_and_is_an_error_where_there_are_none(user, noise):
