@@ -331,7 +331,7 @@ def _read_video_file(file: pathlib.Path, want_video: bool, want_audio: bool, tra
                 frames.check_size(video)
             wanted = [s for s in (video if want_video or want_audio else None, audio) if s is not None]
             for packet in container.demux(wanted) if wanted else ():
-                if packet.stream_index != getattr(video, "index", None):
+                if video is None or packet.stream.index != video.index:  # stream_index is 0 in the empty packets at the end
                     decode_packet(packet, sound)
                     continue
                 video_end.add(packet)

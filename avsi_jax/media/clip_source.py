@@ -222,7 +222,7 @@ def _open_video(file: Path, want_video: bool, track: int | None) -> Source:
                 reader = clip_io.AudioReader(file, audio, clip_io.presentation_start(container, audio), spool)
                 wanted = [stream for stream in (video, audio) if stream is not None]
                 for packet in container.demux(wanted) if wanted else ():
-                    if packet.stream_index != getattr(video, "index", None):
+                    if video is None or packet.stream.index != video.index:
                         clip_io.decode_packet(packet, reader)
                         continue
                     video_end.add(packet)

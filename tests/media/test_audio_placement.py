@@ -211,3 +211,34 @@ def test_audio_that_overlaps_by_its_stamps_is_kept_once(tmp_path):
     samples, missing, _ = read(write(tmp_path / "a.mkv", packets))
     np.testing.assert_array_equal(samples, x)
     assert missing == []
+
+
+@pytest.mark.parametrize("with_video", [False, True])
+@pytest.mark.parametrize("suffix, codec", [(".wmv", "wmav2"), (".mkv", "aac"), (".flv", "aac"), (".ts", "mp2"), (".avi", "ac3")])
+def test_all_that_a_decoder_returns_is_kept(tmp_path, suffix, codec, with_video):
+    """Also what it holds back until the end of the file, as that of WMA does. The oracle is PyAV's own decoding."""
+    import av
+
+    x, path = (noise(88_200) // 8).astype(np.int16), tmp_path / f"a{suffix}"
+    with av.open(str(path), "w") as out:
+        video = out.add_stream("flv1" if suffix == ".flv" else "mpeg4" if suffix == ".mkv" else "mpeg2video", rate=FPS)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        audio = out.add_stream(codec, rate=44_100, layout="mono")
+        audio.bit_rate = 128_000
+        frame = av.AudioFrame.from_ndarray(x[None], format="s16", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = 44_100, 0, fractions.Fraction(1, 44_100)
+        for k in range(50):
+            image = av.VideoFrame.from_ndarray(np.full((48, 64, 3), k, np.uint8), format="rgb24")
+            image.pts, image.time_base = k, fractions.Fraction(1, FPS)
+            out.mux(video.encode(image))
+        resampler = av.AudioResampler(audio.codec_context.format, "mono", 44_100)
+        for part in (*resampler.resample(frame), *resampler.resample(None), None):
+            out.mux(audio.encode(part))
+        out.mux(video.encode(None))
+    with av.open(str(path)) as given:
+        expected = sum(frame.samples for packet in given.demux(audio=0) for frame in packet.decode())
+    audio = clip_io.read_clip(path, video=with_video).audio
+    added = sum(stop - start for start, stop in audio.missing)
+    assert len(audio.samples) == expected + added and added < 0.1 * 44_100
+    with clip_source.open_source(path, video=with_video) as source:
+        assert source.num_samples == len(audio.samples)
