@@ -27,7 +27,7 @@ NO_CLIP_YET = (
 EXAMPLES = (
     '<div class="avsi"><p class="dim">The examples: speaker 33 of the <a href="https://doi.org/10.5281/zenodo.3625687" '
     'rel="noreferrer">Grid corpus</a> (<a href="https://creativecommons.org/licenses/by/4.0/" rel="noreferrer">CC BY 4.0</a>), '
-    "who is not in the training data; and two synthetic clips with a drawn mouth, which is not recognised as visible: they "
+    "who is not in the training data, and two synthetic clips with a drawn mouth. The drawn mouth is not recognised, so these "
     "are restored from the audio alone.</p></div>"
 )
 
