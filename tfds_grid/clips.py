@@ -25,7 +25,8 @@ from avsi_jax.media import clip_io
 from tfds_grid.raw_files import RawDataError, RawFile
 from tfds_grid.speakers import RawClip
 
-CODE_VERSION = 3  # raise when measure() gives other bytes: clips cached by older code are then measured again
+MAX_LOST_S = 0.03  # of audio at one place inside a clip
+CODE_VERSION = 4  # raise when measure() gives other bytes: clips cached by older code are then measured again
 ALIGN_RATE = 25_000  # time units per second in an .align
 MAX_OVERRUN_S = 0.5  # by which the last word may end after the audio; Grid's .align files go on to 2.98 s
 MAX_WORDS_BYTES = 100_000  # size of an .align or a transcript
@@ -216,7 +217,7 @@ def _decoded(clip: RawClip, notes: list[str]):
             return
         path = stack.enter_context(clip.video.on_disk())
         try:
-            decoded = _without_filled_ends(clip_io.read_clip(path, max_bytes=MAX_DECODED_BYTES))
+            decoded = without_filled_ends(clip_io.read_clip(path, max_bytes=MAX_DECODED_BYTES))
         except clip_io.MediaError as e:
             if clip.audio is None:
                 raise
@@ -225,15 +226,20 @@ def _decoded(clip: RawClip, notes: list[str]):
         yield decoded
 
 
-def _without_filled_ends(clip: clip_io.Clip) -> clip_io.Clip:
-    """The clip without the zeros where its audio starts late or ends early; MediaError where samples between others are missing."""
-    if clip.audio is None or not clip.audio.missing:
+def without_filled_ends(clip: clip_io.Clip) -> clip_io.Clip:
+    """The clip without the zeros where its audio starts late or ends early.
+
+    Raises MediaError where more than MAX_LOST_S are missing between others.
+    """
+    if clip.audio is None:
         return clip
     first, last = 0, len(clip.audio.samples)
     for start, stop in clip.audio.missing:
         if start > 0 and stop < len(clip.audio.samples):
-            at_s = start / clip.audio.rate
-            raise clip_io.MediaError(f"{clip.path}: audio is missing at {at_s:.2f} s; download the file again")
+            if stop - start > MAX_LOST_S * clip.audio.rate:
+                at_s = start / clip.audio.rate
+                raise clip_io.MediaError(f"{clip.path}: audio is missing at {at_s:.2f} s; download the file again")
+            continue
         first, last = (stop, last) if start == 0 else (first, start)
     start_s = clip.audio.start_s + first / clip.audio.rate
     audio = dataclasses.replace(clip.audio, samples=clip.audio.samples[first:last], start_s=start_s, missing=())

@@ -367,6 +367,16 @@ def test_words_of_own_recordings_come_from_a_transcript_or_an_alignment(tmp_path
     assert text == "hello there" and len(words) == 2
 
 
+def test_audio_that_a_file_lacks_is_cut_off_at_its_ends_and_refused_inside():
+    """What read_clip fills with zeros is no recording."""
+    samples = np.ones((1000, 1), np.float32)
+    decoded = lambda *missing: clip_io.Clip("x", None, clip_io.Audio(samples, 1000, 5.0, "PCM_16", "pcm_s16le", missing))
+    audio = clips.without_filled_ends(decoded((0, 200), (500, 520), (900, 1000))).audio
+    assert len(audio.samples) == 700 and audio.start_s == pytest.approx(5.2)
+    with pytest.raises(clip_io.MediaError, match="0.50 s"):
+        clips.without_filled_ends(decoded((500, 600)))
+
+
 def test_lag_is_measured_with_subsample_accuracy():
     rng = np.random.default_rng(0)
     spectrum = np.fft.rfft(rng.normal(size=16_000)) * (np.arange(8_001) < 4_000)  # below 4 kHz, as speech
