@@ -48,12 +48,13 @@ PYTHON
 
 if [ -n "$GRID" ]; then
   [ -d "$GRID" ] || fail "found no folder '$GRID', expected one of Grid clips: GRID=DIR bash launch/demo.sh"
-  raw=$GRID source="clips of $GRID" must=
+  raw=$GRID source="clips of $GRID" must= note=
   av=(--config=av_mtl_s2s) a=(--config=a_si)
   options=(--config.batch_size=16 --config.schedule=cosine --config.early_stop_patience=0 --config.monitor=val_gap_l1_db
     --config.validation_split=validation_seen --config.checkpoint_every=5 --config.epochs="${EPOCHS:-20}")
 else
   raw=$OUT/raw source="synthetic clips" must=must
+  note="The data are synthetic (eSpeak NG voices, one warped photo): these numbers do not transfer to real speech."
   av=(--config=demo) a=(--config=demo --config.system=a_si)
   options=(${EPOCHS:+--config.epochs="$EPOCHS"})
 fi
@@ -76,7 +77,7 @@ fi
 run avsi-train "${av[@]}" --workdir="$OUT/av_mtl_s2s" --config.data_dir="$OUT/data" ${options[@]+"${options[@]}"}
 run avsi-train "${a[@]}" --workdir="$OUT/a_si" --config.data_dir="$OUT/data" ${options[@]+"${options[@]}"}
 
-run avsi-evaluate --config=eval --workdir="$OUT/av_mtl_s2s" --baseline="$OUT/a_si" \
+run avsi-evaluate --config=eval --workdir="$OUT/av_mtl_s2s" --baseline="$OUT/a_si" ${note:+--note="$note"} \
   --config.split=test_seen --config.gap_ms=300,600,900,1200,1500 --overwrite
 summary=$OUT/av_mtl_s2s/eval/waveform-test_seen-lengths/summary.json
 

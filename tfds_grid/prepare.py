@@ -305,7 +305,6 @@ def _cores() -> int:
 
 
 @unexpected_errors.reported("avsi-prepare")
-@unexpected_errors.reported("avsi-prepare")
 def main(argv: list[str] | None = None) -> int:
     """The command avsi-prepare; returns the exit status."""
     options = parser()

@@ -44,12 +44,13 @@ OTHER_VIDEO_IN = ("lengths", "unseen", "multigap")  # suites with a row for anot
 
 def evaluate(
     config: ml_collections.ConfigDict, workdir: Path, *, checkpoint: str = "", baseline: Path | None = None,
-    raw: Path | None = None, overwrite: bool = False, command: str = "",
+    raw: Path | None = None, overwrite: bool = False, command: str = "", note: str = "",
 ) -> Path:  # fmt: skip
     """Evaluates the run in `workdir` and returns the folder of the results inside it.
 
     checkpoint: name or folder of weights to evaluate instead of the run. baseline: another run directory to compare with; it is
-    evaluated first if necessary. raw: folder of the clips' videos, for suites that paint on them. Raises ValueError or OSError with
+    evaluated first if necessary. raw: folder of the clips' videos, for suites that paint on them. note: text for the top of the
+    report. Raises ValueError or OSError with
     a message for the user.
     """
     from avsi_jax.data import input_pipeline
@@ -150,6 +151,7 @@ def evaluate(
             "split": config.split,
             "suite": config.suite,
             "command": command,
+            "note": note,
             "date": datetime.date.today().isoformat(),
             "seconds": {k: round(v, 1) for k, v in (seconds | {"report": time.monotonic() - began - seconds["all"]}).items()},
             "num_scored": total,
@@ -414,6 +416,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--baseline", help="another run directory with the same preset, for paired differences")
     parser.add_argument("--raw", help="folder of the dataset's videos, for config.suite=occlusion")
+    parser.add_argument("--note", default="", help="text for the top of the report, such as what the data are")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier evaluation of the same split, protocol and suite"
     )
@@ -429,7 +432,7 @@ def main(argv: list[str] | None = None) -> int:
         command = "avsi-evaluate " + " ".join(sys.argv[1:] if argv is None else argv)
         folder = evaluate(
             config, Path(known.workdir), checkpoint=known.checkpoint, baseline=known.baseline, raw=known.raw,
-            overwrite=known.overwrite, command=command,
+            overwrite=known.overwrite, command=command, note=known.note,
         )  # fmt: skip
         print(folder / "report.html")
     except (ValueError, OSError) as error:

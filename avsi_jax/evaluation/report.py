@@ -20,7 +20,7 @@ import numpy as np
 from avsi_jax.evaluation import compare_runs, curves, table_export, tables, word_errors
 from avsi_jax.evaluation.tables import METRICS, Evaluation
 from avsi_jax.media import clip_io, plots
-from avsi_jax.runtime import storage, unexpected_errors
+from avsi_jax.runtime import shown_paths, storage, unexpected_errors
 
 MEDIA_TYPES = {".wav": "audio/wav", ".flac": "audio/flac"}
 MAX_EXAMPLE_BYTES = 9_000_000  # of images and audio embedded in the page
@@ -89,14 +89,15 @@ def _page(evaluation: Evaluation, report_tables: dict) -> str:
     summary, rows = evaluation.summary, evaluation.rows
     systems = curves.styled(summary["systems"])
     examples, left_out = _examples(evaluation)
-    failures = [row for row in rows if row["reason"]]
+    failures = [row | {"reason": shown_paths.without_folders(row["reason"])} for row in rows if row["reason"]]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("avsi_jax", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": tables.number, "thousands": lambda n: f"{n:,}"}
     return environment.get_template("evaluation.html").render(
         summary=summary,
-        facts={k: summary[k] for k in ("seconds", "versions", "runs") if summary.get(k)},
+        command=shown_paths.without_folders(summary.get("command", "")),
+        facts=shown_paths.without_folders_in({k: summary[k] for k in ("seconds", "versions", "runs") if summary.get(k)}),
         systems=systems,
         metrics={m: METRICS[m] for m in METRICS if any(e["metric"] == m for e in summary["table"])},
         sentences=tables.sentences(summary),

@@ -62,6 +62,17 @@ def test_the_head_describes_the_evaluation(page):
         assert words in page.text, words
 
 
+def test_the_page_names_no_folder_of_the_machine_and_begins_with_the_note(tmp_path):
+    folder = fake_evaluations.make(tmp_path / "eval")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary |= {"command": "avsi-evaluate --workdir=/home/anna/runs/a_si --raw ~/videos", "note": "The data are synthetic."}
+    summary["runs"] = {"a_si": {"workdir": "/home/anna/runs/a_si", "step": 7}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    text = report.write_report(folder).read_text()
+    assert "anna" not in text and "--workdir=a_si" in text and "--raw videos" in text
+    assert text.index("The data are synthetic.") < text.index('id="short"')
+
+
 def test_the_page_begins_with_the_findings(page):
     """The system's means are 11.3 at 300 ms and 11.9 at 900; every clip is 5 dB below the baseline's."""
     short = page.part("Metrics Summary", "Time, versions")

@@ -1,5 +1,8 @@
 """The page of avsi-inpaint --report: its content, and that a browser shows and plays it without any request."""
 
+import base64
+import re
+
 import numpy as np
 import pytest
 import soundfile
@@ -76,6 +79,36 @@ def test_a_clip_that_was_deleted_is_reported(tmp_path, outcomes):
     assert text.count("<audio") == 4 and text.count("Cannot be shown") == 1
 
 
+def test_a_clip_with_audio_inside_its_gap_is_also_shown_as_it_was(tmp_path):
+    """As with --example: an intact clip is compared with the clip with the gap, whose samples there are zero, and the result."""
+    x = 0.1 * np.sin(np.arange(2 * RATE) / 5)
+    soundfile.write(tmp_path / "intact.wav", x, RATE)
+    soundfile.write(tmp_path / "restored.wav", x / 2, RATE)
+    gaps = (Gap(0.5, 1.0, 0.5, "", "audio"),)
+    outcome = ClipOutcome(str(tmp_path / "intact.wav"), str(tmp_path / "restored.wav"), "restored", gaps, duration_s=2.0)
+    text = write(tmp_path, [outcome]).read_text()
+    names = re.findall(r'<div class="card \w*"><b>([^<]*)</b>', text)
+    assert names == ["With the gap", "Restored", "Original"]
+    (tmp_path / "played.flac").write_bytes(base64.b64decode(re.search(r'src="data:audio/flac;base64,([^"]*)"', text)[1]))
+    played, _ = soundfile.read(tmp_path / "played.flac")
+    assert not played[round(0.5 * RATE) : RATE].any() and played[: round(0.49 * RATE)].any() and played[RATE:].any()
+
+
+def test_the_page_names_no_folder_of_the_machine(tmp_path):
+    """Clips of one name in two folders stay distinct; the clips are read from where they are."""
+    outcomes = []
+    for folder in ("anna/one", "anna/two"):
+        (tmp_path / folder).mkdir(parents=True)
+        outcomes.append(restored_clip(tmp_path / folder, "a.wav", 2.0, [(1, 1.5)], warnings=(f"{tmp_path}/anna/x.wav: short",)))
+    outcomes.append(ClipOutcome(f"{tmp_path}/anna/b.wav", None, "failed", error=f"{tmp_path}/anna/b.wav: cannot be decoded"))
+    path = tmp_path / "page.html"
+    html_report.write(path, outcomes, command=f"avsi-inpaint {tmp_path}/anna -o {tmp_path}/out", checkpoint=f"{tmp_path}/runs/x")
+    text = path.read_text()
+    assert str(tmp_path) not in text and text.count("<audio") == 4
+    for shown in ("one/a.wav", "two/a.wav", "cannot be decoded", "avsi-inpaint anna -o out", "x.wav: short"):
+        assert shown in text, shown
+
+
 def test_audio_that_browsers_do_not_play_is_converted(tmp_path):
     """3 channels, 96 kHz, with NaN."""
     x = np.full((96_000, 3), np.nan, np.float32)
@@ -83,7 +116,7 @@ def test_audio_that_browsers_do_not_play_is_converted(tmp_path):
     soundfile.write(tmp_path / "odd.wav", x, 96_000, subtype="FLOAT")
     gaps = (Gap(0, 0.5, 0.5, "", "audio"),)
     outcome = ClipOutcome(str(tmp_path / "odd.wav"), str(tmp_path / "odd.wav"), "restored", gaps, duration_s=1.0)
-    assert write(tmp_path, [outcome]).read_text().count("<audio") == 2
+    assert write(tmp_path, [outcome]).read_text().count("<audio") == 3
 
 
 def test_a_page_that_cannot_be_written_is_an_error(tmp_path, outcomes):
