@@ -26,9 +26,10 @@ PHASE_WARNING = (
 )
 MAX_OFFSET_S = 5.0  # the largest A/V offset that may be given
 MEASURED_AROUND_S = (0.0, 5.0, 13.0)  # on either side of the first window, in turn until the A/V offset is measured
-# Samples that the file lacks are gaps from this length on, between others and at the ends of the clip; shorter ones are usual there
-# or between joined recordings, and count by the rules of gap_detection. MAX_GAP_S of gap_detection is the longest.
-MIN_MISSING_S, MIN_MISSING_AT_END_S = 0.03, 0.15
+# Samples that the file lacks are gaps from this length on: in speech, between other audio, and at the ends of the clip. Shorter
+# ones are usual there or at the joints of recordings, and count by the rules of gap_detection, whose MAX_GAP_S is the longest.
+MIN_MISSING_IN_SPEECH_S, MIN_MISSING_S, MIN_MISSING_AT_END_S = 0.008, 0.03, 0.15
+BESIDE_S, AROUND_S, SPEECH_DB = 0.02, 1.0, 20.0  # in speech: both sides are at most this far below the level around
 MAX_NAMED = 3  # missing spans that one warning names
 
 
@@ -274,8 +275,25 @@ def detected_gaps(source: Source) -> list[tuple[int, int]]:
 
 def _missing_spans(source: Source) -> list[tuple[int, int]]:
     """The samples that a file lacks, as [start, end), where they are long enough to be a gap."""
-    shortest = {True: MIN_MISSING_AT_END_S * source.rate, False: MIN_MISSING_S * source.rate}
-    return [(start, end) for start, end in source.missing if end - start >= shortest[start == 0 or end == source.num_samples]]
+    return [span for span in source.missing if span[1] - span[0] >= _shortest_s(source, *span) * source.rate]
+
+
+def _shortest_s(source: Source, start: int, end: int) -> float:
+    """From how many seconds on the missing samples [start, end) are a gap."""
+    if start == 0 or end == source.num_samples:
+        return MIN_MISSING_AT_END_S
+    if end - start >= MIN_MISSING_S * source.rate:
+        return MIN_MISSING_S
+    beside, around = round(BESIDE_S * source.rate), round(AROUND_S * source.rate)
+    quieter_side = min(_rms(source, start - beside, start), _rms(source, end, end + beside))
+    in_speech = quieter_side > 10 ** (-SPEECH_DB / 20) * _rms(source, start - around, end + around)
+    return MIN_MISSING_IN_SPEECH_S if in_speech else MIN_MISSING_S
+
+
+def _rms(source: Source, start: int, stop: int) -> float:
+    """Root mean square of the samples [start, stop), as many as exist."""
+    x = source.audio(max(0, start), min(stop, source.num_samples))
+    return float(np.sqrt(np.square(x, dtype=np.float64).mean()))
 
 
 def _warnings_of_missing(source: Source, spans: list[tuple[int, int]]) -> list[str]:

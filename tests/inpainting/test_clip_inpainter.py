@@ -328,3 +328,128 @@ def test_overlapping_gaps_are_merged():
         (3200, 6400),
         (16_000, 25_600),
     ]
+
+
+# -------------------------------------------------------------------------------------- missing samples and unusable video
+
+
+def with_missing(clip, *spans):
+    """The clip with zeros in spans [start, end) in seconds, which its file does not have."""
+    samples = clip.audio.samples.copy()
+    missing = tuple((round(a * clip.audio.rate), round(b * clip.audio.rate)) for a, b in spans)
+    for start, stop in missing:
+        samples[start:stop] = 0
+    return dataclasses.replace(clip, audio=dataclasses.replace(clip.audio, samples=samples, missing=missing))
+
+
+def detected(*missing, pause=(0.0, 0.0)):
+    """The gaps detected, in seconds, in noise at a constant low level, in which silence is not recognised as a gap."""
+    noise = np.random.default_rng(0).normal(0, 1e-2, (48_000, 1)).astype(np.float32)
+    noise[round(pause[0] * 16_000) : round(pause[1] * 16_000)] /= 20
+    source = clip_source.source_from_clip(with_missing(make_clip(noise, 16_000), *missing))
+    return [(start / 16_000, end / 16_000) for start, end in clip_inpainter.detected_gaps(source)]
+
+
+def test_samples_that_the_file_lacks_are_gaps_although_they_look_like_a_pause():
+    assert detected((1.0, 1.1), (2.0, 2.4)) == [(1.0, 1.1), (2.0, 2.4)]
+
+
+def test_audio_that_starts_late_or_ends_early_is_a_gap():
+    assert detected((0, 0.4), (2.5, 3.0)) == [(0.0, 0.4), (2.5, 3.0)]
+
+
+def test_usual_differences_of_start_and_joint_are_no_gaps():
+    """Joints of recordings, which lie in pauses, and audio that starts some frames after the video."""
+    with pytest.raises(clip_inpainter.NoGapFoundError):
+        detected((0, 0.1), (2.9, 3.0))
+    with pytest.raises(clip_inpainter.NoGapFoundError):
+        detected((1.0, 1.022), pause=(0.9, 1.2))
+
+
+def test_one_lost_packet_outside_pauses_is_a_gap():
+    assert detected((1.0, 1.02), (2.0, 2.02), (2.5, 2.505), pause=(0.9, 1.2)) == [(2.0, 2.02)]
+
+
+def test_missing_samples_outside_the_given_gaps_are_named_in_one_warning(audio_only):
+    clip = with_missing(make_clip(voice(3, 16_000), 16_000), (1.0, 1.3), (2.0, 2.2))
+    repair = audio_only.inpaint(clip, [(1.001, 1.299)])
+    (warning,) = repair.warnings
+    assert "2.00-2.20 s" in warning and "1.00" not in warning
+    assert not repair.samples[32_000:35_200].any()
+
+
+def test_a_gap_may_end_with_the_video():
+    assert clip_inpainter.check_gaps([(2.0, 3.0)], 47_648, 16_000, end_s=3.0) == [(32_000, 47_648)]
+    with pytest.raises(ValueError, match="2-3.1.*2.978 s long"):
+        clip_inpainter.check_gaps([(2.0, 3.1)], 47_648, 16_000, end_s=3.0)
+
+
+@pytest.mark.parametrize("gaps", [(0.9, 1.7), [0.9], [(1, 2, 3)], "ab", [("a", "b")], None, 3.0, [[[1, 2], [3, 4]]]])
+def test_gaps_that_are_no_pairs_are_one_clear_error(gaps):
+    with pytest.raises(ValueError, match=r"expected a list of \(start, end\) pairs"):
+        clip_inpainter.check_gaps(gaps, 48_000, 16_000)
+
+
+def test_gaps_may_be_an_array():
+    spans = clip_inpainter.check_gaps(np.array([[1.0, 1.5], [0.2, 0.4]]), 32_000, 16_000)
+    assert spans == [(3200, 6400), (16_000, 24_000)]
+
+
+def test_a_video_of_one_image_is_not_used(av_unified, audio_only):
+    clip = make_clip(voice(3, 16_000), 16_000, num_video_frames=1)
+    repair = av_unified.inpaint(clip, [(1.0, 1.3)])
+    assert repair.gaps[0].inputs == "audio" and any("one image" in warning for warning in repair.warnings)
+
+
+class ChangingSize(clip_source.Source):
+    """A Source whose frames change their size at 1.5 s."""
+
+    def video(self, start_s, end_s):
+        if end_s > 1.5:
+            raise clip_io.FrameSizeError("the frame size changes")
+        return super().video(start_s, end_s)
+
+
+def test_frames_that_change_their_size_are_not_used(av_unified):
+    source = clip_source.source_from_clip(make_clip(voice(3, 16_000), 16_000, num_video_frames=75))
+    source.__class__ = ChangingSize
+    repair = av_unified.inpaint(source, [(1.0, 1.3)])
+    assert repair.gaps[0].inputs == "audio" and any("size of the frames" in warning for warning in repair.warnings)
+
+
+# ---------------------------------------------------------------------------------------------------- A/V offset of a long clip
+
+
+def begun(inpainter, seconds, sync):
+    """A ClipInpainter after `begin`, for a clip with video and a gap at its middle."""
+    clip = make_clip(voice(seconds, 16_000), 16_000, num_video_frames=25 * seconds)
+    source = clip_source.source_from_clip(clip)
+    result = inpainter._clip_inpainter(source, [(seconds / 2, seconds / 2 + 0.3)], None, sync)
+    result.begin()
+    return result
+
+
+def test_an_offset_that_a_window_does_not_show_is_measured_on_more_of_the_clip(av_unified, monkeypatch):
+    """In place of the estimate: certain from 10 s of frames on."""
+    seen = []
+
+    def estimate(points, valid, times, *_):
+        seen.append(times[-1] - times[0])
+        return av_sync.OffsetEstimate(0.24, 0.9 if seen[-1] > 10 else 0.3)
+
+    monkeypatch.setattr(av_sync, "estimate_offset", estimate)
+    corrected = begun(av_unified, 30, "auto")
+    assert corrected.av_offset_s == pytest.approx(0.24) and len(seen) == 2 and seen[0] < 5
+    assert corrected.tracks.lag_s == pytest.approx(0.24)
+    assert begun(av_unified, 30, "off").av_offset_s is None and len(seen) == 3  # not asked to correct it
+
+
+def test_an_offset_that_cannot_be_measured_is_said_in_one_line(av_unified, monkeypatch):
+    monkeypatch.setattr(av_sync, "estimate_offset", lambda *_: av_sync.OffsetEstimate(0.0, 0.1))
+    result = begun(av_unified, 4, "auto")
+    assert sum("could not be measured" in warning for warning in result._warnings) == 1 and result.av_offset_s is None
+
+
+def test_an_offset_is_not_measured_without_video(audio_only):
+    repair = audio_only.inpaint(make_clip(voice(3, 16_000), 16_000), [(1.0, 1.3)], sync="auto")
+    assert any("offset was not measured" in warning for warning in repair.warnings)
