@@ -283,6 +283,30 @@ def test_arrays_are_accepted_as_clips(audio_only):
         api.clip_of(samples, 16_000, rgb=np.zeros((3, 4, 5), np.uint8))
 
 
+@pytest.mark.parametrize(
+    "samples, message",
+    [
+        (np.zeros((2, 48_000)), r"\(2, 48000\).*\(C, N\).*samples.T"),
+        (np.zeros(48_000, np.uint8), "uint8.*- 128"),
+        (np.zeros(0), "no samples"),
+        (np.zeros((0, 2)), "no samples"),
+        (np.zeros((5, 0)), "no samples"),
+        (np.zeros(48_000, bool), "bool"),
+        (np.zeros(48_000, np.uint16), "uint16"),
+        (np.zeros(()), r"\(\)"),
+    ],
+)
+def test_arrays_that_are_no_audio_are_one_clear_error(samples, message):
+    with pytest.raises(ValueError, match=message) as error:
+        api.clip_of(samples, 16_000)
+    assert "\n" not in str(error.value)
+
+
+def test_an_array_in_place_of_a_clip_names_the_fix(audio_only):
+    with pytest.raises(ValueError, match=r"ndarray.*clip_of\(samples, rate\)"):
+        audio_only.inpaint(np.zeros(48_000), [(1.0, 1.3)])
+
+
 def test_log_mels_equal_those_of_librosa(audio_only):
     """For masked and restored audio at 8 kHz."""
     import librosa

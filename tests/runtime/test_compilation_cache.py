@@ -31,3 +31,36 @@ def test_truncated_entries_are_removed(tmp_path):
         (tmp_path / f"{name}-cache").write_bytes(data)
     compilation_cache.remove_truncated_entries(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["complete-cache", "zstd-cache"]
+
+
+def test_the_oldest_entries_beyond_the_limit_are_removed_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(compilation_cache, "MAX_BYTES", 250)
+    for age, name in enumerate("abcd"):
+        path = tmp_path / f"{name}-cache"
+        path.write_bytes(b"\x28" + bytes(99))
+        os.utime(path, (1e9 - age, 1e9 - age))
+    compilation_cache.remove_truncated_entries(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a-cache", "b-cache"]
+
+
+def test_an_inpainter_leaves_the_settings_of_jax_as_they_are(tmp_path):
+    script = """
+import jax
+from avsi_jax import configs
+from avsi_jax.inference.restorer import Restorer
+from avsi_jax.inpainting.api import Inpainter
+from avsi_jax.models import build
+config = configs.load("tiny", [("system", "a_si"), ("units", "4")])
+params = build.init_params(config)
+before = {k: str(v) for k, v in jax.config.values.items()}
+Inpainter(Restorer(config, params, step=0))
+try:
+    Inpainter.load("no such weights")
+except ValueError:
+    pass
+print({k: str(v) for k, v in jax.config.values.items()} == before)
+"""
+    env = {"PATH": "", "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == "True", done.stderr[-2000:]
+    assert not (tmp_path / "avsi_jax").exists()
