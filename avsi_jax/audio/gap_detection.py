@@ -6,8 +6,9 @@ from the loudest channel.
 A gap must affect all active channels; a channel that is always silent is ignored. A silence counts as a gap if it cuts speech
 off: it starts right after a level at which no noise gate closes, or ends right before a level at which none opens. Noise gates
 produce the same digital silence in pauses, so a silence between two quiet sides is ambiguous. It counts only if it is at least as
-long as a word, and similar background noise lasts elsewhere for longer than a gate holds. Repeated packets are detected in
-audio/repeat_detection.py. Noise, clicks, dropped samples and gaps longer than MAX_GAP_S are not detected.
+long as a word, and similar background noise lasts elsewhere for longer than a gate holds. In coarsely quantised audio (8 bits)
+quiet sounds round to a constant too; there both edges of a silence must be cut at nearly full level. Repeated packets are detected
+in audio/repeat_detection.py. Noise, clicks, dropped samples and gaps longer than MAX_GAP_S are not detected.
 
 The audio is analysed in chunks on a fixed grid, with a margin on both sides, so the result does not depend on the block sizes in
 which it arrives. The thresholds were chosen on one half of the Grid clips and evaluated on the other half:
@@ -21,7 +22,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from avsi_jax.audio.repeat_detection import HOP_S, MIN_REPEAT_S, find_repeats
+from avsi_jax.audio.repeat_detection import HOP_S, MIN_REPEAT_S, find_repeats, smallest_step
 
 FRAME_S = 0.002
 CHUNK_FRAMES = 2000
@@ -43,6 +44,14 @@ END_CUT_DB, MIN_END_S = 8.0, 0.03  # at the ends of a clip, where digital silenc
 NOISE_S, NOISE_DB = 0.4, 8.0  # background noise of this length and at most this far above the edges: longer than a gate holds
 WORD_S = 0.15  # shortest word; a silence of this length inside noise can hide one
 SMEAR_S, SMEAR_DB = 0.03, 20.0  # edges move outwards by at most SMEAR_S while the level is this far below what follows
+
+# Audio of about 9 bits and less
+COARSE_STEP = 1 / 512
+COARSE_CUT_DB, COARSE_OTHER_DB = 12.0, 24.0  # below the speech level, the two frames beside a silence: louder side, other side
+MIN_COARSE_S = 0.03
+
+# Pops beside a silence belong to it
+MAX_POP_SAMPLES, POP_CONTEXT_S, POP_RATIO, POP_STEP = 3, 0.002, 2.5, 0.05  # a step of so many times those in the audio beside it
 
 # Clipping
 CLIP_FRAMES = 4
@@ -83,6 +92,7 @@ class GapDetector:
         merge_s = {"constant": 0.0, "quiet": 0.0, "repeat": HOP_S, "clipped": CLIP_MERGE_S}
         self._spans = {kind: _SpanMerger(round(seconds * rate)) for kind, seconds in merge_s.items()}
         self._levels, self._first_level = np.zeros(0, np.float32), 0  # of frames, and the number of the first one
+        self._step = np.inf  # smallest step between two samples so far
         self._silences: dict[str, list[Span]] = {"constant": [], "quiet": []}
         self._pending: list[DetectedGap] = []
         self._returned: list[DetectedGap] = []
@@ -107,6 +117,7 @@ class GapDetector:
     def _analyse_until(self, stop: int, at_end: bool = False) -> list[DetectedGap]:
         buffer = self._blocks[0] if len(self._blocks) == 1 else np.concatenate(self._blocks)
         view = buffer[: stop + self._margin - self._first]
+        self._step = min(self._step, smallest_step(view))
         levels, spans = find_spans(view, self._rate, self._frame, self._done - self._first, stop - self._first)
         self._levels = np.concatenate([self._levels, levels])
         limit = np.inf if at_end else stop - self._margin
@@ -146,7 +157,8 @@ class GapDetector:
         at_ends = start <= SMEAR_S * self._rate, clip_end is not None and end >= clip_end - SMEAR_S * self._rate
         around = self._levels[max(0, start - offset - context) // self._frame : (end - offset + context) // self._frame]
         from_frame = self._first_level + max(0, start - offset - context) // self._frame
-        edges = silence_gap_edges(around, start / self._frame - from_frame, end / self._frame - from_frame, at_ends)
+        is_coarse = COARSE_STEP <= self._step < np.inf
+        edges = silence_gap_edges(around, start / self._frame - from_frame, end / self._frame - from_frame, at_ends, is_coarse)
         if edges is None:
             return None
         first, last = edges
@@ -213,11 +225,14 @@ def _best_edges(constant: list[Span], quiet: list[Span]) -> list[Span]:
     return sorted(silences + [s for s in constant if s not in used])
 
 
-def silence_gap_edges(levels: np.ndarray, start: float, end: float, at_ends: tuple[bool, bool]) -> tuple[int, int] | None:
+def silence_gap_edges(
+    levels: np.ndarray, start: float, end: float, at_ends: tuple[bool, bool], is_coarse: bool = False
+) -> tuple[int, int] | None:
     """Decides whether a silence is a gap, by the rules of the module docstring.
 
     levels (F,) dB of the frames around it, [start, end) its position in these frames, at_ends: whether it touches the start or the
-    end of the clip. Returns the number of frames by which its edges move outwards, or None for a pause.
+    end of the clip, is_coarse: whether the audio is coarsely quantised. Returns the number of frames by which its edges move
+    outwards, or None for a pause.
     """
     first, last = int(np.floor(start)), int(np.ceil(end))
     inside = np.median(levels[int(np.ceil(start)) : int(end)]) if int(end) > np.ceil(start) else FLOOR_DB
@@ -232,6 +247,9 @@ def silence_gap_edges(levels: np.ndarray, start: float, end: float, at_ends: tup
     speech = np.percentile(active, 95)
     if any(at_ends):
         is_gap = last - first >= MIN_END_S / FRAME_S and beside[0][:2].max() > speech - END_CUT_DB
+    elif is_coarse:
+        sides_db = [side[:2].max() - speech for side in beside]
+        is_gap = last - first >= MIN_COARSE_S / FRAME_S and max(sides_db) > -COARSE_CUT_DB and min(sides_db) > -COARSE_OTHER_DB
     else:
         cut = beside[0][:before].max() > speech - CUT_DB or beside[-1][:after].max() > speech - CUT_DB
         is_gap = cut or _interrupts_noise(levels, last - first, inside + DROP_DB, adjacent + NOISE_DB)
@@ -260,7 +278,8 @@ def find_spans(view: np.ndarray, rate: int, frame: int, a: int, b: int) -> tuple
     planes = np.ascontiguousarray(view[a:b].T)  # four times faster to process
     levels = frame_levels(planes, frame)
     quiet = [(a + i * frame, min(a + j * frame, b)) for i, j in true_runs(levels < QUIET_DB)]
-    spans = {"quiet": quiet, "constant": constant_runs(view, a, b, rate), "clipped": clipped_runs(planes, a, b, frame)}
+    constant = [with_pops(view, i, j, rate) if a < i and j < b else (i, j) for i, j in constant_runs(view, a, b, rate)]
+    spans = {"quiet": quiet, "constant": constant, "clipped": clipped_runs(planes, a, b, frame)}
     return levels, spans | {"repeat": find_repeats(view, a, b, rate)}
 
 
@@ -283,6 +302,23 @@ def constant_runs(view: np.ndarray, a: int, b: int, rate: int) -> list[Span]:
     same = (view[before : b - 1] == view[before + 1 : b]).all(1)
     spans = [(i + before, j + before + 1) for i, j in true_runs(same)]
     return [(i, j) for i, j in spans if j - i >= MIN_CONSTANT_S * rate or i <= a or j >= b]
+
+
+def with_pops(view: np.ndarray, start: int, end: int, rate: int) -> Span:
+    """A run [start, end) with the pops beside it: up to MAX_POP_SAMPLES that jump out of the audio of (n, C)."""
+    reach = MAX_POP_SAMPLES + round(POP_CONTEXT_S * rate)
+    before, after = view[max(0, start - reach) : start][::-1], view[end : end + reach]
+    return start - _pop_samples(before, view[start]), end + _pop_samples(after, view[start])
+
+
+def _pop_samples(beside: np.ndarray, constant: np.ndarray) -> int:
+    """How many of the samples (n, C), outwards from the edge of a run of one value, are a pop; 0 if none."""
+    steps = np.abs(np.diff(beside, axis=0))
+    for count in range(1, min(MAX_POP_SAMPLES, len(steps) - MAX_POP_SAMPLES) + 1):
+        usual = np.maximum(POP_RATIO * steps[count:].max(0), POP_STEP)
+        if (np.minimum(steps[count - 1], np.abs(beside[:count] - constant).min(0)) > usual).any():
+            return count
+    return 0
 
 
 def clipped_runs(planes: np.ndarray, a: int, b: int, frame: int) -> list[Span]:

@@ -21,6 +21,7 @@ COARSE_CORRELATION, EXACT_RESIDUAL = 0.9, 1e-3  # the second is the share of ene
 APPROXIMATE_RESIDUAL, MIN_APPROXIMATE_S = 0.1, 0.03  # vowels reach this residual too, so the bands are compared as well
 BANDS_HZ, BAND_CORRELATION = (100, 1000, 2500, 4000), 0.8  # pitch drifts and breath noise changes: upper bands of a voice differ
 MIN_REPEAT_S = 0.012
+MIN_RANGE, MIN_RANGE_STEPS = 2e-3, 64  # of a window, peak to peak: of full scale, and in quantisation steps, whose noise repeats
 TONE_RESIDUAL_RATIO = 10.0  # a tone: a period shorter than any packet leaves less than this many times the residual
 
 
@@ -32,7 +33,8 @@ def find_repeats(view: np.ndarray, a: int, b: int, rate: int) -> list[tuple[int,
     if rate < 1000:
         return []
     x = view @ (1 / (1 + 0.37 * np.arange(view.shape[1], dtype=np.float32)))
-    starts, lags = coarse_candidates(x, a, b, rate)
+    min_range = max(MIN_RANGE, MIN_RANGE_STEPS * smallest_step(view)) if len(view) > 1 else MIN_RANGE
+    starts, lags = coarse_candidates(x, a, b, rate, min_range)
     if len(starts) == 0:
         return []
     starts, lags, residual, gain = refine(x, starts, lags, rate)
@@ -46,13 +48,22 @@ def find_repeats(view: np.ndarray, a: int, b: int, rate: int) -> list[tuple[int,
     return spans + approximate_repeats(x, starts, lags, residual, rate)
 
 
-def coarse_candidates(x: np.ndarray, a: int, b: int, rate: int) -> tuple[np.ndarray, np.ndarray]:
-    """Windows of [a, b) that correlate with the audio one lag before, at about COARSE_RATE: starts and lags in samples."""
+def smallest_step(view: np.ndarray) -> float:
+    """The smallest step between two consecutive samples of (n, C) that differ; inf if none do. 1/128 for 8 bits."""
+    steps = np.abs(np.diff(view, axis=0))
+    return float(steps[steps > 0].min(initial=np.inf))
+
+
+def coarse_candidates(x: np.ndarray, a: int, b: int, rate: int, min_range: float = MIN_RANGE) -> tuple[np.ndarray, np.ndarray]:
+    """Windows of [a, b) that correlate with the audio one lag before, at about COARSE_RATE: starts and lags in samples.
+
+    min_range: quieter windows, by their peak-to-peak range, are left out.
+    """
     step = max(1, rate // COARSE_RATE)
     low, fine = downsample(x, step, rate), rate / step
     window, hop, shortest, longest = (round(s * fine) for s in (WINDOW_S, HOP_S, MIN_LAG_S * 0.98, MAX_LAG_S * 1.02))
     starts = np.arange(max(longest, -(-a // step)), min(-(-b // step), len(low) - window), hop)
-    starts = starts[np.ptp(sliding_window_view(low, window)[starts], axis=1) > 2e-3] if len(starts) else starts
+    starts = starts[np.ptp(sliding_window_view(low, window)[starts], axis=1) > min_range] if len(starts) else starts
     if len(starts) == 0:
         return starts, starts
     correlation = lag_correlations(low, starts, window, shortest, longest)

@@ -123,6 +123,16 @@ def test_detection_does_not_import_scipy():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+@pytest.mark.parametrize("pops", [1, 3])
+def test_pops_at_the_ends_of_a_silence_belong_to_the_gap(pops):
+    rate, (start, end) = 48_000, (50_000, 60_000)
+    x = speech_like(rate, 3.0, 12, 2)
+    x[start:end] = 0
+    x[start : start + pops], x[end - pops : end] = 0.9, -0.9
+    ((first, last, kind),) = detected(x, rate)
+    assert (first, last, kind) == (start, end, "silence")
+
+
 def test_silent_and_empty_audio_have_no_gaps():
     for n in (0, 1, 7, 100, 16000, 16000 * 80):
         assert detected(np.zeros((n, 1), np.float32), 16000) == []
@@ -181,6 +191,30 @@ def recordings(grid_dir):
 
 def test_real_clips_have_no_gaps(recordings):
     assert [gap for audio in recordings for gap in gap_detection.detect_gaps(audio.samples, audio.rate)] == []
+
+
+def in_8_bits(audio, rate):
+    """(N, C) of the clip at a rate, rounded to steps of 1/128."""
+    return np.clip(np.rint(128 * clip_io.resample(audio.samples, audio.rate, rate)), -128, 127).astype(np.float32) / 128
+
+
+@pytest.mark.parametrize("rate", [8000, 44_100])
+def test_real_clips_in_8_bits_have_no_gaps(recordings, rate):
+    """Quiet sounds round to a constant, and what is left of a voice repeats itself."""
+    assert [gap for audio in recordings for gap in gap_detection.detect_gaps(in_8_bits(audio, rate), rate)] == []
+
+
+def test_a_silence_in_loud_speech_of_8_bits_is_detected(recordings):
+    """In the middle of the loudest 0.2 s of the clips."""
+    num_detected = 0
+    for audio in recordings:
+        x = in_8_bits(audio, audio.rate)
+        length = round(0.2 * audio.rate)
+        start = int(np.argmax(np.convolve(np.abs(x).max(1), np.ones(length), "valid")))
+        start += length // 4
+        x[start : start + length // 2] = 0
+        num_detected += any(abs(first - start) < 100 for first, _, _ in detected(x, audio.rate))
+    assert num_detected >= len(recordings) / 2
 
 
 @pytest.mark.parametrize(
