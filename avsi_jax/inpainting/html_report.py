@@ -1,8 +1,8 @@
 """The HTML report of avsi-inpaint: plots and players of every clip, transcripts, confidence, processing times.
 
 A clip is shown with the gap, restored, and, where the input has audio inside the gap, as it was. Names of files are shown without
-the folders of this machine. The page loads nothing from anywhere else (its content security policy forbids it): images and audio, read
-from the input and output files, are data URIs. Of a long clip only the parts around its gaps are shown. Its template is
+the folders of this machine. The page loads nothing from anywhere else (its content security policy forbids it): images and audio,
+read from the input and output files, are data URIs. Of a long clip only the parts around its gaps are shown. Its template is
 templates/inpainting.html. Times are seconds of the clip's audio. Letters: N samples, C channels.
 """
 
