@@ -21,7 +21,6 @@ RESTORED_MARK = ".restored"  # outputs are named STEM.restored.SUFFIX; such file
 OUTPUT_SUFFIXES = (".wav", ".flac", ".mkv", ".mp4", ".mov", ".mpg", ".mpeg")
 LOSSLESS = (".wav", ".flac", ".mkv", ".mp4", ".mov")  # hold audio without loss
 AUDIO = (".wav", ".flac")
-UNSUPPORTED_OUTPUTS = (".avi", ".mp3", ".m4a", ".aac", ".ogg", ".opus", ".webm", ".wmv", ".aiff")  # not taken for folder names
 FORMATS = ("same", "wav", "flac", "mkv", "mp4", "mov", "mpg")
 COLUMNS = ("path", "start_s", "end_s")  # of a table of gaps
 IGNORED_FOLDERS = ("__MACOSX",)  # besides hidden ones
@@ -179,8 +178,10 @@ def _unreadable_job(error: OSError) -> Job:
 
 def _is_file(output: str | None) -> bool:
     """Whether --output names a file. Raises ValueError if it has the suffix of a format that cannot be written."""
+    from avsi_jax.media import clip_io
+
     suffix = Path(output or "").suffix.lower()
-    if output and not os.path.isdir(output) and suffix in UNSUPPORTED_OUTPUTS:
+    if output and not os.path.isdir(output) and suffix in clip_io.MEDIA_SUFFIXES and suffix not in OUTPUT_SUFFIXES:
         raise ValueError(f"--output {output}: found suffix {suffix}, expected one of {' '.join(OUTPUT_SUFFIXES)}, or a folder")
     return bool(output) and suffix in OUTPUT_SUFFIXES and not os.path.isdir(output)
 

@@ -203,6 +203,7 @@ def test_tables_may_have_other_separators_and_encodings(fake, separator, encodin
         (["a.wav", "--frmat", "wav"], ["--frmat"]),
         (["a.wav", "-o", "out.mp3"], ["--output out.mp3", ".wav"]),
         (["a.mpg", "-o", "out.avi"], ["--output out.avi", ".wav"]),
+        (["a.mpg", "-o", "out.ts"], ["--output out.ts", ".wav"]),
         (["a.wav", "-o", "x.wav", "--format=flac"], ["--output x.wav", "--format flac"]),
         (["a.wav", "a.mpg", "-o", "x.wav"], ["--output x.wav", "a folder"]),
         (["a.wav", "-o", "blank"], ["--output blank", "a folder"]),
