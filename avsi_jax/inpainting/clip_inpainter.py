@@ -28,7 +28,7 @@ MAX_OFFSET_S = 5.0  # the largest A/V offset that may be given
 MEASURED_AROUND_S = (0.0, 5.0, 13.0)  # on either side of the first window, in turn until the A/V offset is measured
 # Samples that the file lacks are gaps from this length on: in speech, between other audio, and at the ends of the clip. Shorter
 # ones are usual there or at the joints of recordings, and count by the rules of gap_detection, whose MAX_GAP_S is the longest.
-MIN_MISSING_IN_SPEECH_S, MIN_MISSING_S, MIN_MISSING_AT_END_S = 0.008, 0.03, 0.15
+MIN_MISSING_IN_SPEECH_S, MIN_MISSING_S, MIN_MISSING_AT_END_S = 0.008, 0.03, clip_io.MIN_EARLY_END_S
 BESIDE_S, AROUND_S, SPEECH_DB = 0.02, 1.0, 20.0  # in speech: both sides are at most this far below the level around
 MAX_NAMED = 3  # missing spans that one warning names
 
@@ -264,11 +264,13 @@ def detected_gaps(source: Source) -> list[tuple[int, int]]:
     detected = [gap for _, block in source.blocks(max(1, round(BLOCK_S * source.rate))) for gap in detector.feed(block)]
     spans = [(gap.start, gap.end) for gap in (*detected, *detector.end())]
     longest = gap_detection.MAX_GAP_S * source.rate
-    spans += [(start, end) for start, end in _missing_spans(source) if end - start <= longest]
+    missing = _missing_spans(source)
+    spans += [(start, end) for start, end in missing if end - start <= longest]
     if not spans:
+        found = f"no gap of up to {gap_detection.MAX_GAP_S:g} s detected" if missing else "no gap detected"
         raise NoGapFoundError(
-            f"{source.path}: no gap detected; expected digital silence, lost or repeated packets or clipped bursts in speech; "
-            "give it with --gap START-END"
+            f"{source.path}: {found}; expected digital silence, lost or repeated packets or clipped bursts in speech; "
+            "give it with --gap START-END" + "".join(f"; {warning}" for warning in _warnings_of_missing(source, []))
         )
     return window_plan.merged(spans)
 

@@ -46,7 +46,7 @@ WIDE_SUBTYPES = ("PCM_32", "DOUBLE")  # float32 has too few bits for them
 SAME_START_S = 1e-4  # two streams that start within this time count as starting together
 # Placement of audio by its time stamps. Matroska rounds stamps to milliseconds.
 PLACEMENT_TOLERANCE_S, LOOKAHEAD_S = 0.002, 0.3
-MIN_EARLY_END_S = 0.25  # audio that ends earlier than the video by less is usual, and stays as it is
+MIN_EARLY_END_S = 0.15  # audio that ends earlier than the video by less is usual, and stays as it is
 MAX_OVERLAP_S = 1.0  # stamps that go back further begin a new recording
 MAX_MISSING_S = 3600.0  # in all
 MAX_PRIMING_S = 0.1  # of lossy codecs

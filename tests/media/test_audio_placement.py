@@ -149,11 +149,12 @@ def test_packets_that_are_lost_or_cannot_be_decoded_are_missing(tmp_path, kind, 
     np.testing.assert_allclose(missing, [(start / RATE, stop / RATE)], atol=1e-3)
 
 
-def test_audio_that_ends_early_is_missing_up_to_the_end_of_the_video(tmp_path):
-    x = noise(24_000)
+@pytest.mark.parametrize("end_s", [1.5, 2.8])
+def test_audio_that_ends_early_is_missing_up_to_the_end_of_the_video(tmp_path, end_s):
+    x = noise(round(end_s * RATE))
     samples, missing, _ = read(write(tmp_path / "a.mkv", blocks(x), video_s=3.0))
-    np.testing.assert_array_equal(samples, np.pad(x, (0, 24_000)))
-    np.testing.assert_allclose(missing, [(1.5, 3.0)], atol=1e-3)
+    np.testing.assert_array_equal(samples, np.pad(x, (0, 3 * RATE - len(x))))
+    np.testing.assert_allclose(missing, [(end_s, 3.0)], atol=1e-3)
 
 
 def test_audio_that_ends_shortly_before_the_video_keeps_its_length(tmp_path):
