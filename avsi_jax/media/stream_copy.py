@@ -107,7 +107,7 @@ class OtherStreams:
     def __init__(self, container: av.container.InputContainer, kind: str, written: Sequence[av.stream.Stream]):
         self.container, self.kind = container, kind
         self._written = [stream.index for stream in written]
-        self.copies, self.left_out = {}, []
+        self.copies, self.left_out, self._last_dts = {}, [], {}
 
     def add_to(self, out: av.container.OutputContainer, stream: av.stream.Stream) -> None:
         """Adds a copy of a stream to `out`, or its name to left_out."""
@@ -148,8 +148,12 @@ class OtherStreams:
             tick, start, refinement = finer_ticks(packet.time_base, start_s)
             pts, dts = (refinement * t - start if t is not None else None for t in (packet.pts, packet.dts))
             packet.time_base, packet.duration = tick, refinement * (packet.duration or 0)
-            packet.dts = pts if dts is None else dts
-            packet.pts = packet.dts if pts is None else pts
+            dts = pts if dts is None else dts
+            last = self._last_dts.get(packet.stream_index)
+            if last is not None and dts <= last:  # muxers refuse times that go back
+                dts = last + max(1, round(MAX_TICK_S / tick))
+            packet.dts = self._last_dts[packet.stream_index] = dts
+            packet.pts = dts if pts is None else max(pts, dts)
         packet.stream = copy
         return packet
 

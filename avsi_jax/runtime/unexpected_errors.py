@@ -45,7 +45,8 @@ def reported(name: str) -> Callable:
                 except Exception as error:
                     print(f"{name}: {explain(error)}", file=sys.stderr, flush=True)
                     code = 1
-                return code or int(_is_lost(stdout, name))
+                is_lost = _is_lost(stdout, name)
+                return code or int(is_lost)
 
         return call
 

@@ -41,7 +41,9 @@ def cover_image():
     return file.getvalue()
 
 
-def clip_with(path, *, tags=(), chapters=(), streams=(), attachments=(), video=None, muxer_options=None, aspect=None):
+def clip_with(
+    path, *, tags=(), chapters=(), streams=(), attachments=(), video=None, muxer_options=None, aspect=None, first="pcm_s16le"
+):
     """A clip of `video` (a file), an audio track, and more `streams`: (codec, language, flags); all of 0.4 s."""
     import av
 
@@ -56,7 +58,7 @@ def clip_with(path, *, tags=(), chapters=(), streams=(), attachments=(), video=N
             if aspect:
                 copy.codec_context.sample_aspect_ratio = aspect
         written = []
-        for codec, language, flags in [("pcm_s16le", "eng", 1), *streams]:
+        for codec, language, flags in [(first, "eng", 1), *streams]:
             added = out.add_stream(codec, rate=RATE, layout="mono") if codec != "subrip" else out.add_mux_stream("subrip")
             added.metadata["language"] = language
             added.disposition = flags
@@ -242,3 +244,15 @@ def test_a_video_whose_frames_change_their_size_is_copied(tmp_path):
         out.mux(audio.encode(None))
     assert write(path, tmp_path / "out.mkv") == ()
     assert contents(tmp_path / "out.mkv")[2][0] == contents(path)[2][0]
+
+
+@pytest.mark.parametrize("target", ["out.mkv", "out.mp4"])
+def test_a_second_track_whose_times_go_back_is_copied(tmp_path, target):
+    """As where two recordings of a transport stream are joined byte by byte."""
+    once = clip_with(
+        tmp_path / "once.ts", video=encoded(tmp_path / "v.mkv", "mpeg2video"), streams=[("mp2", "fra", 0)], first="mp2"
+    )
+    path = tmp_path / "twice.ts"
+    path.write_bytes(2 * once.read_bytes())
+    write(path, tmp_path / target)
+    assert contents(tmp_path / target)[2][2] == contents(path)[2][2]

@@ -60,6 +60,17 @@ def test_a_reader_that_stops_reading_ends_the_command_silently(tmp_path):
     assert out.startswith(b"stdin") and b"Traceback" not in err and b"Exception ignored" not in err
 
 
+def test_lost_output_is_reported_beside_other_failures(monkeypatch, capsys):
+    @unexpected_errors.reported("command")
+    def main():
+        print("a clip")
+        return 2
+
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main() == 2
+    assert capsys.readouterr().err.count("stdout cannot be written") == 1
+
+
 def test_the_help_of_a_command_with_a_full_stdout_is_a_failure(monkeypatch):
     @unexpected_errors.reported("command")
     def main():
