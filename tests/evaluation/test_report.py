@@ -65,8 +65,8 @@ def test_the_head_describes_the_evaluation(page):
 def test_the_page_names_no_folder_of_the_machine_and_begins_with_the_note(tmp_path):
     folder = fake_evaluations.make(tmp_path / "eval")
     summary = json.loads((folder / "summary.json").read_text())
-    summary |= {"command": "avsi-evaluate --workdir=/home/anna/runs/a_si --raw ~/videos", "note": "The data are synthetic."}
-    summary["runs"] = {"a_si": {"workdir": "/home/anna/runs/a_si", "step": 7}}
+    summary |= {"command": "avsi-evaluate --workdir=/srv/anna/runs/a_si --raw ~/videos", "note": "The data are synthetic."}
+    summary["runs"] = {"a_si": {"workdir": "/srv/anna/runs/a_si", "step": 7}}
     (folder / "summary.json").write_text(json.dumps(summary))
     text = report.write_report(folder).read_text()
     assert "anna" not in text and "--workdir=a_si" in text and "--raw videos" in text
