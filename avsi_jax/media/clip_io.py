@@ -46,6 +46,7 @@ WIDE_SUBTYPES = ("PCM_32", "DOUBLE")  # float32 has too few bits for them
 SAME_START_S = 1e-4  # two streams that start within this time count as starting together
 # Placement of audio by its time stamps. Matroska rounds stamps to milliseconds.
 PLACEMENT_TOLERANCE_S, LOOKAHEAD_S = 0.002, 0.3
+JITTER_FRAMES, JITTER_FACTOR = 64, 2.0  # the tolerance is at least this multiple of the jitter of so many packets before
 MIN_EARLY_END_S = 0.15  # audio that ends earlier than the video by less is usual, and stays as it is
 MAX_OVERLAP_S = 1.0  # stamps that go back further begin a new recording
 MAX_MISSING_S = 3600.0  # in all
@@ -481,7 +482,8 @@ class AudioReader:
 
     Samples that the file lacks become zeros, `missing`: where the stamps jump, where packets cannot be decoded, before audio that
     starts late and after audio that ends early. Samples that overlap by their stamps are dropped. Containers round stamps, and
-    recorders jitter: a difference counts where it exceeds PLACEMENT_TOLERANCE_S in every packet of the next LOOKAHEAD_S.
+    recorders jitter: a difference counts where it exceeds PLACEMENT_TOLERANCE_S, and the jitter of the packets before, in every
+    packet of the next LOOKAHEAD_S.
     """
 
     def __init__(self, file: os.PathLike | str, stream: av.AudioStream | None, starts_at_s: float = np.nan, parts: Any = None):
@@ -493,6 +495,7 @@ class AudioReader:
         self._subtype = _subtype(stream.codec_context) if stream is not None else ""
         self._dtype = np.float64 if self._subtype in WIDE_SUBTYPES else np.float32
         self._waiting, self._num_waiting, self._num_missing = collections.deque(), 0, 0
+        self._recent_late_s = collections.deque(maxlen=JITTER_FRAMES)
 
     def note_missing(self, packet: av.Packet) -> None:
         """Records a packet that could not be decoded."""
@@ -536,8 +539,10 @@ class AudioReader:
         if np.isnan(self._placed_from_s) and not np.isnan(stamp_s):
             self._begin(stamp_s)
         late_s = stamp_s - self._placed_from_s - self.num_samples / self.rate
-        late_s = self._lateness() if abs(late_s) > PLACEMENT_TOLERANCE_S else 0.0
-        skipped = 0
+        counted_s = self._lateness() if abs(late_s) > PLACEMENT_TOLERANCE_S else 0.0
+        if not np.isnan(late_s):
+            self._recent_late_s.append(0.0 if counted_s else late_s)
+        late_s, skipped = counted_s, 0
         if late_s > 0 or late_s < -MAX_OVERLAP_S:
             self._add_missing(late_s)
         elif late_s < 0:
@@ -561,10 +566,12 @@ class AudioReader:
         position = self.num_samples + np.cumsum([0] + [len(x) for _, x in self._waiting][:-1])
         late_s = stamps_s - self._placed_from_s - position / self.rate
         late_s = late_s[~np.isnan(late_s)]
-        least_s = late_s[np.abs(late_s).argmin()]
-        if abs(least_s) <= PLACEMENT_TOLERANCE_S or (np.sign(late_s) != np.sign(least_s)).any():
+        least_s, tolerance_s = late_s[np.abs(late_s).argmin()], PLACEMENT_TOLERANCE_S
+        if self._recent_late_s:  # without the tenth at either end, which single wrong stamps are in
+            tolerance_s = max(tolerance_s, JITTER_FACTOR * np.ptp(np.percentile(self._recent_late_s, (10, 90))))
+        if abs(least_s) <= tolerance_s or (np.sign(late_s) != np.sign(least_s)).any():
             return 0.0
-        return float(np.median(late_s[np.abs(late_s - least_s) <= PLACEMENT_TOLERANCE_S]))  # others jump again later
+        return float(np.median(late_s[np.abs(late_s - least_s) <= tolerance_s]))  # others jump again later
 
     def _add_missing(self, late_s: float) -> None:
         """Appends zeros for late_s seconds; if stamps jump too far or back, counts time from here on by what follows."""
