@@ -138,13 +138,13 @@ def test_gaps_outside_the_clip_are_an_error(user, noise, text):
 
 
 def test_a_gap_may_end_with_the_video_as_in_the_command(user, tmp_path):
-    """Where the video lasts longer than the audio, the rest of it has no audio to restore."""
+    """Where the video lasts slightly longer than the audio: the rest of it counts as no missing audio."""
     import av
 
     with av.open(str(tmp_path / "talk.mkv"), "w") as out:
         video, audio = out.add_stream("mpeg4", rate=25), out.add_stream("pcm_s16le", rate=8000, layout="mono")
         video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
-        for number in range(30):
+        for number in range(28):
             frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), number, np.uint8), format="rgb24")
             frame.pts, frame.time_base = number, Fraction(1, 25)
             out.mux(video.encode(frame))
@@ -154,8 +154,8 @@ def test_a_gap_may_end_with_the_video_as_in_the_command(user, tmp_path):
         for stream, last in ((audio, frame), (audio, None), (video, None)):
             out.mux(stream.encode(last))
     clip = user.load(tmp_path / "talk.mkv")
-    assert (clip.duration_s, clip.source.end_s) == pytest.approx((1.0, 1.2), abs=0.01)
-    assert user.restore("0.7-1.2").gaps == [(0.7, clip.duration_s)]
+    assert (clip.duration_s, clip.source.end_s) == pytest.approx((1.0, 1.12), abs=0.01)
+    assert user.restore("0.7-1.12").gaps == [(0.7, clip.duration_s)]
     with pytest.raises(ValueError, match="not inside the clip"):
         user.restore("0.7-1.3")
 
