@@ -50,6 +50,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.builder_config = "speaker_independent"  # dataset config; speaker_dependent: every speaker occurs in all splits
     config.train_split = "train"  # any split of the dataset
     config.validation_split = "validation"  # validation: unseen speakers; validation_seen: seen speakers, for small datasets
+    config.audio_only_clips = 0  # av_unified: clips of each batch that are excerpts of recordings without video
+    config.audio_only_config = "test_clean"  # of the dataset librispeech, which python -m tfds_grid.librispeech writes
 
     # ---- Gaps: new ones in every training step; those of validation depend on the clip id alone.
     config.gaps = ml_collections.ConfigDict()
@@ -66,6 +68,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.gaps.total_max_ms = 1600.0  # for total='uniform'
     config.gaps.min_ms = 60.0  # shortest gap, ms: 3 frames (the paper)
     config.gaps.curriculum_steps = 0  # training steps over which the total duration grows linearly to its full value; 0: none
+    # drawn: validation draws gaps as training does. words: one gap of 300, 600, 900, 1200 and 1500 ms per clip, inside the words.
+    config.gaps.validation = "drawn"
 
     # ---- Augmentation of training clips (avsi_jax.data.augmentation); 0 turns each off, as in the paper.
     config.augment = ml_collections.ConfigDict()

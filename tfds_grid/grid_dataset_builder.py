@@ -71,6 +71,25 @@ def statistics_of(sums: Iterable[dict[str, np.ndarray]]) -> dict:
     return train_statistics.finish(functools.reduce(train_statistics.add, sums))
 
 
+def record_features() -> dict[str, tfds.features.FeatureConnector]:
+    """The features of a record by name, without mouth crops."""
+    return {
+        "id": tfds.features.Text(doc="id of the clip: six characters that encode its six words"),
+        "speaker": tfds.features.Text(),
+        "audio": tfds.features.Tensor(shape=(None,), dtype=np.int16, encoding=AS_BYTES, doc="16 kHz mono, its own length"),
+        "offset_s": tfds.features.Scalar(np.float32, doc="seconds by which the audio lags the video"),
+        "landmarks": tfds.features.Tensor(shape=(None, 68, 2), dtype=np.float32, encoding=AS_BYTES, doc="pixels, iBUG-68"),
+        "landmarks_valid": tfds.features.Tensor(shape=(None,), dtype=np.bool_, doc="false: interpolated"),
+        "frame_size": tfds.features.Tensor(shape=(2,), dtype=np.int32, doc="width, height"),
+        "fps": tfds.features.Scalar(np.float32),
+        "text": tfds.features.Text(doc="the six words"),
+        "words": tfds.features.Sequence(
+            {"word": tfds.features.Text(), "start_s": np.float32, "end_s": np.float32},
+            doc="times on the video's clock; empty where there is no .align",
+        ),
+    }
+
+
 def _without_empty(examples: dict[str, Iterator]) -> dict[str, Iterator]:
     """Removes the splits whose clips are all unusable: TFDS raises an error for an empty split."""
     first = {split: next(iterator, None) for split, iterator in examples.items()}
@@ -114,21 +133,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = {
-            "id": tfds.features.Text(doc="id of the clip: six characters that encode its six words"),
-            "speaker": tfds.features.Text(),
-            "audio": tfds.features.Tensor(shape=(None,), dtype=np.int16, encoding=AS_BYTES, doc="16 kHz mono, its own length"),
-            "offset_s": tfds.features.Scalar(np.float32, doc="seconds by which the audio lags the video"),
-            "landmarks": tfds.features.Tensor(shape=(None, 68, 2), dtype=np.float32, encoding=AS_BYTES, doc="pixels, iBUG-68"),
-            "landmarks_valid": tfds.features.Tensor(shape=(None,), dtype=np.bool_, doc="false: interpolated"),
-            "frame_size": tfds.features.Tensor(shape=(2,), dtype=np.int32, doc="width, height"),
-            "fps": tfds.features.Scalar(np.float32),
-            "text": tfds.features.Text(doc="the six words"),
-            "words": tfds.features.Sequence(
-                {"word": tfds.features.Text(), "start_s": np.float32, "end_s": np.float32},
-                doc="times on the video's clock; empty where there is no .align",
-            ),
-        }
+        features = record_features()
         if self.builder_config.mouth:
             image = tfds.features.Image(shape=(96, 96, 1), encoding_format="jpeg")
             features["mouth"] = tfds.features.Sequence(image, doc="aligned grey mouth crop, one per frame")

@@ -10,6 +10,7 @@ easier; it exists only for comparison with the paper.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +98,19 @@ def place_in_speech(clip_id: str, gap_ms: int, speech_s: tuple[float, float], nu
     start = first + hashed_uniform(f"{clip_id}:{int(gap_ms)}") * slack if slack >= 0 else first + slack / 2
     start = int(np.clip(round(start), 0, num_samples - length))
     return start, start + length
+
+
+def with_gaps_in_words(batch: dict, lengths_ms: Sequence[int]) -> dict:
+    """Repeats each clip of a batch of data/input_pipeline.py for every gap length; for validation.
+
+    lengths_ms: M lengths. Arrays (B, ...) become (B * M, ...), with the rows of a clip side by side. `gaps` (B * M, 1, 2) int32, in
+    record samples, is added: one gap per row, placed inside the words by `place_in_speech`, as in evaluations.
+    """
+    clips = zip(batch["clip_id"], batch["speech"], batch["audio_length"], strict=True)
+    gaps = [[place_in_speech(i, ms, tuple(speech), int(n))] for i, speech, n in clips for ms in lengths_ms]
+    repeated = {k: np.repeat(v, len(lengths_ms), axis=0) for k, v in batch.items() if k != "clip_id"}
+    clip_ids = [i for i in batch["clip_id"] for _ in lengths_ms]
+    return {"clip_id": clip_ids} | repeated | {"gaps": np.array(gaps, np.int32)}
 
 
 def hashed_uniform(text: str) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -98,11 +99,43 @@ def _speech(raw: dict, duration_s: float) -> np.ndarray:
     return np.array([words[0]["start_s"], words[-1]["end_s"]], np.float32) + np.float32(raw["offset_s"])
 
 
+def audio_excerpt(raw: dict, position: float, record_samples: int = 48_000, num_frames: int = presets.GRID_FRAMES) -> dict:
+    """An excerpt of a recording without video, with the fields of a stored example.
+
+    raw: a stored example with audio (n,) int16 at 16 kHz. position: start of the excerpt of record_samples, in [0, 1]: 0 is the
+    beginning of the recording, and with 1 the excerpt ends with it. A shorter recording is returned whole.
+    No frame has valid landmarks, so the video stream is dropped for this clip. The text is empty, because the words of an excerpt
+    are not known: the clip does not contribute to the CTC loss.
+    """
+    start = round(position * max(len(raw["audio"]) - record_samples, 0))
+    return raw | {
+        "audio": raw["audio"][start : start + record_samples],
+        "landmarks": np.zeros((num_frames, presets.NUM_LANDMARKS, 2), np.float32),
+        "landmarks_valid": np.zeros(num_frames, bool),
+        "text": "",
+        "words": [],
+    }
+
+
 # ---------------------------------------------------------------------------------------------------------------- batches
 
 
+class AudioOnly(NamedTuple):
+    """Recordings without video for training: `count` rows of each global batch are excerpts of them."""
+
+    records: Sequence[dict]
+    count: int
+
+
 def train_batches(
-    records: Sequence[dict], batch_size: int, seed: int, *, process_index: int = 0, process_count: int = 1, start_step: int = 0
+    records: Sequence[dict],
+    batch_size: int,
+    seed: int,
+    *,
+    audio_only: AudioOnly | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    start_step: int = 0,
 ) -> Iterator[dict]:
     """Endless batches from training step `start_step` on.
 
@@ -114,26 +147,60 @@ def train_batches(
     The global batch of a step depends only on (seed, batch_size, step); process p gets the p-th of `process_count` equal slices of
     its rows. The iterator has get_state(), which returns a small JSON-serialisable dict, and set_state(state). RecordError for an
     empty split, ValueError if process_count does not divide batch_size.
+
+    audio_only: the last audio_only.count rows of the global batch are excerpts of its recordings, which have passes of their own;
+    the position of an excerpt is drawn from seed and row, so it differs from pass to pass. ValueError unless the batch also has
+    clips with video.
     """
     import grain.python as grain
 
     if len(records) == 0:
         raise RecordError("no clips to train on: the split is empty")
-    rows, passes = _rows_per_process(batch_size, process_count), _passes(records, seed)
+    rows, row_at = _rows_per_process(batch_size, process_count), _order_of_rows(records, batch_size, seed, audio_only)
+
+    def example_at(row: _Row) -> dict:
+        if row.position is None:
+            return to_example(records[row.clip])
+        return to_example(audio_excerpt(audio_only.records[row.clip], row.position))
 
     def batch_at(step: int) -> dict:
-        begin = step * batch_size + process_index * rows
-        return _batch([to_example(records[int(passes[i])]) for i in range(begin, begin + rows)])
+        begin = process_index * rows
+        return _batch([example_at(row_at(step, number)) for number in range(begin, begin + rows)])
 
     batches = iter(_prefetched(grain.MapDataset.range(sys.maxsize).map(batch_at)))  # grain's repeat().batch(1) fails
     batches.set_state(batches.get_state() | {"next_index": start_step})
     return batches
 
 
-def clip_ids_of_step(records: Records, batch_size: int, seed: int, step: int) -> list[str]:
+def clip_ids_of_step(records: Records, batch_size: int, seed: int, step: int, audio_only: AudioOnly | None = None) -> list[str]:
     """The ids of the global batch of `train_batches` at a training step, counted from 0."""
-    passes = _passes(records, seed)
-    return [records.clip_ids[int(passes[i])] for i in range(step * batch_size, (step + 1) * batch_size)]
+    row_at = _order_of_rows(records, batch_size, seed, audio_only)
+    rows = [row_at(step, number) for number in range(batch_size)]
+    return [(records if row.position is None else audio_only.records).clip_ids[row.clip] for row in rows]
+
+
+class _Row(NamedTuple):
+    """A row of a batch: the number of its clip or recording, and the position of an excerpt, in [0, 1]."""
+
+    clip: int
+    position: float | None = None
+
+
+def _order_of_rows(records: Sequence[dict], batch_size: int, seed: int, audio_only: AudioOnly | None) -> Callable[[int, int], _Row]:
+    """Function from (training step, row number) to that row of the global batch."""
+    num_excerpts = audio_only.count if audio_only else 0
+    if not 0 <= num_excerpts < batch_size:
+        raise ValueError(f"found {num_excerpts} audio-only clips in a batch of {batch_size}, expected fewer, from 0")
+    clips, num_clips = _passes(records, seed), batch_size - num_excerpts
+    recordings = _passes(audio_only.records, seed + 1) if num_excerpts else None
+
+    def row_at(step: int, number: int) -> _Row:
+        if number < num_clips:
+            return _Row(int(clips[step * num_clips + number]))
+        i = step * num_excerpts + number - num_clips
+        return _Row(int(recordings[i]), float(np.random.default_rng([seed, i]).random()))
+
+    return row_at
 
 
 def _passes(records: Sequence[dict], seed: int):

@@ -53,15 +53,15 @@ class MissingSplitError(RecordError):
     """The dataset has no split of this name."""
 
 
-def find_dataset(data_dir: epath.PathLike, builder_config: str = "speaker_independent") -> epath.Path:
-    """The folder of the newest version of `grid/<builder_config>` in `data_dir`; RecordError if there is none."""
-    home = epath.Path(data_dir).expanduser() / "grid" / builder_config
+def find_dataset(data_dir: epath.PathLike, builder_config: str = "speaker_independent", name: str = "grid") -> epath.Path:
+    """The folder of the newest version of `<name>/<builder_config>` in `data_dir`; RecordError if there is none."""
+    home = epath.Path(data_dir).expanduser() / name / builder_config
     versions = [p for p in home.iterdir() if _version(p.name)] if home.exists() else []
     if not versions:
-        raise RecordError(
-            f"no records in {home}: expected a folder such as {home / '2.1.0'}; "
-            f"build it with: avsi-prepare --raw=DIR --data_dir={data_dir} --builder_config={builder_config}"
-        )
+        build = f"avsi-prepare --raw=DIR --data_dir={data_dir} --builder_config={builder_config}"
+        if name != "grid":
+            build = f"python -m tfds_grid.{name} --raw=DIR --data_dir={data_dir}"
+        raise RecordError(f"no records in {home}: expected a folder such as {home / '2.1.0'}; build it with: {build}")
     return max(versions, key=lambda p: _version(p.name))
 
 

@@ -42,11 +42,13 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
     from avsi_jax.data.features import Normalisation
-    from avsi_jax.data.input_pipeline import Records
+    from avsi_jax.data.input_pipeline import AudioOnly, Records
 
 NONFINITE = "nonfinite.json"
+VALIDATION_GAPS = ("drawn", "words")
+VALIDATION_GAPS_MS = (300, 600, 900, 1200, 1500)  # for "words": the lengths of the evaluation
 MINIMA = dict.fromkeys(("batch_size", "epochs", "validate_every", "checkpoint_every", "keep"), 1) | dict.fromkeys(
-    ("watchdog_s", "checkpoint_seconds", "images_every", "early_stop_patience"), 0
+    ("watchdog_s", "checkpoint_seconds", "images_every", "early_stop_patience", "audio_only_clips"), 0
 )
 
 
@@ -54,9 +56,10 @@ MINIMA = dict.fromkeys(("batch_size", "epochs", "validate_every", "checkpoint_ev
 
 
 class Data(NamedTuple):
-    """The data of a training."""
+    """The data of a training. audio_only: recordings without video of which each batch has excerpts, if any."""
 
     training: Records
+    audio_only: AudioOnly | None
     validation: Records
     steps_per_epoch: int
     normalisation: Normalisation
@@ -80,6 +83,8 @@ def open_data(config: ConfigDict, cache_dir: str = "") -> Data:
         raise ValueError(f"config.monitor: found {config.monitor!r}, expected val_loss or val_gap_l1_db")
     if config.monitor != "val_loss" and not systems.get(config.system).restores:
         raise ValueError(f"config.monitor: found {config.monitor!r}, expected val_loss: {config.system} restores no gaps")
+    if config.gaps.validation not in VALIDATION_GAPS:
+        raise ValueError(f"config.gaps.validation: found {config.gaps.validation!r}, expected {' or '.join(VALIDATION_GAPS)}")
     if not config.data_dir:
         raise ValueError("no --config.data_dir given; expected the folder that avsi-prepare --data_dir=DIR wrote")
     dataset = input_pipeline.find_dataset(config.data_dir, config.builder_config)
@@ -96,8 +101,32 @@ def open_data(config: ConfigDict, cache_dir: str = "") -> Data:
         "clips": {split: len(records) for split, records in splits.items()},
         "fingerprint": {split: records.fingerprint() for split, records in splits.items()},
     }
-    steps_per_epoch = len(training) // config.batch_size
-    return Data(training, validation, steps_per_epoch, read_normalisation(config, dataset), description)
+    audio_only = _open_audio_only(config, cache_dir)
+    if audio_only:
+        description["audio_only"] = {"clips": len(audio_only.records), "fingerprint": audio_only.records.fingerprint()}
+    steps_per_epoch = len(training) // (config.batch_size - config.audio_only_clips)
+    return Data(training, audio_only, validation, steps_per_epoch, read_normalisation(config, dataset), description)
+
+
+def _open_audio_only(config: ConfigDict, cache_dir: str) -> AudioOnly | None:
+    """ValueError if the system needs the video of every clip, or if no clip of a batch would have video."""
+    from avsi_jax.data import input_pipeline
+    from avsi_jax.models import systems
+
+    if not config.audio_only_clips:
+        return None
+    if not systems.get(config.system).handles_missing_streams:
+        raise ValueError(
+            f"config.audio_only_clips: found {config.audio_only_clips}, expected 0: {config.system} needs the video of every clip"
+        )
+    if config.audio_only_clips >= config.batch_size:
+        raise ValueError(
+            f"config.audio_only_clips: found {config.audio_only_clips}, expected fewer than config.batch_size={config.batch_size}"
+        )
+    dataset = input_pipeline.find_dataset(config.data_dir, config.audio_only_config, "librispeech")
+    if cache_dir:
+        dataset = local_copy.local_copy(dataset, cache_dir, splits=("train",))
+    return input_pipeline.AudioOnly(input_pipeline.Records(dataset, "train"), config.audio_only_clips)
 
 
 class Progress:
@@ -207,6 +236,7 @@ def train(
 def _train(config, workdir, parallel, cache_dir, stop_signals, console, phases, at_end: contextlib.ExitStack) -> dict[str, float]:
     import jax
 
+    from avsi_jax.audio import gap_masks
     from avsi_jax.data import input_pipeline
     from avsi_jax.models import systems
     from avsi_jax.runtime import devices
@@ -224,8 +254,9 @@ def _train(config, workdir, parallel, cache_dir, stop_signals, console, phases, 
     run_on_first_process(lambda: check_no_other_training(workdir, last_status), rank)
     check_config(config, workdir, normalisation, data.description, write=rank == 0)
     console.log_to(workdir)
+    without_video = f" and {len(data.audio_only.records)} recordings without video" if data.audio_only else ""
     console.info(
-        f"{config.system}: {len(data.training)} clips to train on, {len(data.validation)} to validate, "
+        f"{config.system}: {len(data.training)} clips{without_video} to train on, {len(data.validation)} to validate, "
         f"{steps_per_epoch} steps per epoch of {config.batch_size} clips, {jax.device_count()} x {jax.devices()[0].device_kind}"
     )
 
@@ -260,7 +291,8 @@ def _train(config, workdir, parallel, cache_dir, stop_signals, console, phases, 
     train_step = devices.map_train_step(make_train_step(config, optimiser, normalisation), parallel=parallel)
     validation_step = devices.map_evaluation_step(make_validation_step(config, normalisation), parallel=parallel, per_clip=True)
     share = {"process_index": rank, "process_count": count}
-    batches = input_pipeline.train_batches(data.training, config.batch_size, config.seed, start_step=step, **share)
+    order = {"batch_size": config.batch_size, "seed": config.seed, "audio_only": data.audio_only}
+    batches = input_pipeline.train_batches(data.training, **order, start_step=step, **share)
     requests, rate = StopRequests(stop_signals, config.checkpoint_seconds, rank, count), learning_rate(config, steps_per_epoch)
     summaries = Summaries(config, workdir, data.validation, normalisation, step, console.warn) if rank == 0 else None
     if summaries:
@@ -286,6 +318,8 @@ def _train(config, workdir, parallel, cache_dir, stop_signals, console, phases, 
         results, errors = Means(), {}
         phases.enter(VALIDATION)
         for batch in input_pipeline.eval_batches(data.validation, config.batch_size, **share):
+            if config.gaps.validation == "words":
+                batch = gap_masks.with_gaps_in_words(batch, VALIDATION_GAPS_MS)
             sums, clips = validation_step(state.averaged, devices.split(batch, parallel))
             results.add(jax.device_get(sums))
             for name, pair in transcript_errors(config, batch, clips).items():
@@ -385,7 +419,7 @@ def report_nonfinite(error: NonFinite, config: ConfigDict, workdir: epath.Path, 
     if error.step is None:
         message, clips, replay = f"{error.name} is {error.value} in the validation of {where}", [], None
     else:
-        clips = input_pipeline.clip_ids_of_step(data.training, config.batch_size, config.seed, error.step - 1)
+        clips = input_pipeline.clip_ids_of_step(data.training, config.batch_size, config.seed, error.step - 1, data.audio_only)
         replay = f"run the same command with --replay={error.step} to find the cause"
         message = f"{error.name} is {error.value} in {where}, step {error.step}, of {len(clips)} clips (in {NONFINITE}); {replay}"
     facts = {"step": error.step or step, "metric": error.name, "value": str(error.value), "clip_ids": clips, "replay": replay}

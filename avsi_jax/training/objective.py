@@ -41,6 +41,7 @@ def make_objective(config: ConfigDict, normalisation: Normalisation | None = Non
 
     train: apply augmentation, dropout and the gap curriculum (gaps.curriculum_steps).
     counts: {term: count} of the global batch, needed if `batch` is only a part of this device's share.
+    A batch with `gaps` (B, G, 2) in record samples keeps them; otherwise they are drawn from the key.
     """
     import jax
     import jax.numpy as jnp
@@ -67,7 +68,7 @@ def make_objective(config: ConfigDict, normalisation: Normalisation | None = Non
         augment_key, dropout_key, drop_audio_key = jax.random.split(key, 3)
         if train and any(changes.values()):
             batch = augmentation.augment(augment_key, batch, **changes)
-        gaps = draw_gaps(key, drop_audio_key, batch, step)
+        gaps = batch["gaps"] if "gaps" in batch else draw_gaps(key, drop_audio_key, batch, step)
         features = features_lib.make_features(batch, gaps, feature_config)
         output = model.apply({"params": params}, features, train, rngs={"dropout": dropout_key} if train else None)
         weight = batch["weight"]
@@ -97,7 +98,7 @@ def make_objective(config: ConfigDict, normalisation: Normalisation | None = Non
         """Gaps (B, G, 2) of the batch; none for a recognizer."""
         if not system.restores:
             return jnp.zeros((len(batch["audio"]), 1, 2), jnp.int32)
-        options = {k: v for k, v in config.gaps.items() if k not in ("protocol", "curriculum_steps")}
+        options = {k: v for k, v in config.gaps.items() if k not in ("protocol", "curriculum_steps", "validation")}
         if train and config.gaps.curriculum_steps:
             share = jnp.minimum((step + 1) / config.gaps.curriculum_steps, 1.0)
             durations = ("total_mean_ms", "total_std_ms", "total_min_ms", "total_max_ms")

@@ -67,7 +67,8 @@ def replay(
     scales = {row["step"]: row["lr_scale"] for row in read_rows(workdir / METRICS)}
     state = devices.replicate(state, parallel)
     run = devices.map_train_step(make_train_step(config, optimiser, data.normalisation), parallel=parallel)
-    batches = input_pipeline.train_batches(data.training, config.batch_size, config.seed, start_step=start)
+    order = {"batch_size": config.batch_size, "seed": config.seed, "audio_only": data.audio_only}
+    batches = input_pipeline.train_batches(data.training, **order, start_step=start)
     for done in range(start, step):
         if done > start:
             state, metrics = run(state, devices.split(next(batches), parallel))
