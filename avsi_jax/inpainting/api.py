@@ -229,6 +229,8 @@ class Inpainter:
         """
         from avsi_jax.inpainting import window_inpainter
 
+        if len(clips) != len(gaps):
+            raise ValueError(f"found {len(clips)} clips and the gaps of {len(gaps)}, expected a list of gaps for each clip")
         with contextlib.ExitStack() as stack:
             sources = [stack.enter_context(self._open(clip, track)) for clip in clips]
             inpainters = [self._clip_inpainter(source, own, face, sync) for source, own in zip(sources, gaps, strict=True)]

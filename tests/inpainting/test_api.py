@@ -302,6 +302,12 @@ def test_arrays_that_are_no_audio_are_one_clear_error(samples, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_batch_needs_gaps_for_each_clip(audio_only):
+    clips = [make_clip(voice(1, 16_000), 16_000)] * 2
+    with pytest.raises(ValueError, match="2 clips and the gaps of 1"):
+        audio_only.inpaint_batch(clips, [[(0.2, 0.4)]])
+
+
 def test_an_array_in_place_of_a_clip_names_the_fix(audio_only):
     with pytest.raises(ValueError, match=r"ndarray.*clip_of\(samples, rate\)"):
         audio_only.inpaint(np.zeros(48_000), [(1.0, 1.3)])
