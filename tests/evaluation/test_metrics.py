@@ -307,6 +307,7 @@ def test_input_is_read_as_workers_become_free(monkeypatch):
     assert 2 < max(ahead) < 2 * metrics.AHEAD
 
 
+@pytest.mark.slow
 def test_many_clips_get_the_same_scores_as_single_ones():
     waveforms = [speech_like(rate, seconds, seed) for rate, seconds, seed in ((8_000, 1.6, 0), (16_000, 1.6, 1), (8_000, 2.3, 2))]
     items = [(x, masked(x, rate), rate, [(1.0, 1.2)]) for x, rate in zip(waveforms, (8_000, 16_000, 8_000))]
