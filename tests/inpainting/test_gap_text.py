@@ -25,7 +25,9 @@ def test_gaps_are_parsed(text, gaps):
     assert gap_text.parse_gaps(text) == gaps
 
 
-@pytest.mark.parametrize("text", ["1", "1:2", "a-b", "2-1", "1-1", "-1-2", "nan-2", "1e999-2", "1-2-3", "<b>-2", "1:2:3:4-5", "9" * 5000])
+@pytest.mark.parametrize(
+    "text", ["1", "1:2", "a-b", "2-1", "1-1", "-1-2", "nan-2", "1e999-2", "1-2-3", "<b>-2", "1:2:3:4-5", "9" * 5000]
+)
 def test_wrong_gaps_are_an_error_of_one_line(text):
     with pytest.raises(ValueError, match="expected START-END") as error:
         gap_text.parse_gaps(text)
