@@ -635,7 +635,7 @@ def _subtype(context: av.AudioCodecContext) -> str:
     if name in ("pcm_u8", "pcm_s8"):
         return "PCM_U8"
     lossless = name.startswith("pcm_s") or name in ("flac", "alac")
-    if not lossless or context.format.bytes <= 2:
+    if not lossless or context.format is None or context.format.bytes <= 2:  # None: the header of a broken file says nothing
         return "PCM_16"
     # 24-bit samples are decoded into the upper bits of 32-bit frames; only plain 32-bit PCM uses all of them
     return "PCM_32" if name.startswith("pcm_s32") else "PCM_24"

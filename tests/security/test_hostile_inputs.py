@@ -249,6 +249,15 @@ def test_streams_of_an_unknown_codec_are_ignored(tmp_path):
             read(file)
 
 
+@pytest.mark.parametrize("data", [b"", b"#EXTM3U\n", bytes(64)])
+def test_files_without_a_sample_format_are_refused(tmp_path, data):
+    """By its suffix FFmpeg takes such a .flac for audio, whose format its header does not say."""
+    (tmp_path / "a.flac").write_bytes(data)
+    for read in (clip_io.read_clip, clip_source.open_source):
+        with pytest.raises(clip_io.MediaError, match="a.flac"):
+            read(tmp_path / "a.flac")
+
+
 def test_names_that_are_not_text_can_be_opened(tmp_path):
     file = tmp_path / os.fsdecode(b"\xff.wav")
     clip_io.write_audio(tmp_path / "a.wav", np.zeros(9), 8000)
