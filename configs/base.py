@@ -103,7 +103,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.clip_norm = 1.0
     # Decay of an exponential moving average of the parameters, e.g. 0.999, used for validation, evaluation and inpainting; 0: none.
     config.ema = 0.0
-    # Learning rate. plateau: times plateau_factor after plateau_patience epochs without gain (the paper); cosine: to 0 at the end.
+    # Learning rate. plateau: times plateau_factor after plateau_patience epochs without gain (the paper; training/loop.py,
+    # Progress); cosine: to 0 at the end (training/optimiser.py).
     config.schedule = "plateau"
     config.warmup_epochs = 0.0  # epochs of linear warm-up; cosine schedule only
     # Metric for plateau, early stopping and the best checkpoint: val_loss (the paper), or val_gap_l1_db, which excludes the CTC.

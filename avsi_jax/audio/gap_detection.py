@@ -8,7 +8,8 @@ off: it starts right after a level at which no noise gate closes, or ends right 
 produce the same digital silence in pauses, so a silence between two quiet sides is ambiguous. It counts only if it is at least as
 long as a word, and similar background noise lasts elsewhere for longer than a gate holds. In coarsely quantised audio (8 bits)
 quiet sounds round to a constant too; there both edges of a silence must be cut at nearly full level. Repeated packets are detected
-in audio/repeat_detection.py. Noise, clicks, dropped samples and gaps longer than MAX_GAP_S are not detected.
+in audio/repeat_detection.py. A silence of at most MAX_PACKET_S counts as a lost (dropped) packet if another one as short starts
+within PACKET_DISTANCE_S; see `_name_lost_packets`. Noise, clicks, dropped samples and gaps longer than MAX_GAP_S are not detected.
 
 The audio is analysed in chunks on a fixed grid, with a margin on both sides, so the result does not depend on the block sizes in
 which it arrives. The thresholds were chosen on one half of the Grid clips and evaluated on the other half:
@@ -29,7 +30,7 @@ CHUNK_FRAMES = 2000
 MARGIN_FRAMES = 100  # more than two of the longest packets
 CONTEXT_S = 10.0  # audio before and after a silence that is used to classify it
 MAX_GAP_S = 30.0
-MAX_PACKET_S, PACKET_DISTANCE_S = 0.085, 2.0
+MAX_PACKET_S, PACKET_DISTANCE_S = 0.085, 2.0  # longest lost packet; another one starts within this distance
 MERGE_S = 0.012
 FLOOR_DB = -120.0
 MAX_SAMPLE = 1e6  # larger samples are clipped: their squares would overflow
@@ -165,18 +166,23 @@ class GapDetector:
         return DetectedGap(max(0, start - first * self._frame), end + last * self._frame, "silence")
 
     def _pop_final(self, horizon: float) -> list[DetectedGap]:
-        """Removes and returns the pending gaps that end before the horizon: adjacent ones merged, short ones named 'packets'."""
+        """Removes and returns the pending gaps that end before the horizon: adjacent ones merged, lost packets named so."""
         merged = _merge_gaps(sorted(self._pending, key=lambda g: (g.start, g.end)), round(MERGE_S * self._rate))
         final = [g for g in merged if g.end < horizon]
         self._pending = [g for g in merged if g.end >= horizon]
+        named = self._name_lost_packets(final, merged)
+        recent = [g for g in [*self._returned, *named] if g.end > horizon - (PACKET_DISTANCE_S + MAX_PACKET_S) * self._rate]
+        self._returned = recent if np.isfinite(horizon) else []
+        return named
+
+    def _name_lost_packets(self, gaps: list[DetectedGap], candidates: list[DetectedGap]) -> list[DetectedGap]:
+        """The gaps, those of lost packets with the kind 'packets'. candidates: gaps that may be the other packet."""
         near, longest = PACKET_DISTANCE_S * self._rate, MAX_PACKET_S * self._rate
-        short = [g for g in [*self._returned, *merged] if g.kind in ("silence", "packets") and g.end - g.start <= longest]
+        short = [g for g in [*self._returned, *candidates] if g.kind in ("silence", "packets") and g.end - g.start <= longest]
         named = []
-        for gap in final:
+        for gap in gaps:
             others = [s for s in short if s.start != gap.start and s.start - near < gap.start < s.start + near]
             named.append(dataclasses.replace(gap, kind="packets") if gap in short and others else gap)
-        recent = [g for g in [*self._returned, *named] if g.end > horizon - near - longest]
-        self._returned = recent if np.isfinite(horizon) else []
         return named
 
 

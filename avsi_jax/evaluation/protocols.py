@@ -1,7 +1,8 @@
 """Evaluation protocols: how gaps are placed and masked, how audio is made, and the reference. Numbers of different ones never mix.
 
-waveform  ours, used for all main results: samples are set to zero; the gap lies inside the words; the restored audio joins the
-          recording on both sides; scored against the recording at the rate of the system's preset.
+waveform  ours, the headline protocol: samples are set to zero; the gap lies inside the words (place_in_speech of
+          audio/gap_masks.py); the restored audio joins the recording on both sides; scored against the recording at the rate of the
+          system's preset.
 paper     as in the paper's code: whole spectrogram frames are set to silence, 1 to 8 gaps of N(900, 300) ms in all; the whole
           spectrogram, known frames included, is inverted by the paper's vocoder, and so is the reference (from other initial
           phases); scored against that at 8 kHz.

@@ -51,7 +51,10 @@ def _quiet_orbax() -> Iterator[None]:
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, does not match the configuration, or could not be written."""
+    """A checkpoint is missing, damaged, does not match the configuration, or could not be written.
+
+    inference/trained_run.py also raises it, for a run without a checkpoint.
+    """
 
 
 class Checkpoints:
