@@ -327,13 +327,13 @@ def _read_video_file(file: pathlib.Path, want_video: bool, want_audio: bool, tra
         with open_container(file) as container:
             video, audio = select_streams(container, audio=want_audio, track=track)
             frames = FrameReader(file, max_bytes, video and video.sample_aspect_ratio)
-            video_end, sound = VideoEnd(), AudioReader(file, audio, presentation_start(container, audio))
+            video_end, audio_reader = VideoEnd(), AudioReader(file, audio, presentation_start(container, audio))
             if want_video and video is not None:
                 frames.check_size(video)
             wanted = [s for s in (video if want_video or want_audio else None, audio) if s is not None]
             for packet in container.demux(wanted) if wanted else ():
                 if video is None or packet.stream.index != video.index:  # stream_index is 0 in the empty packets at the end
-                    decode_packet(packet, sound)
+                    decode_packet(packet, audio_reader)
                     continue
                 video_end.add(packet)
                 if want_video:
@@ -341,7 +341,7 @@ def _read_video_file(file: pathlib.Path, want_video: bool, want_audio: bool, tra
             return Clip(
                 str(file),
                 frames.result(video) if want_video and video is not None else None,
-                sound.result(video_end.seconds(video)) if audio is not None else None,
+                audio_reader.result(video_end.seconds(video)) if audio is not None else None,
             )
     except av.FFmpegError as e:
         raise MediaError(f"{file}: cannot be decoded ({one_line(e)}); check that it plays, or download it again") from e
