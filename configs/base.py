@@ -69,7 +69,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.gaps.min_ms = 60.0  # shortest gap, ms: 3 frames (the paper)
     config.gaps.curriculum_steps = 0  # training steps over which the total duration grows linearly to its full value; 0: none
     # drawn: validation draws gaps as training does. words: one gap of 300, 600, 900, 1200 and 1500 ms per clip, inside the words.
-    config.gaps.validation = "drawn"
+    config.validation_gaps = "drawn"
 
     # ---- Augmentation of training clips (avsi_jax.data.augmentation); 0 turns each off, as in the paper.
     config.augment = ml_collections.ConfigDict()

@@ -48,7 +48,7 @@ PYTHON
 
 if [ -n "$GRID" ]; then
   [ -d "$GRID" ] || fail "found no folder '$GRID', expected one of Grid clips: GRID=DIR bash launch/demo.sh"
-  raw=$GRID source="clips of $GRID" must= note=
+  raw=$GRID source="clips of $GRID" must="" note=""
   av=(--config=av_mtl_s2s) a=(--config=a_si)
   options=(--config.batch_size=16 --config.schedule=cosine --config.early_stop_patience=0 --config.monitor=val_gap_l1_db
     --config.validation_split=validation_seen --config.checkpoint_every=5 --config.epochs="${EPOCHS:-20}")

@@ -83,8 +83,8 @@ def open_data(config: ConfigDict, cache_dir: str = "") -> Data:
         raise ValueError(f"config.monitor: found {config.monitor!r}, expected val_loss or val_gap_l1_db")
     if config.monitor != "val_loss" and not systems.get(config.system).restores:
         raise ValueError(f"config.monitor: found {config.monitor!r}, expected val_loss: {config.system} restores no gaps")
-    if config.gaps.validation not in VALIDATION_GAPS:
-        raise ValueError(f"config.gaps.validation: found {config.gaps.validation!r}, expected {' or '.join(VALIDATION_GAPS)}")
+    if config.validation_gaps not in VALIDATION_GAPS:
+        raise ValueError(f"config.validation_gaps: found {config.validation_gaps!r}, expected {' or '.join(VALIDATION_GAPS)}")
     if not config.data_dir:
         raise ValueError("no --config.data_dir given; expected the folder that avsi-prepare --data_dir=DIR wrote")
     dataset = input_pipeline.find_dataset(config.data_dir, config.builder_config)
@@ -318,7 +318,7 @@ def _train(config, workdir, parallel, cache_dir, stop_signals, console, phases, 
         results, errors = Means(), {}
         phases.enter(VALIDATION)
         for batch in input_pipeline.eval_batches(data.validation, config.batch_size, **share):
-            if config.gaps.validation == "words":
+            if config.validation_gaps == "words":
                 batch = gap_masks.with_gaps_in_words(batch, VALIDATION_GAPS_MS)
             sums, clips = validation_step(state.averaged, devices.split(batch, parallel))
             results.add(jax.device_get(sums))

@@ -98,7 +98,7 @@ def make_objective(config: ConfigDict, normalisation: Normalisation | None = Non
         """Gaps (B, G, 2) of the batch; none for a recognizer."""
         if not system.restores:
             return jnp.zeros((len(batch["audio"]), 1, 2), jnp.int32)
-        options = {k: v for k, v in config.gaps.items() if k not in ("protocol", "curriculum_steps", "validation")}
+        options = {k: v for k, v in config.gaps.items() if k not in ("protocol", "curriculum_steps")}
         if train and config.gaps.curriculum_steps:
             share = jnp.minimum((step + 1) / config.gaps.curriculum_steps, 1.0)
             durations = ("total_mean_ms", "total_std_ms", "total_min_ms", "total_max_ms")

@@ -212,7 +212,7 @@ def test_librispeech_is_built_and_trained_on(corpus, tiny_dir, tmp_path):
     assert subprocess.run(command, capture_output=True, timeout=300).returncode == 0
     assert subprocess.run(command, capture_output=True, timeout=300).returncode == 2  # nothing is overwritten
     fields = {"data_dir": str(data), "units": 8, "layers": 1, "preset": "paper", "batch_size": 4, "epochs": 1}
-    fields |= {"audio_only_clips": 2, "gaps.validation": "words"}
+    fields |= {"audio_only_clips": 2, "validation_gaps": "words"}
     config = configs.load("av_unified", [(k, str(v)) for k, v in fields.items()])
     row = loop.train(config, tmp_path / "run")
     assert np.isfinite(row["val_gap_l1_db"]) and row["step"] == 9 // 2
