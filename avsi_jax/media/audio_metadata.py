@@ -22,10 +22,14 @@ if TYPE_CHECKING:
 SAMPLE_CHUNKS = (b"fmt ", b"data", b"fact", b"ds64")  # written with the new samples
 STALE_CHUNKS = (b"PEAK", b"levl", b"MD5 ", b"JUNK", b"junk", b"PAD ", b"FLLR")  # of the old samples, or padding
 MAX_CHUNKS = 1000
-EXTENSIBLE, GUID_END = (
-    0xFFFE,
-    bytes.fromhex("000000001000800000aa00389b71"),
-)  # of WAVEFORMATEXTENSIBLE; the codec precedes the GUID's end
+EXTENSIBLE = 0xFFFE  # codec number of WAVEFORMATEXTENSIBLE, whose GUID is the codec proper and these bytes
+GUID_END = bytes.fromhex("000000001000800000aa00389b71")
+COPIED_BETWEEN = {
+    b"RIFF": ("WAV", "RF64"),
+    b"RF64": ("WAV", "RF64"),
+    b"RIFX": (),
+    b"fLaC": ("FLAC",),
+}  # head of the source: formats
 SPEAKERS = ("FL", "FR", "FC", "LFE", "BL", "BR", "FLC", "FRC", "BC", "SL", "SR", "TC", "TFL", "TFC", "TFR", "TBL", "TBC", "TBR")
 FLAC_PADDING, FLAC_SEEK_TABLE, FLAC_COMMENT, FLAC_PICTURE = 1, 3, 4, 6
 FLAC_MASKS = {1: 0x4, 2: 0x3, 3: 0x7, 4: 0x33, 5: 0x37, 6: 0x3F, 7: 0x70F, 8: 0x63F}  # that a .flac means by its channel count
@@ -54,9 +58,10 @@ def set_tags(out: soundfile.SoundFile, path: os.PathLike | str, track: int, keep
     Returns the names of what is lost; only of the tags if not keep_all, as where video is left out on purpose.
     """
     head = _head(path)
-    if head in (b"RIFF", b"RF64", b"RIFX", b"fLaC") and clip_io.is_audio_file(path):
-        own = {b"fLaC": "FLAC", b"RIFX": ""}.get(head, "WAV")
-        return () if out.format.startswith(own or "-") or (own == "WAV" and out.format == "RF64") else _copy_known_tags(out, path)
+    if head in COPIED_BETWEEN and clip_io.is_audio_file(path):
+        if out.format not in COPIED_BETWEEN[head]:
+            _copy_known_tags(out, path)
+        return ()
     with clip_io.open_container(path) as container:
         tags = stream_copy.content_tags(container.metadata)
         for stream in container.streams:
@@ -66,12 +71,11 @@ def set_tags(out: soundfile.SoundFile, path: os.PathLike | str, track: int, keep
         return tuple(_lost(container, tags, track)) if keep_all else ()
 
 
-def _copy_known_tags(out: soundfile.SoundFile, path: os.PathLike | str) -> tuple[str, ...]:
+def _copy_known_tags(out: soundfile.SoundFile, path: os.PathLike | str) -> None:
     import soundfile
 
     with soundfile.SoundFile(str(path)) as old:
         _set(out, {name: getattr(old, name) for name in TAGS})
-    return ()
 
 
 def _set(out: soundfile.SoundFile, values: dict[str, str | None]) -> None:

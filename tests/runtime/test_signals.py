@@ -31,11 +31,9 @@ def stop_signals(messages):
 
 
 def send_and_wait(messages, count):
-    """Sends SIGTERM to this process and waits until `count` messages were logged."""
+    """Sends SIGTERM to this process and waits until `count` messages were logged; pytest's own limit ends a test that hangs."""
     os.kill(os.getpid(), signal.SIGTERM)
-    deadline = time.monotonic() + 60
     while len(messages) < count:
-        assert time.monotonic() < deadline, messages
         time.sleep(0.01)
 
 

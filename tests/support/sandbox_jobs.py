@@ -27,7 +27,7 @@ def start_program() -> None:
 
 
 def write_file(path: str, num_bytes: int) -> None:
-    """Writes a file, most of which is a hole, so that the disk is not filled."""
+    """Writes a sparse file: it has the size, and takes no space on the disk."""
     with open(path, "wb") as file:
         file.seek(num_bytes)
         file.write(b"x")
