@@ -56,7 +56,7 @@ PAPER = {
     "layers": 3, "units": 256, "bottleneck_relu": True, "skip": False, "dropout": 0.0, "output": "relu",
     "gaps.protocol": "paper", "gaps.max_count": 8, "gaps.total": "normal", "gaps.total_mean_ms": 900.0,
     "gaps.total_std_ms": 300.0,
-    "gaps.min_ms": 60.0, "gaps.curriculum_steps": 0, "audio_only_clips": 0,
+    "gaps.min_ms": 60.0, "gaps.curriculum_steps": 0, "validation_gaps": "drawn", "audio_only_clips": 0,
     "augment.speed": 0.0, "augment.gain_db": 0.0, "augment.mirror": 0.0, "augment.stretch": 0.0, "augment.noise_px": 0.0,
     "augment.jitter_ms": 0.0, "augment.drop_video": 0.0, "augment.drop_audio": 0.0, "augment.trim": 0.0,
     "loss.kind": "mse", "loss.whole": 1.0, "loss.gap": 0.0, "loss.near_frames": 0, "loss.ctc": 1e-3,

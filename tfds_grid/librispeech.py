@@ -15,18 +15,22 @@ import argparse
 import pathlib
 import sys
 
-from tfds_grid import prepare, utterances
+from avsi_jax.runtime import unexpected_errors
+from tfds_grid import librispeech_files, prepare
+
+NAME = "python -m tfds_grid.librispeech"
 
 
+@unexpected_errors.reported(NAME)
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code: 0 if the dataset was written, else 2."""
-    parser = argparse.ArgumentParser("python -m tfds_grid.librispeech", description="Builds the dataset `librispeech`.")
+    parser = argparse.ArgumentParser(NAME, description="Builds the dataset `librispeech`.")
     parser.add_argument("--raw", required=True, metavar="DIR", help="folder with the .flac and .trans.txt files of test-clean")
     parser.add_argument("--data_dir", required=True, metavar="DIR", help="records are written to DIR/librispeech/test_clean/...")
     args = parser.parse_args(argv)
     raw = pathlib.Path(args.raw).expanduser()
     try:
-        if not utterances.find_utterances(raw):
+        if not librispeech_files.find_utterances(raw):
             raise FileNotFoundError(f"--raw={raw}: found no utterances, expected files such as 1089/134686/1089-134686-0000.flac")
         prepare.need_tensorflow()
         from tfds_grid import librispeech_dataset_builder

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import writer
 
-from tfds_grid import grid_dataset_builder, utterances
+from tfds_grid import grid_dataset_builder, librispeech_files
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
@@ -30,11 +30,11 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         return grid_dataset_builder.FixedOrderWriter(self.info.file_format)
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
-        return {"train": self._generate_examples(utterances.find_utterances(dl_manager.manual_dir))}
+        return {"train": self._generate_examples(librispeech_files.find_utterances(dl_manager.manual_dir))}
 
     def _generate_examples(self, files: dict[str, pathlib.Path]) -> Iterator[tuple[str, dict]]:
         transcripts: dict[str, str] = {}
         for utterance, path in files.items():
             if utterance not in transcripts:
-                transcripts |= utterances.read_transcripts(path.with_name(utterance.rpartition("-")[0] + ".trans.txt"))
-            yield utterance, utterances.make_record(utterance, path, transcripts.get(utterance, ""))
+                transcripts |= librispeech_files.read_transcripts(path.with_name(utterance.rpartition("-")[0] + ".trans.txt"))
+            yield utterance, librispeech_files.make_record(utterance, path, transcripts.get(utterance, ""))

@@ -30,6 +30,7 @@ from tfds_grid.measuring import Measured
 
 CACHE = ".cache"  # in the data_dir
 CONFIGS = tuple(f"{protocol}{suffix}" for protocol in speakers.SPLITS for suffix in ("", "_mouth"))
+REPORT = "build_report.json"  # the last file of a build
 REPORTED_PACKAGES = ("avsi_jax", "tensorflow_datasets", "tensorflow", "tensorflow_cpu", "av", "numpy", "soxr", "ai_edge_litert")
 REPORTED_PACKAGES += ("opencv_python_headless",)
 
@@ -99,9 +100,9 @@ def refuse_existing(folder: epath.Path, overwrite: bool) -> None:
 def replacing(folder: epath.Path):
     """Moves an existing dataset in `folder` aside before TFDS reads its description, and restores it if the new build fails."""
     aside = folder.parent / f"replaced.{folder.name}"
+    if folder.exists() and aside.exists():  # left by a build that was killed: at its end, if it wrote its report
+        (aside if (folder / REPORT).exists() else folder).rmtree()
     if folder.exists():
-        if aside.exists():
-            aside.rmtree()  # left by a build that was killed
         folder.rename(aside)
     try:
         yield
@@ -271,7 +272,7 @@ def _build(name: str, args, exclude: set[str], corpus: speakers.RawCorpus, measu
     pack(builder, pathlib.Path(args.raw).expanduser(), args.max_shard_mb)
     seconds = seconds | {"statistics": statistics_s, "packing": time.monotonic() - start}
     report = build_report(builder, corpus, measured, excluded=excluded, seconds=seconds)
-    storage.write_text(builder.data_path / "build_report.json", json.dumps(report, indent=1) + "\n")
+    storage.write_text(builder.data_path / REPORT, json.dumps(report, indent=1) + "\n")
     return report
 
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from avsi_jax.app import sandbox
 from avsi_jax.audio import gap_detection
-from avsi_jax.inpainting import cli_jobs, clip_inpainter, gap_text
+from avsi_jax.inpainting import cli_jobs, clip_gaps, gap_text
 from avsi_jax.media import clip_io
 
 if TYPE_CHECKING:
@@ -141,8 +141,8 @@ def check_size(file: Path, name: str, limits: Limits) -> None:
 def detected_gaps(source: clip_source.Source) -> tuple[tuple[float, float, str], ...]:
     """(start_s, end_s, kind) of the gaps that `avsi-inpaint --gap auto` restores; kind as in gap_detection, or 'missing'."""
     try:
-        spans = clip_inpainter.detected_gaps(source)
-    except clip_inpainter.NoGapFoundError:
+        spans = clip_gaps.detected_gaps(source)
+    except clip_gaps.NoGapFoundError:
         return ()
     kinds = gap_detection.detect_gaps(source.audio(0, source.num_samples), source.rate)
     kind_of = lambda a, b: next((gap.kind for gap in kinds if gap.start < b and gap.end > a), "missing")
@@ -249,9 +249,9 @@ class Session:
         if gaps == gap_text.AUTO:
             gaps = [gap[:2] for gap in clip.detected_gaps]
             if not gaps:
-                raise clip_inpainter.NoGapFoundError(f"{clip.name}: no gap detected; enter one, such as 0.93-1.73")
+                raise clip_gaps.NoGapFoundError(f"{clip.name}: no gap detected; enter one, such as 0.93-1.73")
         elif gaps:
-            clip_inpainter.check_gaps(gaps, len(clip.samples), clip.rate, max(clip.source.end_s, clip.duration_s + ROUNDED_S))
+            clip_gaps.check_gaps(gaps, len(clip.samples), clip.rate, max(clip.source.end_s, clip.duration_s + ROUNDED_S))
             gaps = [(start, min(end, clip.duration_s)) for start, end in gaps]
         return gaps
 

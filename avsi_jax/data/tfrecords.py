@@ -1,7 +1,7 @@
 """Reads the TFRecords of a dataset: random access to one split, with integrity checks. Does not need tensorflow.
 
-The records are written by tfds_grid: tf.Example messages in TFRecord files in `DATA_DIR/grid/<config>/<version>/`. They are parsed
-here because tensorflow-datasets takes 1.6 times as long per record and has a slow import.
+The records are written by tfds_grid: tf.Example messages in TFRecord files in `DATA_DIR/<dataset>/<config>/<version>/`. They are
+parsed here because tensorflow-datasets takes 1.6 times as long per record and has a slow import.
 
 When errors are detected: opening a split reads the header and the clip id of every record, a few hundred bytes each. This finds
 every file that is missing, truncated, duplicated or from another build before training starts. Verifying the checksums of the data
@@ -20,6 +20,8 @@ from typing import NamedTuple
 import google_crc32c
 import numpy as np
 from etils import epath
+
+from avsi_jax.runtime import storage
 
 VERIFY_ON_OPEN_BYTES = 2**30  # read and verified in well under a second from the disk cache
 
@@ -55,13 +57,13 @@ class MissingSplitError(RecordError):
 
 def find_dataset(data_dir: epath.PathLike, builder_config: str = "speaker_independent", name: str = "grid") -> epath.Path:
     """The folder of the newest version of `<name>/<builder_config>` in `data_dir`; RecordError if there is none."""
-    home = epath.Path(data_dir).expanduser() / name / builder_config
+    home = storage.as_path(data_dir) / name / builder_config
     versions = [p for p in home.iterdir() if _version(p.name)] if home.exists() else []
     if not versions:
         build = f"avsi-prepare --raw=DIR --data_dir={data_dir} --builder_config={builder_config}"
         if name != "grid":
             build = f"python -m tfds_grid.{name} --raw=DIR --data_dir={data_dir}"
-        raise RecordError(f"no records in {home}: expected a folder such as {home / '2.1.0'}; build it with: {build}")
+        raise RecordError(f"no records in {home}: expected a folder of a version, such as 2.1.0; build it with: {build}")
     return max(versions, key=lambda p: _version(p.name))
 
 

@@ -1,7 +1,7 @@
 """Means, intervals and paired differences of per-clip scores, over one or several training seeds.
 
 Intervals are bootstrapped over clips. For unseen speakers, who are few, they are t intervals over the means of the speakers: a
-bootstrap of four speakers is much too narrow, and so says "certain" of what four speakers cannot show.
+bootstrap of four speakers is much too narrow, and would call differences significant that four speakers cannot show.
 
 A row is a dict like a line of clips.csv: clip_id, speaker, case (a change of the input; '' or absent for none), gap_ms, system,
 metrics (a number or its text; None, '' or NaN for no value), and optionally start_s and end_s of the gap. An estimate is a dict:

@@ -23,7 +23,10 @@ HEAD = (
     "command", "runs",
 )  # fmt: skip
 MAX_FLOAT_ROWS = 14  # longer tables become longtables
-INTERVALS = {False: "95 % percentile bootstrap over clips", True: "95 % t interval over the means of the speakers"}  # by_speaker
+INTERVALS = {  # by_speaker
+    False: "95 % percentile bootstrap over clips",
+    True: "95 % t interval of the mean over speakers; the mean shown is over clips",
+}
 OLD_INTERVALS = "95 % percentile bootstrap over speakers, then over the clips of each"  # of summaries without "intervals"
 SPECIAL = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$", "–": "--", "→": r"$\to$",

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from avsi_jax.models import systems
+from avsi_jax.runtime import shown_paths
 
 if TYPE_CHECKING:
     import ml_collections
@@ -99,7 +99,7 @@ def evaluation(path: Path, step: int) -> dict | None:
     return {
         **{k: summary[k] for k in ("split", "suite", "protocol", "num_clips", "by_speaker", "date")},
         **{k: summary[k] for k in ("intervals",) if k in summary},
-        "command": without_paths(summary["command"]),
+        "command": shown_paths.without_folders(summary["command"]),
         "speakers": {s: len(clips) for s, clips in sorted(speakers.items())},
         "table": table,
     }
@@ -123,11 +123,6 @@ def measured(evaluations: list[dict], streams: dict[str, str]) -> dict:
                 by_length = means.setdefault(streams[row["case"]], {})
                 by_length.setdefault(str(row["gap_ms"]), {})[row["metric"]] = row["mean"]
     return {k: dict(sorted(v.items(), key=lambda item: int(item[0]))) for k, v in means.items()}
-
-
-def without_paths(command: str) -> str:
-    """A command without the folders of the machine it ran on; names of files and runs stay."""
-    return re.sub(r"(?<![\w.~-])(?:~|\.{1,2})?/(?:[^\s/]+/)*(?=[^\s/])", "", command)
 
 
 def _rounded(x: float) -> float:

@@ -294,7 +294,7 @@ class Inpainter:
             yield source
 
     def _clip_inpainter(self, source: Source, gaps: Gaps, face: int | None, sync: Sync, streaming: bool = False) -> ClipInpainter:
-        from avsi_jax.inpainting import clip_inpainter
+        from avsi_jax.inpainting import clip_gaps, clip_inpainter
         from avsi_jax.media import clip_io
 
         if not source.num_samples:
@@ -302,9 +302,9 @@ class Inpainter:
         if isinstance(gaps, str):
             if gaps != "auto":
                 raise ValueError(f"gaps {gaps!r}: expected (start, end) pairs in seconds, or 'auto'")
-            spans = clip_inpainter.detected_gaps(source)
+            spans = clip_gaps.detected_gaps(source)
         else:
-            spans = clip_inpainter.check_gaps(gaps, source.num_samples, source.rate, source.end_s)
+            spans = clip_gaps.check_gaps(gaps, source.num_samples, source.rate, source.end_s)
         face_models = self._face_models(source) if self.restorer.system.uses_video else None
         return clip_inpainter.ClipInpainter(
             source, spans, self.restorer, face_models, self.measured, face=face, sync=sync, streaming=streaming

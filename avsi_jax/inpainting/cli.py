@@ -203,7 +203,7 @@ def inpaint_job(inpainter: Inpainter, job: Job, args: argparse.Namespace, progre
                 overwrite=args.overwrite, progress=progress,
             )  # fmt: skip
     except Exception as error:  # any error: the other clips are still processed
-        from avsi_jax.inpainting.clip_inpainter import NoGapFoundError
+        from avsi_jax.inpainting.clip_gaps import NoGapFoundError
 
         if isinstance(error, NoGapFoundError):
             return ClipOutcome(path, None, "no gap")

@@ -1,7 +1,7 @@
 """Standard streams that never end a command: closed ones, a full disk behind stdout, names that the encoding lacks.
 
 What cannot be encoded is escaped. Where stdout cannot be written, one line on stderr says so, the command goes on, and its exit
-code is not 0. A reader that closes the pipe is left to the caller: BrokenPipeError.
+code is not 0. If the reader of stdout closes the pipe, BrokenPipeError is left to the caller; one of stderr loses the messages.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from typing import Any, TextIO
 
 
 class GuardedStream:
-    """A text stream whose write errors are recorded instead of raised. `error`: the first of them, or None."""
+    """A text stream whose write errors are recorded instead of raised. `error`: the first of them, or None.
 
-    def __init__(self, stream: TextIO | None):
-        self._stream, self.error = stream, None
+    raises_broken_pipe: whether BrokenPipeError is raised nevertheless.
+    """
+
+    def __init__(self, stream: TextIO | None, *, raises_broken_pipe: bool):
+        self._stream, self._raises_broken_pipe, self.error = stream, raises_broken_pipe, None
 
     def write(self, text: str) -> int:
         """Writes text, or drops it after an error."""
@@ -50,9 +53,9 @@ class GuardedStream:
     def _try(self, function: Any, *arguments: Any) -> None:
         try:
             function(*arguments)
-        except BrokenPipeError:
-            raise
         except (OSError, ValueError) as error:  # ValueError: closed by someone else
+            if isinstance(error, BrokenPipeError) and self._raises_broken_pipe:
+                raise
             self.error = error
             self.discard()
 
@@ -74,7 +77,8 @@ def guarded() -> Iterator[GuardedStream]:
     texts = {stream: stream.errors for stream in before[1:] if isinstance(stream, io.TextIOWrapper)}
     for stream in texts:
         stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = GuardedStream(sys.stdout), GuardedStream(sys.stderr)
+    sys.stdout = GuardedStream(sys.stdout, raises_broken_pipe=True)
+    sys.stderr = GuardedStream(sys.stderr, raises_broken_pipe=False)
     try:
         yield sys.stdout
     finally:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-FOLDERS = re.compile(r"(?<![\w.:/~-])(?:~?/)(?:[^/\s'\"]*/)*(?=[^/\s'\"])")
+FOLDERS = re.compile(r"(?<![\w.:/~-])(?:~|\.{1,2})?/(?:[^/\s'\"]*/)*(?=[^/\s'\"])")
 
 
 def shortened(paths: Iterable[str]) -> dict[str, str]:
@@ -20,11 +20,12 @@ def shortened(paths: Iterable[str]) -> dict[str, str]:
 
 
 def without_folders(text: str, names: Mapping[str, str] | None = None) -> str:
-    """A text in which absolute paths are replaced by `names` where those have them, else by their last part."""
+    """A text in which absolute paths, and those from ~, . or .., are replaced by `names` or else by their last part."""
     for path in sorted(names or (), key=len, reverse=True):
         if os.path.isabs(path):
             text = text.replace(path, names[path])
-    text = text.replace(str(Path.cwd()) + os.sep, "")
+    if (here := str(Path.cwd())) != os.sep:
+        text = text.replace(here + os.sep, "")
     return FOLDERS.sub("", text)
 
 

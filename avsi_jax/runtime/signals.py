@@ -5,7 +5,8 @@ run only after that, so a thread receives the signals through a pipe. Exit codes
 Ctrl-C. An exit code of 0 would tell an orchestrator that the training is finished.
 
 There is no time limit for the last step and the save: on a busy machine both are slow, and ending early would lose steps that the
-orchestrator had given time to save. A step or a save that is stuck is ended by the watchdog, as at any other time.
+orchestrator had given time to save. A step or a save that is stuck is ended by the watchdog, as at any other time (unless
+config.watchdog_s is 0).
 """
 
 from __future__ import annotations

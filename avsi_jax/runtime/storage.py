@@ -109,13 +109,11 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder`, on a disk, that takes its place when the block succeeds and is deleted when it fails.
 
     Until then the old folder stays as it is; its files that the new one does not have are kept. A process that is killed while the
-    folders change places leaves the old one as .NAME.old, which the next call puts back first.
+    folders change places leaves the old one as .NAME.old, which the next call puts back or merges first.
     """
     new, old = (folder.with_name(f".{folder.name}.{end}") for end in ("new", "old"))
-    if old.exists() and not folder.exists():
-        os.rename(old, folder)
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _keep_files_of(old, folder)
+    shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         yield new
@@ -123,11 +121,21 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
         raise
     if folder.exists():
-        for entry in folder.iterdir():
-            if not (new / entry.name).exists():
-                os.rename(entry, new / entry.name)
         os.rename(folder, old)
     os.rename(new, folder)
+    _keep_files_of(old, folder)
+
+
+def _keep_files_of(old: Path, folder: Path) -> None:
+    """Moves what `folder` lacks there from `old`, and deletes `old`; if there is no `folder`, `old` becomes it."""
+    if not old.exists():
+        return
+    if not folder.exists():
+        os.rename(old, folder)
+        return
+    for entry in old.iterdir():
+        if not (folder / entry.name).exists():
+            os.rename(entry, folder / entry.name)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -83,6 +83,9 @@ def open_data(config: ConfigDict, cache_dir: str = "") -> Data:
         raise ValueError(f"config.monitor: found {config.monitor!r}, expected val_loss or val_gap_l1_db")
     if config.monitor != "val_loss" and not systems.get(config.system).restores:
         raise ValueError(f"config.monitor: found {config.monitor!r}, expected val_loss: {config.system} restores no gaps")
+    if config.validation_gaps != "drawn" and not systems.get(config.system).restores:
+        found = f"config.validation_gaps: found {config.validation_gaps!r}"
+        raise ValueError(f"{found}, expected drawn: {config.system} restores no gaps")
     if config.validation_gaps not in VALIDATION_GAPS:
         raise ValueError(f"config.validation_gaps: found {config.validation_gaps!r}, expected {' or '.join(VALIDATION_GAPS)}")
     if not config.data_dir:

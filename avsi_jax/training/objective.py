@@ -68,7 +68,7 @@ def make_objective(config: ConfigDict, normalisation: Normalisation | None = Non
         augment_key, dropout_key, drop_audio_key = jax.random.split(key, 3)
         if train and any(changes.values()):
             batch = augmentation.augment(augment_key, batch, **changes)
-        gaps = batch["gaps"] if "gaps" in batch else draw_gaps(key, drop_audio_key, batch, step)
+        gaps = draw_gaps(key, drop_audio_key, batch, step)
         features = features_lib.make_features(batch, gaps, feature_config)
         output = model.apply({"params": params}, features, train, rngs={"dropout": dropout_key} if train else None)
         weight = batch["weight"]
@@ -98,6 +98,8 @@ def make_objective(config: ConfigDict, normalisation: Normalisation | None = Non
         """Gaps (B, G, 2) of the batch; none for a recognizer."""
         if not system.restores:
             return jnp.zeros((len(batch["audio"]), 1, 2), jnp.int32)
+        if "gaps" in batch:
+            return batch["gaps"]
         options = {k: v for k, v in config.gaps.items() if k not in ("protocol", "curriculum_steps")}
         if train and config.gaps.curriculum_steps:
             share = jnp.minimum((step + 1) / config.gaps.curriculum_steps, 1.0)

@@ -85,7 +85,7 @@ class Summaries:
 
         @jax.jit
         def restore(params, arrays):
-            result = objective(params, arrays, jax.random.key(VALIDATION_SEED))  # the gaps of the validation
+            result = objective(params, arrays, jax.random.key(VALIDATION_SEED))  # gaps as drawn for validation
             features = result.features
             restored = systems.composite(result.output.level, features)
             return features.spectrogram, restored, features.target, features.mask, features.num_frames

@@ -181,6 +181,7 @@ def video_helps(tables: Tables) -> str:
     """The gain of video on seen and on unseen speakers."""
     pairs = [(a, b) for a, b in AUDIO_ONLY_TWINS.items() if a != BEST]
     seen = [gain(tables, "test_seen", *pair) for pair in pairs]
+    every = {f"{ms} ({name})": e for (name, _), g in zip(pairs, seen, strict=True) for ms, e in g.items()}
     at = {ms: span([g[ms]["mean"] for g in seen]) for ms in (min(seen[0]), max(seen[0]))}
     parts = []
     for pair in pairs:
@@ -195,7 +196,7 @@ def video_helps(tables: Tables) -> str:
     )
     return (
         f"*Video helps.* On seen speakers it lowers the error by {' and by '.join(f'{v} dB at {ms} ms' for ms, v in at.items())}; "
-        f"{significant({(i, ms): e for i, g in enumerate(seen) for ms, e in g.items()})}. On the four unseen speakers it lowers "
+        f"{significant(every)}. On the four unseen speakers it lowers "
         f"the error of {', '.join(parts)}. With another clip's video "
         f"{'every system is worse than its twin without video' if worse else 'not every system is worse than its twin'}."
     )
@@ -213,8 +214,8 @@ def best_system(tables: Tables) -> str:
     }
     none = not any(e["low"] > 0 or e["high"] < 0 for g in unseen.values() for e in g.values())
     return (
-        f"*`{BEST}` on seen speakers*, averaged over seeds: {listed}. This holds for {facts_of(BEST)['epochs']} epochs, and for a "
-        f"system that has what the others lack: {', '.join(advantages())}. On the four unseen speakers "
+        f"*`{BEST}` on seen speakers*, averaged over seeds: {listed}. All were trained for {facts_of(BEST)['epochs']} epochs. "
+        f"It also has what `av_si` lacks: {', '.join(advantages())}. On the four unseen speakers "
         f"{'no difference from these three is significant' if none else 'some differences from these three are significant'}: "
         f"its first seed is better than {', '.join(f'`{o}` for {n}' for o, n in better.items())} of them."
     )
@@ -267,7 +268,8 @@ def seeds_differ(tables: Tables) -> str:
         apart = [max(values) - min(values) for ms in {ms for _, ms in rows} if (values := [rows[run, ms] for run in runs])]
         texts.append(f"`{name}` {span(apart, 2)} dB")
     apart = f"*Seeds* of one system lie apart on seen speakers by: {', '.join(texts)}."
-    return f"{apart} Smaller differences between systems are not reliable."
+    rest = "Systems without a row in seeds.csv have one seed, so how far apart theirs would lie is not known."
+    return f"{apart} Smaller differences between systems with a CTC head are not reliable. {rest}"
 
 
 def ctc_costs(tables: Tables) -> str:

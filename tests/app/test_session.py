@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from avsi_jax.app import rendering, sandbox, session
-from avsi_jax.inpainting import cli_jobs, clip_inpainter
+from avsi_jax.inpainting import cli_jobs, clip_gaps
 from avsi_jax.media import clip_io
 from avsi_jax.runtime import process_pool
 from tests.support.session_fakes import EXAMPLES, HOSTILE, RATE, ToneInpainter, outside, run_inline
@@ -164,7 +164,7 @@ def test_auto_restores_the_detected_gaps_and_is_an_error_where_there_are_none(us
     clip = user.load(EXAMPLES / "drawn_mouth_with_gap.mp4")
     assert user.restore("auto").gaps == [gap[:2] for gap in clip.detected_gaps]
     user.load(noise)
-    with pytest.raises(clip_inpainter.NoGapFoundError, match="some noise.wav"):
+    with pytest.raises(clip_gaps.NoGapFoundError, match="some noise.wav"):
         user.restore("auto")
 
 

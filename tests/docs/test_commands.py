@@ -174,8 +174,7 @@ def test_an_unknown_program_option_field_or_target_is_detected():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_documentation_runs(command):
-    """Its program, options, fields, targets and files exist."""
+def test_program_options_and_files_of_a_documented_command_exist(command):
     check(command)
 
 

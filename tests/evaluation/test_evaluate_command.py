@@ -187,13 +187,17 @@ def test_examples_have_audio_files(folder, summary):
 # -------------------------------------------------------------------------------------------------------------------- again
 
 
-@pytest.mark.slow
-def test_a_second_run_gives_the_same_bytes(runs, rows, folder, monkeypatch):
-    """It replaces the first one only with --overwrite, and only once it is complete."""
+def test_results_are_replaced_only_with_overwrite(runs, folder):
     before = (folder / "clips.csv").read_bytes()
     with pytest.raises(FileExistsError, match="--overwrite") as error:
         cli.evaluate(eval_config(), runs / "system")
     assert "\n" not in str(error.value) and (folder / "clips.csv").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_second_run_gives_the_same_bytes(runs, rows, folder, monkeypatch):
+    """It replaces the first one only once it is complete."""
+    before = (folder / "clips.csv").read_bytes()
     copy = Path(shutil.copytree(runs / "system", runs / "again"))
     replaced, write_report, seen = copy / "eval" / folder.name, report.write_report, []
     old = {p: p.read_bytes() for p in replaced.rglob("*") if p.is_file()}

@@ -11,6 +11,7 @@ import pytest
 
 from avsi_jax.evaluation import conditions
 from avsi_jax.inference import model_card, weights
+from avsi_jax.runtime import shown_paths
 from tests.support import fake_evaluations, tiny_weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -250,7 +251,7 @@ def test_a_card_without_any_measurement_says_so(run):
     ],
 )
 def test_paths_of_the_machine_are_removed_from_commands(command, expected):
-    assert model_card.without_paths(command) == expected
+    assert shown_paths.without_folders(command) == expected
 
 
 # --------------------------------------------------------------------------------------------------------------------- command

@@ -55,9 +55,26 @@ def test_characters_that_the_encoding_lacks_are_escaped(tmp_path):
     assert code == 0 and len(written) == 3 and out.count(b"clip-\\xe9") == 3 and b"warning \\xe9" in err
 
 
-def test_a_reader_that_stops_reading_ends_the_command_silently(tmp_path):
-    code, out, err, _ = run(tmp_path, "| head -n 1")
-    assert out.startswith(b"stdin") and b"Traceback" not in err and b"Exception ignored" not in err
+def test_a_reader_that_stops_reading_ends_the_command_silently():
+    """Beyond what a pipe holds, so that the write fails whenever the reader ends."""
+    code = """
+from avsi_jax.runtime import unexpected_errors
+@unexpected_errors.reported("command")
+def main():
+    for _ in range(1000):
+        print("x" * 1000)
+    return 0
+import sys
+sys.exit(main())
+"""
+    done = subprocess.run(["sh", "-c", f"{{ '{sys.executable}' -c '{code}'; echo $? >&2; }} | true"], cwd=ROOT, capture_output=True)
+    assert done.stderr.split() == [b"1"]
+
+
+def test_a_reader_of_stderr_that_stops_reading_loses_messages_only(tmp_path):
+    """stdout goes to a file, stderr to a program that ends at once."""
+    returned, _, _, written = run(tmp_path, "2>&1 >stdout.txt | true")
+    assert returned == 0 and written.pop("stdout.txt").count("clip-") == 3 and len(written) == 3
 
 
 def test_lost_output_is_reported_beside_other_failures(monkeypatch, capsys):

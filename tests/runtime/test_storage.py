@@ -146,3 +146,15 @@ def test_a_folder_whose_replacement_was_killed_between_its_two_steps_is_put_back
     with pytest.raises(ValueError), storage.replaced_folder(folder):
         raise ValueError
     assert (folder / "summary.json").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["eval"]
+
+
+def test_files_of_a_user_survive_a_replacement_that_was_killed_at_its_end(tmp_path):
+    """After the new folder was put in its place, and before the other files of the old one were moved there."""
+    folder, old = tmp_path / "eval", tmp_path / ".eval.old"
+    for path, text in ((folder / "summary.json", "new"), (old / "summary.json", "old"), (old / "notes.txt", "of the user")):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    with pytest.raises(ValueError), storage.replaced_folder(folder):
+        raise ValueError
+    assert {p.name: p.read_text() for p in folder.iterdir()} == {"summary.json": "new", "notes.txt": "of the user"}
+    assert [p.name for p in tmp_path.iterdir()] == ["eval"]

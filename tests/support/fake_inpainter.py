@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from avsi_jax.inpainting import api, cli
-from avsi_jax.inpainting.clip_inpainter import NoGapFoundError
+from avsi_jax.inpainting.clip_gaps import NoGapFoundError
 from avsi_jax.media import clip_io
 
 

@@ -194,3 +194,17 @@ def test_an_unexpected_error_skips_only_one_clip(synthetic_dir, tmp_path, monkey
 def test_notes_of_one_kind_are_all_kept():
     measured = measuring.Measured("a", None, notes=("face: two", "face: grey", "wav: none"))
     assert prepare._by_kind([measured]) == {"face": {"a": "two; grey"}, "wav": {"a": "none"}}
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_dataset_survives_a_build_that_was_killed_and_one_that_fails_after_it(tmp_path, complete):
+    """A killed build leaves the dataset before it aside, and its own folder: incomplete, or complete with its report."""
+    folder, aside = epath.Path(tmp_path / "2.1.0"), epath.Path(tmp_path / "replaced.2.1.0")
+    for path, text in ((folder, "killed"), (aside, "before")):
+        path.mkdir()
+        (path / "records").write_text(text)
+    if complete:
+        (folder / "build_report.json").write_text("{}")
+    with pytest.raises(OSError), prepare.replacing(folder):
+        raise OSError
+    assert (folder / "records").read_text() == ("killed" if complete else "before") and not aside.exists()

@@ -172,6 +172,14 @@ def test_gaps_of_a_batch_are_kept(config, normalisation, clips, quickly_compiled
     assert ((ms >= 300) & (ms <= 380)).all()
 
 
+def test_a_recognizer_has_no_validation_gaps(config, tiny_dir):
+    asr = configs.load(
+        "asr", [("data_dir", str(tiny_dir)), ("validation_gaps", "words"), ("batch_size", "4"), ("monitor", "val_loss")]
+    )
+    with pytest.raises(ValueError, match="asr restores no gaps"):
+        loop.open_data(asr)
+
+
 # ---- the dataset and a training
 
 
@@ -190,13 +198,13 @@ def corpus(tmp_path_factory):
 
 
 def test_utterances_and_transcripts_are_those_of_the_corpus(corpus):
-    from tfds_grid import utterances
+    from tfds_grid import librispeech_files
 
-    files = utterances.find_utterances(corpus)
+    files = librispeech_files.find_utterances(corpus)
     assert list(files) == ["12-1-0000", "12-1-0001", "7-1-0000", "7-1-0001"]
-    transcripts = utterances.read_transcripts(files["7-1-0001"].with_name("7-1.trans.txt"))
+    transcripts = librispeech_files.read_transcripts(files["7-1-0001"].with_name("7-1.trans.txt"))
     assert transcripts == {"7-1-0000": "this is it", "7-1-0001": "and that"}
-    record = utterances.make_record("7-1-0001", files["7-1-0001"], transcripts["7-1-0001"])
+    record = librispeech_files.make_record("7-1-0001", files["7-1-0001"], transcripts["7-1-0001"])
     assert record["speaker"] == "librispeech-7" and record["landmarks"].shape == (0, 68, 2)
     assert abs(len(record["audio"]) - 80_000 / 3) < 2 and abs(np.abs(record["audio"]).max() - 3277) < 40
 
