@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from avsi_jax import configs
-from avsi_jax.evaluation import cli, occlusion, report, run_systems
+from avsi_jax.evaluation import cli, occlusion, report, run_systems, table_export
 
 GAP_MS = (300, 900)
 SYSTEMS = {  # name -> kind, in the order of the tables
