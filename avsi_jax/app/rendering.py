@@ -35,10 +35,10 @@ EXAMPLES = (
 def head(limits: session.Limits) -> str:
     """The top of the page."""
     return _page(
-        "<h1>Fill gaps in speech</h1><p>Upload a clip of a person speaking whose audio has a gap. The missing speech is restored "
-        "from the surrounding audio and the speaker's lips. The network was trained on short English commands (the Grid corpus); "
-        'other speech is restored less well.</p><p class="dim">No data leaves this machine; uploads are deleted when you close the '
-        f"page. At most {limits.seconds:g} s and {limits.megabytes:g} MB.</p>"
+        "<h1>Restore gaps in speech</h1><p>Upload a clip of a person speaking whose audio has a gap. The missing speech is "
+        "restored from the surrounding audio and the speaker's lips. The network was trained on short English commands (the Grid "
+        'corpus); other speech is restored less well.</p><p class="dim">No data leaves this machine; uploads are deleted when you '
+        f"close the page. At most {limits.seconds:g} s and {limits.megabytes:g} MB.</p>"
     )
 
 

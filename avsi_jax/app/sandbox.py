@@ -8,9 +8,10 @@ started for one upload or one restoration and ends with it. Letters: N samples, 
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,9 @@ class Worker:
         self._jobs.append((work, *arguments))
         outcome = next(self._outcomes)
         if outcome.failure:
-            raise clip_io.MediaError(f"{self.name}: cannot be decoded: it {outcome.failure}; check that it plays")
+            raise clip_io.MediaError(
+                f"{self.name}: cannot be processed: it {outcome.failure}; check that it plays, or cut it around the gap"
+            )
         result, error = outcome.result
         if error is not None:
             raise error
@@ -61,31 +64,34 @@ class Worker:
 
         max_s, max_pixels: longest audio and largest frame that are accepted.
         """
-        audio_file = self._new_file()
-        properties = self.run(read, str(self.file), str(audio_file), max_s, max_pixels)
-        return WorkerSource(properties, _taken(audio_file), self)
+        with self._new_file() as audio_file:
+            properties = self.run(read, str(self.file), str(audio_file), max_s, max_pixels)
+            return WorkerSource(properties, np.load(audio_file, allow_pickle=False), self)
 
     def video(self, start_s: float, end_s: float) -> clip_io.Video:
         """As clip_source.Source.video."""
-        frames_file = self._new_file()
-        fps, first_s, times = self.run(read_frames, str(self.file), str(frames_file), start_s, end_s)
-        return clip_io.Video(_taken(frames_file), fps, first_s, np.asarray(times, np.float64))
+        with self._new_file() as frames_file:
+            fps, first_s, times = self.run(read_frames, str(self.file), str(frames_file), start_s, end_s)
+            return clip_io.Video(np.load(frames_file, allow_pickle=False), fps, first_s, np.asarray(times, np.float64))
 
     def write(self, target: Path, samples: np.ndarray) -> tuple[Path, tuple[str, ...]]:
         """Writes the clip with new audio (N, C) as `target`, or as a .wav file beside it if that format cannot hold it.
 
         Returns (file, warnings). Raises MediaError.
         """
-        audio_file = self._new_file()
-        np.save(audio_file, samples)
-        try:
+        with self._new_file() as audio_file:
+            np.save(audio_file, samples)
             written, warnings = self.run(write, str(self.file), str(audio_file), str(target))
-        finally:
-            audio_file.unlink()
         return Path(written), tuple(warnings)
 
-    def _new_file(self) -> Path:
-        return self.folder / f"{secrets.token_hex(8)}.npy"
+    @contextlib.contextmanager
+    def _new_file(self) -> Iterator[Path]:
+        """A new .npy file, deleted afterwards, also where the worker ended while it wrote it."""
+        file = self.folder / f"{secrets.token_hex(8)}.npy"
+        try:
+            yield file
+        finally:
+            file.unlink(missing_ok=True)
 
 
 class WorkerSource(clip_source.Source):
@@ -110,14 +116,6 @@ class WorkerSource(clip_source.Source):
 
     def close(self) -> None:
         """Nothing to close."""
-
-
-def _taken(file: Path) -> np.ndarray:
-    """The array of a file, which is deleted."""
-    try:
-        return np.load(file, allow_pickle=False)
-    finally:
-        file.unlink()
 
 
 # ---- in the worker process -------------------------------------------------------------------------------------------------------
@@ -166,7 +164,9 @@ def check_limits(source: clip_source.Source, max_s: float, max_pixels: int) -> N
             "or use the command avsi-inpaint, which has no such limit"
         )
     if width * height > max_pixels:
-        raise clip_io.MediaError(f"{source.path} has video of {width}x{height}; at most 1920x1088 are accepted: scale it down")
+        raise clip_io.MediaError(
+            f"{source.path} has video of {width}x{height}; at most {max_pixels} pixels per frame are accepted: scale it down"
+        )
     if source.num_samples * source.channels * 8 > MAX_AUDIO_BYTES:
         raise clip_io.MediaError(
             f"{source.path} has {source.num_samples} samples in {source.channels} channels; at most {MAX_AUDIO_BYTES // 8} values "
@@ -186,9 +186,9 @@ def write(file: str, audio_file: str, target: str) -> tuple[str, Sequence[str]]:
     source, samples, path = _opened(file), np.load(audio_file, allow_pickle=False), Path(target)
     try:
         return target, clip_source.write_clip(source, path, [samples])
-    except clip_io.MediaError:
+    except clip_io.MediaError as error:
         if path.suffix.lower() in clip_io.AUDIO_SUFFIXES:
             raise
-        reason = "the video cannot be copied" if source.has_video else "the clip has no video"
+        reason = str(error).replace(target, path.name)
         path = path.with_suffix(".wav")
         return str(path), (f"written as .wav, audio only: {reason}", *clip_source.write_clip(source, path, [samples]))

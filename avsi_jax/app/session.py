@@ -25,6 +25,7 @@ from avsi_jax.app import sandbox
 from avsi_jax.audio import gap_detection
 from avsi_jax.inpainting import cli_jobs, clip_gaps, gap_text
 from avsi_jax.media import clip_io
+from avsi_jax.runtime import shown_paths
 
 if TYPE_CHECKING:
     from avsi_jax.inpainting.api import Inpainter, Repair
@@ -176,14 +177,15 @@ class Session:
         if self.folder.parent.parent in file.parents:  # otherwise it is an example
             self.uploads.add(file)
         suffix = Path(name).suffix.lower()
-        own = self._new_file("clip" + (suffix if re.fullmatch(r"\.\w{1,8}", suffix) else ""))
+        own = file
         try:
+            own = self._new_file("clip" + (suffix if re.fullmatch(r"\.\w{1,8}", suffix) else ""))
             check_size(file, name, self.limits)
             shutil.copyfile(file, own)
             self.clip = self._read(own, name)
         except (ValueError, OSError) as error:
             self.clear()
-            raise clip_io.MediaError(self._public(str(error).replace(str(own), name))) from error
+            raise clip_io.MediaError(shown_paths.without_folders(str(error), {str(own): name, str(file): name})) from error
         return self.clip
 
     def _read(self, file: Path, name: str) -> UploadedClip:
@@ -196,10 +198,6 @@ class Session:
         gaps = detected_gaps(source)
         return UploadedClip(file, name, source, samples, source.rate, source.subtype, source.size, source.fps, gaps, playable)
 
-    def _public(self, message: str) -> str:
-        """The message without folders of this machine."""
-        return re.sub(rf"{re.escape(str(self.folder))}/(\w+/)?", "", message)
-
     def clear(self, keep: Path | None = None) -> None:
         """Deletes the clip, all files and all uploads except `keep`, the one to be opened next."""
         self.clip, self.gap_made_by_user, self.restored = None, False, None
@@ -209,12 +207,12 @@ class Session:
         self.uploads &= {keep}
         shutil.rmtree(self.folder, ignore_errors=True)
         if not self.ended:
-            self.folder.mkdir(parents=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def _new_file(self, name: str) -> Path:
         """A path in a new folder: a browser caches what it fetched from an address."""
         folder = self.folder / secrets.token_hex(8)
-        folder.mkdir()
+        folder.mkdir(parents=True)
         return folder / name
 
     def _write_audio(self, name: str, samples: np.ndarray, rate: int, subtype: str) -> Path:

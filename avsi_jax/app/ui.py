@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -44,7 +45,7 @@ def build(inpainter: Inpainter, limits: Limits, folder: Path) -> gr.Blocks:
     """The page; sessions keep their files in `folder`."""
     processing_utils.ffmpeg_installed = lambda: False  # Gradio would start ffprobe on each file that is played
     sessions = SessionStore(folder, inpainter, limits)
-    with gr.Blocks(title="Fill gaps in speech", analytics_enabled=False, delete_cache=DELETE_UNUSED) as page:
+    with gr.Blocks(title="Restore gaps in speech", analytics_enabled=False, delete_cache=DELETE_UNUSED) as page:
         gr.HTML(rendering.head(limits))
         components = _input_components() | _result_components()
         _connect(page, Handlers(sessions), components)
@@ -153,7 +154,7 @@ def _connect(page: gr.Blocks, handlers: Handlers, components: dict[str, Any]) ->
     at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private", "trigger_mode": "always_last"}
     inputs, outputs = [components[n] for n in shown], [components["summary"], components["results"]]
     for name in ("gaps", "face", "sync"):  # Gradio's event `input` of a text box misses text that is pasted or deleted
-        components[name].change(handlers.handler(handlers.hide_old_result), inputs, outputs, **at_once)
+        components[name].change(handlers.handler(handlers.hide_old_result, locked=False), inputs, outputs, **at_once)
     on_user(components["gaps"].submit, handlers.redraw, ["token", "gaps"], ["preview"], "preview")
     on_user(components["gaps"].blur, handlers.redraw, ["token", "gaps"], ["preview"], "preview")
     restored = on_user(components["restore"].click, handlers.restore, shown, RESULT_OUTPUTS, "summary")
@@ -167,14 +168,21 @@ class Handlers:
     def __init__(self, sessions: SessionStore):
         self.sessions = sessions
 
-    def handler(self, work: Callable) -> Callable:
-        """work(session, *inputs) as a function that Gradio can call; a user's mistakes are shown in one line."""
+    def handler(self, work: Callable, locked: bool = True) -> Callable:
+        """work(session, *inputs) as a function that Gradio can call; a user's mistakes are shown in one line.
+
+        locked: whether it waits for other work on the session, which it must if it changes the session.
+        """
 
         def handle(request: gr.Request, *inputs):
             session = self.sessions.get(request.session_hash)
             try:
-                with session.lock:
-                    return work(session, *inputs)
+                with session.lock if locked else contextlib.nullcontext():
+                    try:
+                        return work(session, *inputs)
+                    finally:
+                        if session.ended:  # the page was closed meanwhile: files that were written since are deleted too
+                            session.clear()
             except (ValueError, OSError) as error:
                 raise gr.Error(rendering.error_line(error), title="", duration=15, print_exception=False) from None
             except Exception as error:

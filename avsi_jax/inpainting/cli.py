@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import errno
 import math
-import os
 import shlex
 import shutil
 import signal
@@ -259,9 +258,6 @@ def main(argv: list[str] | None = None) -> int:
         done = sum(o.status != "failed" for o in outcomes)
         print_message(f"interrupted; {done} clip{'s are' if done != 1 else ' is'} done, --resume continues")
         return 130
-    except BrokenPipeError:  # the reader of stdout has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 def run(args: argparse.Namespace, command: str, outcomes: list[ClipOutcome]) -> int:

@@ -229,3 +229,24 @@ def test_whatever_pyav_decodes_can_be_chosen():
     ):
         assert client_utils.is_valid_file(name, kinds), name
     assert not client_utils.is_valid_file("a.txt", kinds)
+
+
+def test_files_written_after_the_page_was_closed_are_deleted(page):
+    """The page is closed in the middle of a restoration, which goes on writing."""
+    page.load()()
+    one = page.sessions.get("one")
+
+    def close_and_write(session):
+        page.sessions.end("one")
+        session._new_file("restored.wav").write_text("audio of the user")
+        return ()
+
+    page.press(close_and_write, ())()
+    assert not one.folder.exists()
+
+
+def test_an_event_that_only_reads_does_not_wait_for_a_restoration(page):
+    page.load()()
+    with page.sessions.get("one").lock:
+        handle = page.handlers.handler(page.handlers.hide_old_result, locked=False)
+        assert len(handle(types.SimpleNamespace(session_hash="one"), *page.request())) == 2
