@@ -10,7 +10,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints/tests.txt
-WANTED := '.[prepare,synth,app,docs,test]'
+WANTED := '.[prepare,synth,eval,app,docs,test]'
 PINS := pyproject.toml setup.py constraints/tests.txt $(CONSTRAINTS)
 EDITABLE := -e
 export TF_CPP_MIN_LOG_LEVEL ?= 3

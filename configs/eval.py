@@ -19,6 +19,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.gap_ms = ()
     config.checkpoint = "best"  # best (by validation), last, or a training step
     config.judge = ""  # workdir of a recognizer (avsi-train --config=asr) that transcribes the words in the gaps; empty: none
+    # Models of listeners that score clips at 16 kHz without the recording: plcmos and dnsmos (0.5 and 2.5 s of CPU a clip). They
+    # need the extra eval, without which they are left out. Empty: none.
+    config.listener_models = "plcmos,dnsmos"
     config.batch_size = 16  # clips
     config.max_clips = 0  # clips evaluated at most; 0: the whole split
     config.other_video = True  # also restore each clip with another clip's video, where the suite has a row for it; half the time

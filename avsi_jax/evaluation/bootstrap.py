@@ -5,8 +5,8 @@ bootstrap of four speakers is much too narrow, and would call differences signif
 
 A row is a dict like a line of clips.csv: clip_id, speaker, case (a change of the input; '' or absent for none), gap_ms, system,
 metrics (a number or its text; None, '' or NaN for no value), and optionally start_s and end_s of the gap. An estimate is a dict:
-metric, mean, its 95 % interval low to high, the number n of values and the number `missing`. "a above b" means that the whole
-interval of the paired difference a - b is above 0. Results are deterministic.
+metric, mean, its 95 % interval low to high, median, the number n of values and the number `missing`. "a above b" means that the
+whole interval of the paired difference a - b is above 0. Results are deterministic.
 
 Letters: C clips.
 """
@@ -124,6 +124,20 @@ def summarise(
     return summary
 
 
+def groups_of_speakers(rows: Sequence[dict]) -> dict[str, list[dict]]:
+    """{speaker: its rows, "other speakers": all other rows} where one of several speakers has more than half of the clips, else {}.
+
+    The mean over all clips then says little about the other speakers.
+    """
+    speaker_of = {row["clip_id"]: row["speaker"] for row in rows}
+    speakers = list(speaker_of.values())
+    most = max(sorted(set(speakers)), key=speakers.count, default="")
+    if not len(speakers) / 2 < speakers.count(most) < len(speakers):
+        return {}
+    others = [row for row in rows if row["speaker"] != most]
+    return {most: [row for row in rows if row["speaker"] == most], "other speakers": others}
+
+
 def _cells(rows: Sequence[dict]) -> dict[tuple[str, int, str], dict[str, dict]]:
     """(case, gap_ms, system) -> clip_id -> row, in the order of appearance."""
     cells: dict = {}
@@ -152,7 +166,8 @@ def _estimates(rows: dict, minus: dict | None, metrics, by_speaker: bool) -> Ite
         missing = int(np.isnan(values).sum())
         if missing < len(clips):
             mean, low, high = speaker_mean(values, speakers) if by_speaker else bootstrap_mean(values)
-            yield {"metric": metric, "mean": mean, "low": low, "high": high, "n": len(clips) - missing, "missing": missing}
+            counts = {"median": float(np.nanmedian(values)), "n": len(clips) - missing, "missing": missing}
+            yield {"metric": metric, "mean": mean, "low": low, "high": high, **counts}
 
 
 def reach(pairs: Sequence[dict], metric: str, *, less_is_better: bool = True) -> list[dict]:

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from avsi_jax.inference.restorer import Restorer
 
 METRICS = (
-    "gap_l1_mel_db", "gap_l1_db", "pesq_nb", "pesq_wb", "stoi", "estoi", "stoi_gap", "wer_gap", "cer", "per",
+    "gap_l1_mel_db", "gap_l1_db", "level_error_db", "pesq_nb", "pesq_wb", "stoi", "estoi", "stoi_gap", "plcmos", "dnsmos",
+    "wer_gap", "cer", "per",
 )  # fmt: skip
 COLUMNS = (
     "clip_id", "speaker", "case", "gap_ms", "start_s", "end_s", "gaps_s", "in_words", "system", "kind",
@@ -57,6 +58,7 @@ def evaluate(
     from avsi_jax.evaluation import (
         bootstrap,
         conditions,
+        listener_models,
         metrics,
         protocols,
         reference_cache,
@@ -97,13 +99,14 @@ def evaluate(
         progress = lambda done, total: print_progress(done, total, began, "painted clips tracked")
         clips.track_occluded(Path(raw), cases, protocol, config.workers or os.cpu_count() or 1, progress)
     judge = load_judge(config)
+    listeners = installed_listener_models(config) if protocol.score_rate(restorer.spec) == listener_models.RATE else ()
     systems = systems_of(restorer, other_video=config.other_video and config.suite in OTHER_VIDEO_IN)
 
     # 2. Rows that depend on no system: read from the cache, or computed below and cached.
     cache_path = reference_cache.path_of(
         config.references, data=records.fingerprint(), clips=sorted(clips.raw), protocol=protocol.name, cases=cases,
-        preset=restorer.config.preset, suite=config.suite, versions=versions(), judge=judge and judge.fingerprint,
-        columns=COLUMNS,
+        preset=restorer.config.preset, suite=config.suite, versions=versions(listeners), judge=judge and judge.fingerprint,
+        columns=COLUMNS, listener_models=listeners,
     )  # fmt: skip
     cached = reference_cache.read(cache_path)
 
@@ -119,7 +122,8 @@ def evaluate(
                 rows.extend(o.row for o in outputs)
                 yield from (o.item for o in outputs)
 
-    scores = metrics.score_many(items(), config.workers or None, lambda done, _: print_progress(done, total, began))
+    progress = lambda done, _: print_progress(done, total, began)
+    scores = metrics.score_many(items(), config.workers or None, progress, listener_models=listeners)
     for row, score in zip(rows, scores, strict=True):
         row.update(score)
     if cached is None:
@@ -143,6 +147,8 @@ def evaluate(
         pairs = [(restorer.name, s["name"]) for s in systems if s["kind"] in PAIRED]
         unseen = config.split in UNSEEN_SPLITS and dataset.parent.name.startswith("speaker_independent")
         estimates = bootstrap.summarise(rows, METRICS, pairs, by_speaker=unseen)
+        apart = {} if unseen else bootstrap.groups_of_speakers(rows)
+        groups = [{"name": name} | bootstrap.summarise(members, METRICS, pairs) for name, members in apart.items()]
         summary = {
             "title": f"{restorer.name} on {config.split}, protocol {protocol.name}, suite {config.suite}",
             "system": restorer.name,
@@ -159,7 +165,7 @@ def evaluate(
             "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
             "by_speaker": unseen,
             "intervals": table_export.INTERVALS[unseen],
-            "versions": versions(),
+            "versions": versions(listeners),
             "judge": judge.described if judge else "",
             "runs": {restorer.name: run_facts(restorer)} | ({other[0]["name"]: other[0]["run"]} if other else {}),
             "metric_rate": protocol.score_rate(restorer.spec),
@@ -172,6 +178,7 @@ def evaluate(
             "families": {f: conditions.FAMILIES[f].label for f in dict.fromkeys(c.family for c in cases if c.family)},
             "examples": examples,
             "reach": bootstrap.reach(estimates["paired"], "gap_l1_db"),
+            "groups": groups,
             **estimates,
         }
         storage.write_text(new / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -184,12 +191,14 @@ def evaluate(
 
 def check(config: ml_collections.ConfigDict) -> None:
     """ValueError for a field with a value that is not allowed."""
-    from avsi_jax.evaluation import conditions, protocols
+    from avsi_jax.evaluation import conditions, listener_models, protocols
 
     if config.protocol not in protocols.PROTOCOLS:
         raise ValueError(f"config.protocol: found {config.protocol!r}, expected {' or '.join(protocols.PROTOCOLS)}")
     if config.suite not in conditions.SUITES:
         raise ValueError(f"config.suite: found {config.suite!r}, expected {' or '.join(conditions.SUITES)}")
+    if unknown := sorted(set(listener_models.split(config.listener_models)) - set(listener_models.NAMES)):
+        raise ValueError(f"config.listener_models: found {', '.join(unknown)}, expected {' or '.join(listener_models.NAMES)}")
     lengths = config.gap_ms
     if any(type(ms) is not int or not 20 <= ms <= conditions.LONGEST_MS for ms in lengths) or len(set(lengths)) < len(lengths):
         raise ValueError(f"config.gap_ms: found {lengths}, expected lengths between 20 and {conditions.LONGEST_MS} ms, each once")
@@ -229,6 +238,18 @@ def load_judge(config: ml_collections.ConfigDict) -> Recognizer | None:
     from avsi_jax.inference.recognizer import Recognizer
 
     return Recognizer.from_workdir(config.judge)
+
+
+def installed_listener_models(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """Those of config.listener_models; () with a message on stderr where the packages that they need are not installed."""
+    from avsi_jax.evaluation import listener_models
+
+    wanted = listener_models.split(config.listener_models)
+    if wanted and (missing := listener_models.missing_packages()):
+        names = " and ".join(wanted)
+        print(f"avsi-evaluate: {names} left out, {' and '.join(missing)} not installed; {listener_models.INSTALL}", file=sys.stderr)
+        return ()
+    return wanted
 
 
 # ---- another run ---------------------------------------------------------------------------------------------------------------
@@ -382,11 +403,14 @@ def run_facts(restorer: Restorer) -> dict:
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of the libraries that affect scores."""
+def versions(listeners: Sequence[str] = ()) -> dict[str, str]:
+    """Versions of the libraries that affect scores; listeners: the listener models used."""
     import importlib.metadata
 
-    return {p: importlib.metadata.version(p) for p in ("jax", "numpy", "pesq", "pystoi", "librosa", "soxr", "jiwer")}
+    from avsi_jax.evaluation import listener_models
+
+    packages = ("jax", "numpy", "pesq", "pystoi", "librosa", "soxr", "jiwer", *(listener_models.PACKAGES if listeners else ()))
+    return {p: importlib.metadata.version(p) for p in packages}
 
 
 def print_progress(done: int, total: int, began: float, what: str = "clips scored") -> None:

@@ -2,9 +2,11 @@
 
 Whole clip: PESQ as MOS-LQO of the `pesq` package (0.0.4, the ITU-T P.862 C code), narrow band at 8 kHz and wide band at 16 kHz,
 two scales that never share a column; STOI and ESTOI of `pystoi` (0.4.1; Taal et al. 2011, Jensen and Taal 2016). In the gaps:
-log-mel L1 in dB by one front end for every system, the paper's mel at 8 kHz (tested against librosa 0.11.0); and STOI of each gap
-with 200 ms on either side. Text: `jiwer` (4.0.0), through models/ctc_decoding.py. These are the versions of the tests. A score
-that cannot be computed is None, with a reason; no clip is left out. Means and intervals are computed in evaluation/bootstrap.py.
+log-mel L1 in dB by one front end for every system, the paper's mel at 8 kHz (tested against librosa 0.11.0); STOI of each gap with
+200 ms on either side; and the level against that of the recording. Without the recording, if asked for: the listener models PLCMOS
+and DNSMOS (evaluation/listener_models.py). Text: `jiwer` (4.0.0), through models/ctc_decoding.py. These are the versions of the
+tests. A score that cannot be computed is None, with a reason; no clip is left out. Means and intervals are computed in
+evaluation/bootstrap.py.
 
 Workers of `score_many` import this file, so jax is imported only inside the functions that need it.
 
@@ -24,6 +26,7 @@ import numpy as np
 
 from avsi_jax import presets
 from avsi_jax.data import grid_text
+from avsi_jax.evaluation import listener_models as listeners
 from avsi_jax.media import clip_io
 from avsi_jax.models import ctc_decoding
 from avsi_jax.runtime import process_pool as pool
@@ -34,9 +37,10 @@ if TYPE_CHECKING:
 
 GAP_PRESET = "paper"  # the front end of gap_l1_db, whatever the system's own preset
 RATES = (8_000, 16_000)  # Hz, what PESQ is defined for
-QUALITY = ("pesq_nb", "pesq_wb", "stoi", "estoi", "stoi_gap")  # computed in the workers
+QUALITY = ("pesq_nb", "pesq_wb", "stoi", "estoi", "stoi_gap", "level_error_db", *listeners.NAMES)  # computed in the workers
 SCORES = ("gap_l1_db", *QUALITY)
 AROUND_S = 0.2  # of audio on either side of a gap that stoi_gap includes
+LEVEL_FLOOR = 1e-4  # RMS, of full scale 1: quieter gaps count as -80 dB
 STOI_RATE = 10_000  # Hz, what STOI is defined at
 BATCH_SIZE = 32  # clips whose gap error is computed at once
 AHEAD = 8  # clips queued per worker, so that it stays busy while a batch is restored
@@ -55,15 +59,22 @@ class Item(NamedTuple):
 # ---- one clip ----------------------------------------------------------------------------------------------------------------
 
 
-def score(reference: np.ndarray, degraded: np.ndarray, rate: int, gaps_s: Sequence[tuple[float, float]]) -> dict:
+def score(
+    reference: np.ndarray,
+    degraded: np.ndarray,
+    rate: int,
+    gaps_s: Sequence[tuple[float, float]],
+    listener_models: Sequence[str] = (),
+) -> dict:
     """All SCORES of one clip, and `reason`: '' or why some of them are None or cover only part of the gaps.
 
     reference, degraded (N,) float32 at `rate` Hz (8000 or 16000); gaps_s one or more [start, end) in seconds. pesq_nb, pesq_wb
-    (16 kHz only), stoi and estoi are of the whole clip, stoi_gap and gap_l1_db of the gaps. Silent, short or non-finite audio gives
-    a reason; ValueError for wrong shapes, types, rate or gaps. PESQ's C code can crash or hang: `score_many` isolates it.
+    (16 kHz only), stoi and estoi are of the whole clip, stoi_gap, level_error_db and gap_l1_db of the gaps. listener_models: of
+    "plcmos" and "dnsmos" (16 kHz only), those wanted; the others are None. Silent, short or non-finite audio gives a reason;
+    ValueError for wrong shapes, types, rate or gaps. PESQ's C code can crash or hang: `score_many` isolates it.
     """
     _check(item := Item(reference, degraded, rate, gaps_s))
-    return _row(_quality(*item), _gap_errors([item], 1)[0])
+    return _row(_quality(*item, listener_models=tuple(listener_models)), _gap_errors([item], 1)[0])
 
 
 def _check(item: Item, name: str = "score") -> None:
@@ -97,13 +108,13 @@ def _row(quality: dict, gap_error: float) -> dict:
     return {"gap_l1_db": None, **quality, "reason": reason}
 
 
-def _quality(reference: np.ndarray, degraded: np.ndarray, rate: int, gaps_s) -> dict:
+def _quality(reference: np.ndarray, degraded: np.ndarray, rate: int, gaps_s, listener_models: tuple[str, ...] = ()) -> dict:
     """QUALITY of one clip, with `reason`; never raises because of the audio. NumPy only: runs in the workers."""
     row = dict.fromkeys(QUALITY)
     if reason := _unusable(reference, degraded):
         return {**row, "reason": reason}
     reasons = []
-    for metric, compute in _computations(reference, degraded, rate, gaps_s, reasons).items():
+    for metric, compute in _computations(reference, degraded, rate, gaps_s, reasons, listener_models).items():
         try:
             value = compute()
             if not math.isfinite(value):
@@ -122,7 +133,7 @@ def _unusable(reference, degraded) -> str:
     return "" if reference.any() else "the reference audio is silent"
 
 
-def _computations(reference, degraded, rate, gaps_s, notes: list[str]) -> dict[str, Callable[[], float]]:
+def _computations(reference, degraded, rate, gaps_s, notes: list[str], listener_models) -> dict[str, Callable[[], float]]:
     """Metric -> function that computes it, for metrics defined at this rate; the functions may add to `notes`."""
     low = [clip_io.resample(x, rate, 8_000) for x in (reference, degraded)]
     todo = {"pesq_nb": lambda: _pesq(*low, 8_000, "nb")}
@@ -132,6 +143,10 @@ def _computations(reference, degraded, rate, gaps_s, notes: list[str]) -> dict[s
     todo["stoi"] = lambda: _stoi(*at_stoi_rate, extended=False)
     todo["estoi"] = lambda: _stoi(*at_stoi_rate, extended=True)
     todo["stoi_gap"] = lambda: _stoi_gap(reference, degraded, rate, gaps_s, notes)
+    todo["level_error_db"] = lambda: _level_error(reference, degraded, rate, gaps_s)
+    if rate == listeners.RATE:
+        for name in listener_models:
+            todo[name] = functools.partial(getattr(listeners, name), degraded)
     return todo
 
 
@@ -193,6 +208,21 @@ def _stoi_gap(reference, degraded, rate, gaps_s, notes: list[str]) -> float:
     if not known.all():
         notes.append(f"stoi_gap: only {known.sum()} of {len(parts)} excerpts, the others contain too little speech")
     return float(np.average(np.array(values)[known], weights=np.array(weights)[known]))
+
+
+def _level_error(reference, degraded, rate, gaps_s) -> float:
+    """Level of the degraded audio in all gaps together minus that of the recording, in dB: negative if it is too quiet.
+
+    A level is the root of the mean square, LEVEL_FLOOR at least. ValueError where no gap begins in the clip.
+    """
+    gap_parts = [slice(round(start * rate), round(end * rate)) for start, end in gaps_s if round(start * rate) < len(reference)]
+    if not gap_parts:
+        raise ValueError("no gap begins in the clip")
+    in_gaps = np.zeros(len(reference), bool)
+    for part in gap_parts:
+        in_gaps[part] = True
+    levels = [max(math.sqrt(np.mean(np.square(x[in_gaps], dtype=np.float64))), LEVEL_FLOOR) for x in (reference, degraded)]
+    return 20 * math.log10(levels[1] / levels[0])
 
 
 def _excerpts(gaps_s, rate: int, length: int) -> list[tuple[int, int]]:
@@ -305,6 +335,7 @@ def score_many(
     progress: Callable[[int, int | None], None] | None = None,
     *,
     timeout_s: float = PAIR_TIMEOUT_S,
+    listener_models: Sequence[str] = (),
 ) -> list[dict]:
     """`score` of every item, in order, by `workers` processes (None: one per core; 0: in this process, without limits).
 
@@ -314,30 +345,37 @@ def score_many(
     """
     quality, errors = {}, []  # index -> result of _quality; a gap error per item
     total = len(items) if hasattr(items, "__len__") else None
-    for i, result, missing in _outcomes(_quality_calls(items, errors), workers, total, timeout_s):
-        quality[i] = result or {**dict.fromkeys(QUALITY), "reason": f"PESQ or STOI {missing}"}
+    computed = "PESQ, STOI or a listener model" if listener_models else "PESQ or STOI"
+    calls = _quality_calls(items, errors, tuple(listener_models))
+    for i, result, missing in _outcomes(calls, workers, total, timeout_s, tuple(listener_models)):
+        quality[i] = result or {**dict.fromkeys(QUALITY), "reason": f"{computed} {missing}"}
         if progress:
             progress(len(quality), total)
     return [_row(quality[i], error) for i, error in enumerate(errors)]
 
 
-def _outcomes(calls: Iterator[tuple], workers: int | None, total: int | None, timeout_s: float) -> Iterator[pool.JobOutcome]:
+def _outcomes(
+    calls: Iterator[tuple], workers: int | None, total: int | None, timeout_s: float, listener_models: tuple[str, ...]
+) -> Iterator[pool.JobOutcome]:
     """Results of `_quality` for all calls, in any order."""
     if workers == 0:
         yield from (pool.JobOutcome(i, _quality(*call)) for i, call in enumerate(calls))
         return
     wanted = min(workers or os.cpu_count() or 1, math.inf if total is None else total)
     limits = {"timeout_s": timeout_s, "memory_mb": PAIR_MEMORY_MB}
-    yield from pool.run(_quality, calls, workers=wanted, start=_start_worker, ahead=AHEAD, **limits)
+    start = functools.partial(_start_worker, listener_models)
+    yield from pool.run(_quality, calls, workers=wanted, start=start, ahead=AHEAD, **limits)
 
 
-def _start_worker() -> None:
-    """Imports the libraries before a worker's first clip, so that no clip's time limit includes that."""
+def _start_worker(listener_models: tuple[str, ...] = ()) -> None:
+    """Imports the libraries and loads networks before a worker's first clip, so that no clip's time limit includes that."""
     import pesq  # noqa: F401
     import pystoi  # noqa: F401
 
+    listeners.load(listener_models)
 
-def _quality_calls(items, errors: list[float]) -> Iterator[tuple]:
+
+def _quality_calls(items, errors: list[float], listener_models: tuple[str, ...]) -> Iterator[tuple]:
     """Arguments of `_quality` for every item, checked; gap errors are appended to `errors` meanwhile."""
     batch: list[Item] = []
     for i, item in enumerate(items):
@@ -346,5 +384,5 @@ def _quality_calls(items, errors: list[float]) -> Iterator[tuple]:
         if len(batch) == BATCH_SIZE:
             errors += _gap_errors(batch, BATCH_SIZE)
             batch.clear()
-        yield tuple(item)
+        yield (*item, listener_models) if listener_models else tuple(item)
     errors += _gap_errors(batch, BATCH_SIZE)

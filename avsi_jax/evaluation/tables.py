@@ -28,6 +28,7 @@ KEYS = set(  # required in summary.json
     table paired reach""".split()
 )
 NO_VALUE = "–"
+BETTER = {True: "lower", False: "higher", None: ""}  # by Metric.lower_is_better
 
 
 class Metric(NamedTuple):
@@ -36,7 +37,7 @@ class Metric(NamedTuple):
     label: str
     unit: str
     digits: int
-    lower_is_better: bool
+    lower_is_better: bool | None  # None: neither, 0 is best
     meaning: str
 
 
@@ -46,6 +47,10 @@ MEL_ERROR = "the same for the log-mel that the network predicts, in the bands of
 PESQ_WB = "ITU-T P.862.2, whole clip at 16 kHz; 1.0 to 4.6. Not on the same scale as PESQ nb."
 GAP_WER = """word error rate of a recognizer, trained on clean audio, over the words that the gap touches; 0 means no errors."""
 TEXT_CER = "character error rate of the network's text head against the words spoken; 0 means no errors, may exceed 1."
+LEVEL_ERROR = "level of the audio in the gap minus that of the recording; below 0 it is too quiet. Silence counts as -80 dB."
+PLCMOS = """PLCMOS v2: a network's prediction of how people rate a clip with a concealed loss, without the recording, whole clip;
+1 to 5. It judges how natural the audio sounds, not whether it is what was spoken."""
+DNSMOS = "DNSMOS P.835, overall: a network's prediction of people's ratings, without the recording, whole clip; 1 to 5."
 METRICS = {
     "gap_l1_db": Metric("Gap error", "dB", 2, True, GAP_ERROR),
     "gap_l1_mel_db": Metric("Mel gap error", "dB", 2, True, MEL_ERROR),
@@ -54,12 +59,15 @@ METRICS = {
     "stoi": Metric("STOI", "", 3, False, "short-time objective intelligibility, whole clip (Taal et al. 2011); up to 1."),
     "estoi": Metric("ESTOI", "", 3, False, "extended STOI, whole clip (Jensen and Taal 2016); up to 1."),
     "stoi_gap": Metric("STOI, gap", "", 3, False, "STOI of the gap and 200 ms on both sides of it."),
+    "level_error_db": Metric("Level error", "dB", 1, None, LEVEL_ERROR),
+    "plcmos": Metric("PLCMOS", "MOS", 2, False, PLCMOS),
+    "dnsmos": Metric("DNSMOS", "MOS", 2, False, DNSMOS),
     "wer_gap": Metric("Gap WER", "", 3, True, GAP_WER),
     "cer": Metric("Text CER", "", 3, True, TEXT_CER),
     "per": Metric("Text PER", "", 3, True, TEXT_CER.replace("character", "phone")),
 }
-HEADLINE = ("gap_l1_db", "estoi", "pesq_nb", "wer_gap")
-SPEAKER_METRICS = ("gap_l1_db", "estoi")
+HEADLINE = ("gap_l1_db", "stoi", "estoi", "pesq_nb", "pesq_wb", "plcmos", "dnsmos", "wer_gap")
+SPEAKER_METRICS = ("gap_l1_db", "level_error_db", "stoi", "estoi", "pesq_wb", "plcmos", "dnsmos")
 
 # Labels of the values of a case; None is the case without the change.
 VALUES = {
@@ -150,9 +158,10 @@ def listed(words: Iterable[object]) -> str:
 
 def verdict(entry: dict) -> str:
     """Whether a is 'better' or 'worse' than b where the interval excludes 0, otherwise ''."""
-    if entry["low"] <= 0 <= entry["high"] or entry["metric"] not in METRICS:
+    metric = METRICS.get(entry["metric"])
+    if entry["low"] <= 0 <= entry["high"] or not metric or metric.lower_is_better is None:
         return ""
-    return "better" if (entry["mean"] < 0) == METRICS[entry["metric"]].lower_is_better else "worse"
+    return "better" if (entry["mean"] < 0) == metric.lower_is_better else "worse"
 
 
 # ---- elements of a table ---------------------------------------------------------------------------------------------------------
@@ -183,7 +192,7 @@ def _columns_of_metrics(summary: dict) -> list[dict]:
     """A column per metric that has values, in the order of METRICS."""
     measured = {e["metric"] for e in summary["table"]}
     return [
-        {"key": k, "label": m.label, "unit": m.unit, "better": "lower" if m.lower_is_better else "higher", "kind": ""}
+        {"key": k, "label": m.label, "unit": m.unit, "better": BETTER[m.lower_is_better], "kind": ""}
         for k, m in METRICS.items()
         if k in measured
     ]
@@ -223,11 +232,11 @@ def varied(summary: dict) -> dict[tuple[int, str], list[dict]]:
 
 def headline(summary: dict) -> dict:
     """A column per system and a row per gap, for the metrics of HEADLINE: cases without a change, or all if there is none."""
-    systems = [s for s in summary["systems"] if s["kind"] in ("interpolation", "baseline", "system")]
+    systems = [s for s in summary["systems"] if s["kind"] in ("masked", "interpolation", "baseline", "system")]
     estimates, rows = by_place(summary["table"], "system"), []
     for metric in HEADLINE:
         m = METRICS[metric]
-        group = f"{', '.join(filter(None, (m.label, m.unit)))} ({'lower' if m.lower_is_better else 'higher'} is better)"
+        group = f"{', '.join(filter(None, (m.label, m.unit)))} ({BETTER[m.lower_is_better]} is better)"
         for case in plain(summary) or summary["cases"]:
             entries = {s["name"]: estimates[case["name"], case["gap_ms"], s["name"]].get(metric) for s in systems}
             if cells := {name: cell(e, m.digits) for name, e in entries.items() if e}:
@@ -236,15 +245,18 @@ def headline(summary: dict) -> dict:
 
 
 def results(summary: dict) -> list[dict]:
-    """One table per gap length, one row per system."""
-    estimates, columns = by_place(summary["table"], "system"), _columns_of_metrics(summary)
-    return [
-        table(
-            f"Gap of {c['gap_ms']} ms", "System", columns,
-            [("", s["name"], s["kind"], _cells(estimates["", c["gap_ms"], s["name"]])) for s in summary["systems"]],
-        )
-        for c in plain(summary)
-    ]  # fmt: skip
+    """One table per gap length, one row per system; where the summary has groups of speakers, the same for each group."""
+    columns, tables = _columns_of_metrics(summary), []
+    for part in [summary, *summary.get("groups", [])]:
+        estimates = by_place(part["table"], "system")
+        tables += [
+            table(
+                f"Gap of {c['gap_ms']} ms" + f", {part.get('name')}" * (part is not summary), "System", columns,
+                [("", s["name"], s["kind"], _cells(estimates["", c["gap_ms"], s["name"]])) for s in summary["systems"]],
+            )
+            for c in plain(summary)
+        ]  # fmt: skip
+    return tables
 
 
 def changes(summary: dict) -> list[dict]:
@@ -283,7 +295,7 @@ def speakers(summary: dict, rows: list[dict]) -> dict:
                 values[metric, row["speaker"], row["system"]][row["clip_id"]].append(float(row[metric]))
     order = sorted({row["speaker"] for row in rows}, key=lambda s: (len(s), s))  # s2 before s10
     table_rows = []
-    for metric in SPEAKER_METRICS:
+    for metric in dict.fromkeys(m for m in SPEAKER_METRICS if any(of == m for of, *_ in values)):
         for speaker in order:
             cells = {}
             for system in summary["systems"]:

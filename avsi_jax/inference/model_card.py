@@ -23,6 +23,7 @@ SEEN, UNSEEN = "test_seen", "test"  # splits: other clips of training speakers, 
 SPLITS = {SEEN: "seen speakers", UNSEEN: "unseen speakers"}
 METRICS = {
     "gap_l1_db": "error in the gap, dB", "stoi_gap": "STOI in the gap", "stoi": "STOI", "pesq_nb": "PESQ nb", "pesq_wb": "PESQ wb",
+    "plcmos": "PLCMOS", "dnsmos": "DNSMOS", "level_error_db": "level error in the gap, dB",
 }  # fmt: skip
 KINDS = ("system", "masked", "interpolation", "other_video", "oracle_mel")
 AUDIO_VIDEO, AUDIO, VIDEO = "audio and video", "audio", "video"  # the streams that a restoration used
@@ -90,7 +91,7 @@ def evaluation(path: Path, step: int) -> dict | None:
     systems = {s["name"]: s["kind"] for s in summary["systems"] if s["kind"] in KINDS}
     table = [
         {"case": e["case"], "gap_ms": e["gap_ms"], "kind": systems[e["system"]], "metric": e["metric"], "n": e["n"],
-         "missing": e["missing"], **{k: _rounded(e[k]) for k in ("mean", "low", "high")}}
+         "missing": e["missing"], **{k: _rounded(e[k]) for k in ("mean", "low", "high", "median") if k in e}}
         for e in summary["table"] if e["system"] in systems and e["metric"] in METRICS
     ]  # fmt: skip
     speakers: dict[str, set] = {}

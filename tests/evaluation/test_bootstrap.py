@@ -109,7 +109,7 @@ def test_a_summary_computed_by_hand():
     assert short == [(300, "ours", "stoi", 0.8, 2, 1), (300, "masked", "stoi", 0.35, 4, 0), (600, "ours", "stoi", 0.8, 1, 0)]
     (pair,) = summary["paired"]
     assert pair == {"case": "", "gap_ms": 300, "a": "ours", "b": "masked", "metric": "stoi", "n": 2, "missing": 1} | {
-        k: pair[k] for k in ("mean", "low", "high")
+        k: pair[k] for k in ("mean", "low", "high", "median")
     }
     assert pair["mean"] == pytest.approx(0.25) and pair["low"] == pytest.approx(0.2) and pair["high"] == pytest.approx(0.3)
     by_speaker = bootstrap.summarise(rows, ("stoi",), [], by_speaker=True)["table"]
@@ -174,7 +174,7 @@ def test_two_evaluations_are_compared_clip_by_clip():
     values = [0.9 - 0.8, 0.7 - 0.4]  # s1a, s2b; s2d has no value; s2c and s3e are only on one side
     mean, low, high = bootstrap.bootstrap_mean(values)
     assert one == {"case": "", "gap_ms": 300, "metric": "stoi", "n": 2, "missing": 1, "unshared": 2} | {
-        k: pytest.approx(v) for k, v in {"mean": mean, "low": low, "high": high}.items()
+        k: pytest.approx(v) for k, v in {"mean": mean, "low": low, "high": high, "median": np.median(values)}.items()
     }
     assert (two["case"], two["gap_ms"], two["mean"], two["n"], two["unshared"]) == ("gaps=2", 600, -0.25, 1, 0)
     speakers = bootstrap.paired(a, b, ("stoi",), by_speaker=True)[0]
@@ -208,7 +208,7 @@ def test_estimates_over_seeds_computed_by_hand():
     (found,) = bootstrap.over_seeds(runs, ("stoi", "pesq_wb"))
     _, low, high = bootstrap.bootstrap_mean([0.5, 0.3, 0.7])
     assert found == {"case": "", "gap_ms": 300, "metric": "stoi", "n": 3, "missing": 0, "seeds": 2} | {
-        k: pytest.approx(v) for k, v in {"mean": 0.5, "low": low, "high": high, "least": 0.4, "most": 0.6}.items()
+        k: pytest.approx(v) for k, v in {"mean": 0.5, "median": 0.5, "low": low, "high": high, "least": 0.4, "most": 0.6}.items()
     }
     one = bootstrap.over_seeds(runs[:1], ("stoi",))[0]
     assert {k: one[k] for k in ("mean", "low", "high")} == {
@@ -259,3 +259,35 @@ def test_results_do_not_depend_on_row_order_and_repeat():
         for rows in (runs[0], runs[0][::-1])
     ]
     assert results[0] == results[1]
+
+
+# ---- groups of speakers ------------------------------------------------------------------------------------------------------
+
+
+def _clips_of(**counts):
+    return [
+        {"clip_id": f"{s}-{i}", "speaker": s, "gap_ms": 300, "system": system, "stoi": 0.5}
+        for s, n in counts.items() for i in range(n) for system in ("a", "b")
+    ]  # fmt: skip
+
+
+def test_a_speaker_with_most_of_the_clips_is_summarised_apart():
+    rows = _clips_of(s2=1, s1=5, s3=2)
+    groups = bootstrap.groups_of_speakers(rows)
+    assert list(groups) == ["s1", "other speakers"]
+    assert [{r["speaker"] for r in members} for members in groups.values()] == [{"s1"}, {"s2", "s3"}]
+    assert sum(map(len, groups.values())) == len(rows)
+
+
+@pytest.mark.parametrize("counts", [{}, {"s1": 3}, {"s1": 2, "s2": 2}, {"s1": 2, "s2": 1, "s3": 1}])
+def test_speakers_without_a_majority_are_not_summarised_apart(counts):
+    assert bootstrap.groups_of_speakers(_clips_of(**counts)) == {}
+
+
+def test_an_estimate_has_the_median():
+    rows = [
+        {"clip_id": str(i), "speaker": "s1", "gap_ms": 300, "system": "a", "stoi": v}
+        for i, v in enumerate([1.0, 2.0, 9.0, math.nan])
+    ]
+    (found,) = bootstrap.summarise(rows, ("stoi",), [])["table"]
+    assert (found["median"], found["mean"], found["missing"]) == (2.0, 4.0, 1)

@@ -70,7 +70,9 @@ def test_whole_clip_scores_are_those_of_the_packages(recording):
 
 def test_equal_waveforms_get_the_best_scores(recording):
     row = metrics.score(recording, recording, 16_000, GAPS_S)
-    assert row["gap_l1_db"] == 0 and [row[m] for m in ("stoi", "estoi", "stoi_gap")] == pytest.approx([1, 1, 1])
+    assert row["gap_l1_db"] == row["level_error_db"] == 0 and [row[m] for m in ("stoi", "estoi", "stoi_gap")] == pytest.approx(
+        [1, 1, 1]
+    )
     assert row["pesq_nb"] == pytest.approx(4.5486, abs=1e-3)  # ITU-T P.862.1: raw 4.5 maps to 4.549
     assert row["pesq_wb"] == pytest.approx(4.6439, abs=1e-3)  # ITU-T P.862.2: 4.644
 
@@ -85,6 +87,20 @@ def test_scores_repeat_and_do_not_change_numpys_random_state():
     assert (np.random.get_state()[1] == before).all()
     np.random.seed(6)
     assert metrics.score(x, y, 16_000, GAPS_S) == first
+
+
+def test_the_level_error_is_that_of_the_power_in_the_gaps():
+    """Half the amplitude in one of two gaps of equal power: 10 log10(5 / 8) dB; audio outside the gaps does not count."""
+    rate = 8_000
+    x = np.where(np.arange(2 * rate) % 2, 0.25, -0.25).astype(np.float32)
+    gaps_s = [(0.25, 0.5), (1.0, 1.25)]
+    y = masked(x, rate, (1.5, 2.0))
+    y[rate : rate * 5 // 4] /= 2
+    assert metrics.score(x, y, rate, gaps_s)["level_error_db"] == pytest.approx(10 * np.log10(5 / 8))
+    silent = masked(x, rate, (0.25, 0.5))
+    assert metrics.score(x, silent, rate, gaps_s[:1])["level_error_db"] == pytest.approx(-80 - 20 * np.log10(0.25)), (
+        "silence: -80 dB"
+    )
 
 
 def librosa_gap_error(reference, degraded, *gaps_s):
@@ -205,7 +221,8 @@ def test_a_gap_after_the_end_of_the_clip_gives_a_reason():
     x = speech_like(8_000)
     row = metrics.score(x, x, 8_000, [(2.5, 2.6)])
     assert row["gap_l1_db"] is None and row["stoi_gap"] is None and row["stoi"] is not None
-    assert row["reason"] == "stoi_gap: no gap begins in the clip; gap_l1_db: no finite frame is centred in a gap"
+    no_gap = [f"{metric}: no gap begins in the clip" for metric in ("stoi_gap", "level_error_db")]
+    assert row["reason"].split("; ") == [*no_gap, "gap_l1_db: no finite frame is centred in a gap"]
 
 
 @pytest.mark.parametrize(
@@ -278,7 +295,12 @@ def test_every_clip_gives_a_row_in_order(monkeypatch):
         (loud(2.0), y, [(0.9, 1.1)], r"^PESQ or STOI took more than 6 s$"),
         (x[:900], y[:900], [(0.0, 0.1)], r"^pesq_nb: .*; stoi: fewer than 30 .*; estoi: .*; stoi_gap: too little speech[^;]*$"),
         (x, np.zeros_like(x), [(0.9, 1.1)], r"^pesq_nb: the degraded audio is silent$"),
-        (x, y, [(1.7, 1.9)], r"^stoi_gap: no gap begins in the clip; gap_l1_db: no finite frame is centred in a gap$"),
+        (
+            x,
+            y,
+            [(1.7, 1.9)],
+            r"^stoi_gap: no gap begins in the clip; level_error_db: no gap .*; gap_l1_db: no finite frame is centred in a gap$",
+        ),
         (x, (x + y) / 2, [(0.9, 1.1)], r"^$"),
     ]
     monkeypatch.setattr(metrics, "_quality", faults_by_loudness)
@@ -287,7 +309,7 @@ def test_every_clip_gives_a_row_in_order(monkeypatch):
         assert tuple(row) == (*metrics.SCORES, "reason") and re.search(says, row["reason"]), row["reason"]
         known = {m for m in metrics.SCORES if row[m] is not None}
         assert all(math.isfinite(row[m]) for m in known)
-        assert (known == {*metrics.SCORES} - {"pesq_wb"}) == (row["reason"] == "")
+        assert (known == {*metrics.SCORES} - {"pesq_wb", "plcmos", "dnsmos"}) == (row["reason"] == "")
     assert rows[7]["stoi"] == 0 and rows[8]["pesq_nb"] == rows[0]["pesq_nb"] != rows[9]["pesq_nb"]
 
 

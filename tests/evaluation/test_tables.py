@@ -72,7 +72,7 @@ def environments(source):
     assert not stack
 
 
-@pytest.mark.parametrize(("longest", "kinds"), [(14, {"table", "tabular"}), (6, {"table", "tabular", "longtable"})])
+@pytest.mark.parametrize(("longest", "kinds"), [(20, {"table", "tabular"}), (6, {"table", "tabular", "longtable"})])
 def test_the_latex_file_is_well_formed(folder, monkeypatch, longest, kinds):
     monkeypatch.setattr(table_export, "MAX_FLOAT_ROWS", longest)
     summary = tables.read(folder).summary
