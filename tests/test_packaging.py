@@ -1,6 +1,7 @@
 """What a user installs: a complete wheel, declared dependencies, commands that start without heavy imports."""
 
 import ast
+import functools
 import importlib.metadata
 import json
 import os
@@ -182,6 +183,12 @@ def test_wrong_arguments_take_one_line(script, args, tmp_path):
     assert message != line and len(message) > 10, f"{line!r}: expected '{script}: found, expected, fix'"
 
 
+@functools.cache
+def distributions_of_modules():
+    """Top-level module -> the distributions that install it."""
+    return importlib.metadata.packages_distributions()
+
+
 def third_party_imports(package: str) -> dict[str, str]:
     """Top-level name of every library the package imports, anywhere in its files -> the file."""
     ours = {*FOLDERS, "tests", "benchmarks", *sys.stdlib_module_names}
@@ -204,15 +211,15 @@ def declared(*extras: str) -> set[str]:
 @pytest.mark.parametrize(
     ("package", "extras"),
     [
-        ("avsi_jax", ["app", "tpu"]),
+        ("avsi_jax", ["app", "eval", "tpu"]),
         ("configs", []),
         ("tfds_grid", ["prepare", "synth", "beam"]),
-        ("tests", ["app", "prepare", "beam", "gcs", "test", "test-gcs"]),
+        ("tests", ["app", "eval", "prepare", "beam", "gcs", "test", "test-gcs"]),
     ],
 )
 def test_every_import_is_declared(package, extras):
     """A library that only comes along with another one is not ours to import: the other may drop it."""
-    homes = importlib.metadata.packages_distributions()
+    homes = distributions_of_modules()
     known = declared(*extras)
     for name, file in third_party_imports(package).items():
         dists = {canonicalize_name(d) for d in homes.get(name, [name])}

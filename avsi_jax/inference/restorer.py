@@ -72,9 +72,9 @@ class Restorer:
         self.config, self.params, self.step = config, params, step
         self.spec = get(config.preset)
         self.system = systems.get(config.system)
-        feature_config = dataclasses.replace(build.make_feature_config(config, normalisation), protocol=protocol)
-        self._predict = jax.jit(functools.partial(predict, build.make_model(config), feature_config))
-        self._features = jax.jit(functools.partial(unstandardised_features, config=feature_config))
+        self.feature_config = dataclasses.replace(build.make_feature_config(config, normalisation), protocol=protocol)
+        self._predict = jax.jit(functools.partial(predict, build.make_model(config), self.feature_config))
+        self._features = jax.jit(functools.partial(unstandardised_features, config=self.feature_config))
 
     @classmethod
     def load(cls, checkpoint: str | Path, which: str = "best", *, protocol: str = "waveform") -> Restorer:

@@ -8,12 +8,12 @@ import re
 AUTO = "auto"
 EXPECTED_GAP = "expected START-END in seconds, such as 0.93-1.73"
 MAX_SHOWN = 40  # characters of a wrong text in a message
-TIME = r"(?:\d+:){0,2}(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+TIME = r"(?:\d++:){0,2}+(?:\d++\.?+\d*+|\.\d++)(?:[eE][-+]?\d++)?+"  # possessive: linear in the length of a wrong text
 
 
 def parse_gap(text: str) -> tuple[float, float]:
     """'0.93-1.73', '59:30.5-59:31' or '5e-05-0.2' -> (start_s, end_s). Raises ValueError."""
-    match = re.fullmatch(rf"\s*({TIME})\s*s?\s*[-–]\s*({TIME})\s*s?\s*", text)
+    match = re.fullmatch(rf"\s*+({TIME})\s*+s?+\s*+[-–]\s*+({TIME})\s*+s?+\s*+", text)
     if not match:
         found = " with a decimal comma" if re.search(r"\d,\d", text) else ""
         raise ValueError(f"{text[:MAX_SHOWN]!r}{found}: {EXPECTED_GAP}")

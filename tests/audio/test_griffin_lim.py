@@ -92,6 +92,7 @@ def test_the_result_depends_only_on_level_known_samples_and_seeds(seconds):
     assert [(a != b).any() for a, b in zip(other, restored)] == [True, True, True, False, True]
 
 
+@pytest.mark.slow
 def test_the_result_does_not_depend_on_the_batch(seconds):
     s, audio, missing, level, restored = seconds
     known = np.where(missing, 0, audio)
@@ -225,6 +226,7 @@ def test_griffin_lim_converges_like_librosas(s, iterations, momentum):
     assert chance < 0.15 * np.mean(theirs) and np.mean(ours) < np.mean(theirs) + chance, (np.mean(ours), np.mean(theirs), chance)
 
 
+@pytest.mark.slow
 def test_momentum_saves_three_iterations_of_four():
     """Perraudin et al. 2013: 30 iterations with momentum come as close as 120 without."""
     magnitude = jnp.abs(stft.stft(np.float32(buzz(8_000, 8_000)), PAPER))
@@ -242,6 +244,7 @@ def test_griffin_lim_rejects_another_number_of_frames():
         griffin_lim.griffin_lim(np.ones((1, 50, 256), np.float32), PAPER, length=8_000, seeds=SEEDS[:1])
 
 
+@pytest.mark.slow
 def test_whole_clips_ignore_known_samples_and_splices_keep_them(seconds):
     """A splice is the synthesised clip in the gap and the recording elsewhere, without a crossfade."""
     s, audio, missing, level, _ = seconds
@@ -273,6 +276,7 @@ def test_papers_magnitudes_are_numpys():
     np.testing.assert_allclose(magnitude, expected, atol=1e-5 * expected.max())
 
 
+@pytest.mark.slow
 def test_papers_inversion_is_librosas():
     """Same loudness and consistency, with scipy's de-emphasis; only the initial phases differ."""
     s, n = PAPER, 8_000

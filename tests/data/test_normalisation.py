@@ -59,6 +59,7 @@ def batch_of(records):
     return {k: np.stack([e[k] for e in examples]) for k in examples[0] if k != "clip_id"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("landmarks", ["face", "mouth"])
 @pytest.mark.parametrize("preset", [WIDE, MORRONE, PAPER], ids=lambda s: s.name)
 def test_standardised_features_of_the_train_split_have_mean_0_and_std_1(wide_config, data_dir, train_records, preset, landmarks):
@@ -167,6 +168,7 @@ def run(wide_config, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_stores_its_normalisation(run, statistics):
     kept, wide = json.loads((run / "statistics.json").read_text()), statistics["wide"]
     mean, std = np.asarray(wide["level_mean"]), np.asarray(wide["level_std"])
@@ -239,6 +241,7 @@ def restorer(run):
     return Restorer.from_workdir(run)
 
 
+@pytest.mark.slow
 def test_a_restored_clip_has_unscaled_levels(restorer, batch, plain):
     """Frames outside the gaps are those of the recording, and the audio is synthesised from unscaled levels."""
     from avsi_jax.inference.restorer import levels_to_audio
@@ -273,6 +276,7 @@ def test_a_network_output_of_0_is_the_mean_spectrum(wide_config, data_dir, stati
     np.testing.assert_allclose(np.asarray(restored.level)[mask], expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_gap_error_is_in_unscaled_levels(restorer, wide_config, data_dir, batch):
     """The sums of the loss compared with a restoration of the same gaps; both ignore padding."""
     from avsi_jax.audio import gap_masks

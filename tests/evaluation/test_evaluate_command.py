@@ -83,6 +83,7 @@ def values(rows, system, metric, gap_ms=None):
 # ---------------------------------------------------------------------------------------------------------------- clips.csv
 
 
+@pytest.mark.slow
 def test_there_is_a_row_for_every_clip_gap_and_system(rows, folder, tiny_dir):
     from avsi_jax.data import input_pipeline
 
@@ -94,6 +95,7 @@ def test_there_is_a_row_for_every_clip_gap_and_system(rows, folder, tiny_dir):
     assert {r["speaker"] for r in rows} == {"s30"} and {r["in_words"] for r in rows} == {"True"}
 
 
+@pytest.mark.slow
 def test_all_systems_have_the_same_gap_inside_the_words(rows):
     for key in {(r["clip_id"], r["gap_ms"]) for r in rows}:
         same_gap = [r for r in rows if (r["clip_id"], r["gap_ms"]) == key]
@@ -104,6 +106,7 @@ def test_all_systems_have_the_same_gap_inside_the_words(rows):
         assert start >= 0.411 - 1e-4 and end <= 2.311 + 1e-4
 
 
+@pytest.mark.slow
 def test_every_row_has_its_scores(rows):
     for r in rows:
         assert r["reason"] == "" and r["pesq_wb"] == "", "8 kHz has no wide band"
@@ -114,6 +117,7 @@ def test_every_row_has_its_scores(rows):
         assert len(r["text"].split()) == 6
 
 
+@pytest.mark.slow
 def test_systems_have_the_expected_order(rows):
     """The oracle mel is better than a network of two epochs; restored audio is better than masked audio."""
     for g in GAP_MS:
@@ -126,6 +130,7 @@ def test_systems_have_the_expected_order(rows):
     assert not values(rows, "oracle mel (upper bound)", "gap_l1_mel_db").any(), "the oracle mel is the target"
 
 
+@pytest.mark.slow
 def test_another_clips_video_changes_the_result(rows):
     own, other = (values(rows, s, "gap_l1_mel_db") for s in ("av_mtl_s2s", "av_mtl_s2s, another clip's video"))
     assert (own != other).all()
@@ -134,6 +139,7 @@ def test_another_clips_video_changes_the_result(rows):
 # ------------------------------------------------------------------------------------------------------------- summary.json
 
 
+@pytest.mark.slow
 def test_the_summary_follows_from_the_rows(rows, summary):
     found = {(e["system"], e["gap_ms"], e["metric"]): e for e in summary["table"]}
     expected = {(s, g, m): values(rows, s, m, g) for s in SYSTEMS for g in GAP_MS for m in METRICS}
@@ -143,6 +149,7 @@ def test_the_summary_follows_from_the_rows(rows, summary):
         assert entry["n"] == 3 and entry["missing"] == 0 and entry["low"] <= entry["mean"] <= entry["high"]
 
 
+@pytest.mark.slow
 def test_paired_differences_follow_from_the_rows(rows, summary):
     assert {(p["a"], p["b"]) for p in summary["paired"]} >= {
         ("av_mtl_s2s", "a_si"), ("av_mtl_s2s", "interpolation"), ("av_mtl_s2s", "av_mtl_s2s, another clip's video"),
@@ -152,6 +159,7 @@ def test_paired_differences_follow_from_the_rows(rows, summary):
         assert p["mean"] == pytest.approx((a - b).mean(), rel=1e-9, abs=1e-12) and p["n"] == 3
 
 
+@pytest.mark.slow
 def test_the_summary_describes_the_evaluation(summary):
     assert (summary["system"], summary["split"], summary["protocol"], summary["num_clips"]) == ("av_mtl_s2s", "test", "waveform", 3)
     assert summary["gap_ms"] == list(GAP_MS) and summary["command"] == "avsi-evaluate as in a test"
@@ -160,11 +168,13 @@ def test_the_summary_describes_the_evaluation(summary):
     assert summary["runs"]["av_mtl_s2s"]["step"] == 4 and summary["runs"]["a_si"]["step"] == 0
 
 
+@pytest.mark.slow
 def test_intervals_of_unseen_speakers_are_over_speakers(summary):
     """Where the speakers were not in training."""
     assert summary.get("by_speaker") is True and summary["intervals"] == table_export.INTERVALS[True]
 
 
+@pytest.mark.slow
 def test_examples_have_audio_files(folder, summary):
     from avsi_jax.media import clip_io
 
@@ -187,6 +197,7 @@ def test_examples_have_audio_files(folder, summary):
 # -------------------------------------------------------------------------------------------------------------------- again
 
 
+@pytest.mark.slow
 def test_results_are_replaced_only_with_overwrite(runs, folder):
     before = (folder / "clips.csv").read_bytes()
     with pytest.raises(FileExistsError, match="--overwrite") as error:
@@ -212,6 +223,7 @@ def test_a_second_run_gives_the_same_bytes(runs, rows, folder, monkeypatch):
     assert (replaced / "clips.csv").read_bytes() == before and [p.name for p in replaced.parent.iterdir()] == [folder.name]
 
 
+@pytest.mark.slow
 def test_cached_references_give_the_same_bytes(runs, rows, folder, cache):
     """Masked audio, interpolation and oracle mel are scored once for a split and protocol, for all systems."""
     cached = list((cache / "avsi_jax" / "references").glob("*.csv"))
@@ -224,6 +236,7 @@ def test_cached_references_give_the_same_bytes(runs, rows, folder, cache):
     assert summary["num_scored"] == 3 * len(GAP_MS) * 2  # the system, with its own and with another clip's video
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_an_older_checkpoint_of_the_baseline_is_refused(runs, folder):
     newer = Path(shutil.copytree(runs / "baseline", runs / "newer"))
     config = eval_config()
@@ -237,6 +250,7 @@ def test_an_evaluation_of_an_older_checkpoint_of_the_baseline_is_refused(runs, f
         cli.evaluate(config, copy, baseline=newer)
 
 
+@pytest.mark.slow
 def test_a_baseline_with_other_gaps_is_refused(runs, folder):
     copy = Path(shutil.copytree(runs / "system", runs / "other_gaps"))
     shutil.rmtree(copy / "eval", ignore_errors=True)
@@ -369,6 +383,7 @@ def test_a_repeated_gap_length_is_refused_at_once():
         cli.check(eval_config(gap_ms="300,900,300"))
 
 
+@pytest.mark.slow
 def test_a_baseline_of_another_preset_is_refused(runs, untrained_a_si, tmp_path):
     shutil.copytree(untrained_a_si, tmp_path / "wide")
     config = json.loads((tmp_path / "wide" / "config.json").read_text())

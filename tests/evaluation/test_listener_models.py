@@ -52,6 +52,7 @@ def test_only_the_chosen_models_score_and_only_at_their_rate(recording):
     assert narrow["plcmos"] is None and narrow["reason"] == ""
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_scores(recording):
     gap = recording.copy()
     gap[16_000:24_000] = 0

@@ -280,6 +280,7 @@ def faults_by_loudness(reference, degraded, rate, gaps_s):
     return metrics._quality(reference, degraded, rate, gaps_s)
 
 
+@pytest.mark.slow
 def test_every_clip_gives_a_row_in_order(monkeypatch):
     """Difficult clips from a generator, by two workers: one row each, with a reason where a score is missing."""
     rate = 8_000
@@ -346,6 +347,7 @@ def test_many_clips_get_the_same_scores_as_single_ones():
     assert metrics.score_many([metrics.Item(*items[0])._asdict()], workers=0) == [metrics.score(*items[0])]
 
 
+@pytest.mark.slow
 def test_workers_import_neither_jax_nor_the_callers_script():
     """A worker imports metrics.py, pesq and pystoi; a script without a main guard must not run twice."""
     script = (

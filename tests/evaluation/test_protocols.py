@@ -85,6 +85,7 @@ def test_gaps_of_protocol_peer_are_uniform_and_have_samples_in_every_clip():
     assert (start < end).all() and (end <= lengths).all() and (start >= 0).all()
 
 
+@pytest.mark.slow
 def test_the_gaps_of_protocol_paper_have_the_lengths_of_the_paper():
     batch = random_batch(1000)
     found = protocols.random_gaps(batch, protocols.PAPER_CASE)

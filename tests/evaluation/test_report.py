@@ -62,6 +62,7 @@ def test_the_head_describes_the_evaluation(page):
         assert words in page.text, words
 
 
+@pytest.mark.slow
 def test_the_page_names_no_folder_of_the_machine_and_begins_with_the_note(tmp_path):
     folder = fake_evaluations.make(tmp_path / "eval")
     summary = json.loads((folder / "summary.json").read_text())
@@ -178,6 +179,7 @@ def test_failures_and_speakers_are_shown(page):
     assert "s2 21.60 [21.60, 21.60] 16.60 [16.60, 16.60] 11.60" in speakers  # 20 - 5 x place + 0.6 + 1, without changes
 
 
+@pytest.mark.slow
 def test_examples_beyond_the_size_limit_are_left_out(tmp_path, monkeypatch):
     fake_evaluations.make(tmp_path / "eval", cases=fake_evaluations.CASES)
     monkeypatch.setattr(report, "MAX_EXAMPLE_BYTES", 700_000)

@@ -31,6 +31,7 @@ def screenshot(chromium, path):
     return Image.open(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_page_loads_and_fits_the_window(chromium, page, tmp_path, width):
     chromium.events.clear()
@@ -45,6 +46,7 @@ def test_the_page_loads_and_fits_the_window(chromium, page, tmp_path, width):
     assert (colours.min(-1) < 100).mean() > 0.01 and (colours.min(-1) > 230).mean() > 0.4  # dark text on white
 
 
+@pytest.mark.slow
 def test_every_player_plays(chromium, page):
     """The audio lasts 1.5 s; it is embedded in the page, which the page's content security policy allows."""
     chromium.events.clear()
@@ -56,6 +58,7 @@ def test_every_player_plays(chromium, page):
     assert chromium.console_errors() == []
 
 
+@pytest.mark.slow
 def test_text_has_contrast_and_images_have_names(chromium, page):
     """Contrast of at least 4.5 to 1 (WCAG 2.2, AA); names of images and regions in the accessibility tree."""
     chromium.open(page.as_uri(), 1280)
@@ -68,6 +71,7 @@ def test_text_has_contrast_and_images_have_names(chromium, page):
     assert all(n["name"]["value"] for n in named if n["role"]["value"] in ("image", "region"))
 
 
+@pytest.mark.slow
 def test_a_comparison_loads(chromium, tmp_path):
     options = {"cases": fake_evaluations.CASES, "examples": False, "suite": "lengths"}
     folders = [fake_evaluations.make(tmp_path / n / "eval" / "x", shift=i, **options) for i, n in enumerate("ab")]
@@ -79,6 +83,7 @@ def test_a_comparison_loads(chromium, tmp_path):
     assert chromium.evaluate("document.images.length") >= 3 and chromium.console_errors() == []
 
 
+@pytest.mark.slow
 def test_the_checks_detect_a_bad_page(chromium, tmp_path):
     """With a script, an image from elsewhere and audio that cannot be decoded."""
     page = tmp_path / "bad.html"

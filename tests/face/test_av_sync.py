@@ -128,6 +128,7 @@ def speech(grid_dir):
     return speech
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("speaker", "later_s"), [("s1", 0.0), ("s1", -0.16), ("s31", 0.16)])
 def test_the_offset_of_real_speech_is_estimated(speech, speaker, later_s):
     points, valid, audio = speech[speaker]
@@ -136,6 +137,7 @@ def test_the_offset_of_real_speech_is_estimated(speech, speaker, later_s):
     assert estimate.offset_s == pytest.approx(later_s, abs=av_sync.TOLERANCE_S) and estimate.certainty > av_sync.MIN_CERTAINTY
 
 
+@pytest.mark.slow
 def test_the_audio_of_another_speaker_gives_an_uncertain_estimate(speech):
     (points, valid, _), (_, _, audio) = speech["s1"], speech["s31"]
     assert av_sync.estimate_offset(points, valid, np.arange(375) / 25, audio, 44_100, [], 0.0).certainty < av_sync.MIN_CERTAINTY

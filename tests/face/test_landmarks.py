@@ -75,6 +75,7 @@ def lip_audio_correlation(clip, points, lag_s):
     return np.corrcoef(opening[available], np.log10(1e-4 + energy))[0, 1]
 
 
+@pytest.mark.slow
 def test_lips_open_with_the_audio(tracker, grid_dir):
     """Mean of eight clips of four different speakers (single clips give 0.3 to 0.7): high in sync, lower 120 ms apart."""
     speakers = [sorted((grid_dir / s).glob("b*.mpg"))[:2] for s in ("s1", "s2", "s31", "s34")]
@@ -93,6 +94,7 @@ def test_corrupt_frames_at_the_start_are_invalid_and_copied_from_the_first_good_
     assert "first 12 frames" in track.warnings[0]
 
 
+@pytest.mark.slow
 def test_exactly_the_known_clips_have_corrupt_frames(grid_dir):
     """The known clips, of which pbio7a stays smeared until its last intra frame, and one other clip per speaker."""
     known = "bbizzn brwa4p brwg8p bwwuzn lgbf8n lrarzn pbio7a pbwx1s prii9a sbbh4p sran9s".split()

@@ -81,6 +81,7 @@ def test_the_program_is_lowered_for_every_platform_without_custom_calls(program)
     assert {"(b, 48000)", "(b, g, 2)", "(b, t, 68, 2)"} <= shapes
 
 
+@pytest.mark.slow
 def test_the_program_equals_the_restorer_and_needs_only_jax_and_numpy(run, folder, clips, tmp_path):
     from avsi_jax.inference.restorer import Restorer
 

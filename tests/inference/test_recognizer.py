@@ -77,6 +77,7 @@ def test_a_recognition_has_six_words_of_the_grammar_with_times_inside_the_clip(r
     assert np.isfinite(recognized.log_probability).all() and (recognized.log_probability < 0).all()
 
 
+@pytest.mark.slow
 def test_its_features_are_those_of_training(recognizer, recognized, batch, workdir):
     """The training's features of the same clips without a gap give the same result."""
     from avsi_jax.data import features
@@ -330,6 +331,7 @@ def test_a_text_head_is_scored_in_its_own_units():
         assert transcript_cells(*output, "", 1) == {"cer": None, "per": None, "transcript": output[0][1], "text": ""}
 
 
+@pytest.mark.slow
 def test_an_evaluation_contains_the_transcripts_of_the_text_head(tiny_config, tmp_path, batch):
     from avsi_jax.evaluation import cli, run_systems
     from avsi_jax.inference.restorer import Restorer

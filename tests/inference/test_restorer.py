@@ -127,6 +127,7 @@ def test_a_config_that_does_not_match_the_checkpoint_is_refused(trained, tmp_pat
 # ------------------------------------------------------------------------------------------------------------------- restore
 
 
+@pytest.mark.slow
 def test_known_frames_do_not_change(restored, batch, gap):
     """The level is the recording's spectrogram in every frame that no gap sample touches."""
     from avsi_jax import presets
@@ -212,6 +213,7 @@ def test_the_offset_of_a_short_clip_continues_in_its_gap(restorer, batch):
         assert clip[start:end].mean() == pytest.approx(0.1, abs=0.015)
 
 
+@pytest.mark.slow
 def test_a_clip_is_restored_equally_in_any_batch(restorer, restored, audio, batch, gap):
     """Alone and among others: equal levels, and audio that differs only by what 60 iterations make of rounding."""
     for b in range(3):

@@ -131,6 +131,7 @@ def test_an_evaluation_of_weights_needs_a_data_folder(folder, tmp_path, capsys):
     assert message.startswith("avsi-evaluate: ") and "--config.data_dir=DIR" in message and message.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_restorer_of_weights_needs_no_heavy_library(folder, tmp_path):
     heavy = "orbax librosa numba tensorflow tensorflow_datasets matplotlib grain cv2 av soundfile optax".split()
     code = (

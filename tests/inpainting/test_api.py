@@ -140,6 +140,7 @@ def test_nan_inside_a_gap_changes_nothing(audio_only):
 LATE_GAPS = [(0.5, 0.8), (4.2, 5.1), (5.4, 5.6), (8.5, 8.7)]
 
 
+@pytest.mark.slow
 def test_gaps_of_a_long_clip_are_restored_from_audio(audio_only):
     samples = voice(8.7, 16_000)
     repair = audio_only.inpaint(make_clip(samples, 16_000), LATE_GAPS)
@@ -149,6 +150,7 @@ def test_gaps_of_a_long_clip_are_restored_from_audio(audio_only):
         assert -60 < loudness(repair.samples[round(start * 16_000) : round(end * 16_000)]) < 0
 
 
+@pytest.mark.slow
 def test_gaps_of_a_long_clip_are_restored_from_audio_and_video(fake_lips):
     samples = voice(8.7, 16_000)
     repair = fake_lips.inpaint(make_clip(samples, 16_000, num_video_frames=217), LATE_GAPS)
@@ -214,6 +216,7 @@ def test_frames_with_a_covered_mouth_are_invalid_and_interpolated(audio_visual, 
     assert not batch["landmarks_valid"].any() and np.isfinite(batch["landmarks"]).all()
 
 
+@pytest.mark.slow
 def test_the_other_clips_of_a_batch_change_nothing(audio_only):
     """Not a bit, for the same number of windows: neither their audio, level, length and gaps, nor the order."""
     clip, gaps = make_clip(voice(2.9, 16_000), 16_000), [(0.9, 1.7)]
@@ -352,6 +355,7 @@ def test_the_package_exports_the_public_classes():
         assert getattr(avsi_jax, name) is getattr(api, name)
 
 
+@pytest.mark.slow
 def test_the_examples_in_the_docstrings_run():
     import doctest
 

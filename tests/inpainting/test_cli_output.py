@@ -150,6 +150,7 @@ sys.exit(cli.main(["a.wav", "-o", "out"]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_leave_no_partly_written_file(tmp_path, number, code):
     (tmp_path / "a.wav").touch()

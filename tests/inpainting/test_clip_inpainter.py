@@ -55,6 +55,7 @@ def flux(x, rate):
     return np.maximum(np.diff(frames, axis=0), 0).sum(1), np.arange(1, len(frames)) * size + size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gap", "length_s"), [((1.0, 8.0), 10), ((0.0, 5.0), 7), ((4.0, 7.5), 7.5)])
 def test_a_gap_longer_than_a_window_has_no_seams(audio_only, gap, length_s):
     samples = voice(length_s, 16_000)
@@ -158,6 +159,7 @@ def test_a_batch_gives_what_each_clip_gives(audio_only):
         assert one.gaps == alone.gaps and one.seconds["model"] > 0
 
 
+@pytest.mark.slow
 def test_two_threads_give_the_same_bytes_as_one(av_unified):
     clips = [make_clip(voice(2.9, 16_000, seed=s), 16_000, num_video_frames=73) for s in range(4)]
     work = lambda clip: av_unified.inpaint(clip, [(0.9, 1.7)]).samples.tobytes()

@@ -34,6 +34,13 @@ def test_wrong_gaps_are_an_error_of_one_line(text):
     assert "\n" not in str(error.value) and len(str(error.value)) < 160
 
 
+@pytest.mark.parametrize("text", ["9" * 10**6, "1" + " " * 10**6 + "x", "1:" * 10**6, ".5" * 10**6, "1e" + "5" * 10**6])
+def test_long_wrong_texts_are_refused_in_linear_time(text):
+    """In quadratic time, as with a pattern that goes back, each would take days."""
+    with pytest.raises(ValueError, match="expected START-END"):
+        gap_text.parse_gaps(text)
+
+
 @pytest.mark.parametrize("text", ["0,93-1,73", "0,93-1,73, 2,1-2,3", "1-2,5", "0,5-1"])
 def test_decimal_commas_are_named(text):
     with pytest.raises(ValueError, match="decimal comma"):

@@ -125,6 +125,7 @@ def test_a_page_that_cannot_be_written_is_an_error(tmp_path, outcomes):
         write(tmp_path, outcomes[1:2])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not browser.find(), reason="no Chromium here: none on the PATH, none in $CHROMIUM")
 def test_a_browser_shows_and_plays_the_page(tmp_path, outcomes):
     """Without errors or requests; everything fits, has enough contrast and plays."""

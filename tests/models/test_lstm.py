@@ -129,6 +129,7 @@ def test_outputs_are_those_of_a_numpy_loop(implementation):
         assert not result[b, n:].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_without_lengths_every_time_step_is_valid(implementation):
     params, x, weight = values("float32")
@@ -229,6 +230,7 @@ def test_custom_gradients_are_those_of_autodiff(side, padded):
             assert_same_gradient(lambda *a: lstm.scan_separate(backwards, *a, ended), plain, given, by)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["separate", "joined"])
 def test_bfloat16_is_near_float32(implementation):
     """With factors of 8 bits: outputs within 1 %, gradients within 3 % of the largest entry; types are kept."""
@@ -240,6 +242,7 @@ def test_bfloat16_is_near_float32(implementation):
     assert np.abs(result[0] - expected[0]).max() > 1e-4  # bfloat16 was used
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["separate", "joined"])
 def test_bfloat16_accumulates_c_in_float32(implementation):
     """1,000 times 0.0005 is 0.5. In bfloat16 the sum would stop at 0.125, where the next number is 0.001 larger."""

@@ -6,6 +6,7 @@ import sys
 import zlib
 
 import numpy as np
+import pytest
 
 from avsi_jax.runtime import compilation_cache
 
@@ -18,6 +19,7 @@ def cache_folder(**variables) -> str:
     return subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, env=env).stdout.strip()
 
 
+@pytest.mark.slow
 def test_programs_are_kept_where_the_user_can_write(tmp_path):
     assert cache_folder(XDG_CACHE_HOME=tmp_path).startswith(str(tmp_path / "avsi_jax" / "programs-"))
     (tmp_path / "file").touch()

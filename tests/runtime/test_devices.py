@@ -278,12 +278,14 @@ def count_devices(cores, batch_size, **environment):
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cores", "batch_size", "devices"), [(2, 32, 2), (12, 32, 8), (64, 32, 32), (3, 8, 2)])
 def test_there_is_one_device_per_core_as_far_as_the_batch_is_divisible(cores, batch_size, devices):
     """The default batch of 32 trains on any machine."""
     assert count_devices(cores, batch_size) == [devices, True]
 
 
+@pytest.mark.slow
 def test_a_configured_number_of_devices_is_kept():
     assert count_devices(3, 4, JAX_NUM_CPU_DEVICES="2") == [2, True]
     assert count_devices(3, 10, XLA_FLAGS="--xla_force_host_platform_device_count=5") == [5, True]

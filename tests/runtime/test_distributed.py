@@ -144,6 +144,7 @@ time.sleep(100)
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_leaves_early_keeps_its_exit_code_and_ends_the_others():
     """Neither hangs: jax's own exit would have waited for the other, and turned the 2 into 134."""
     other, early = processes.run(LEAVE.replace("{timeout}", "60"), processes=2, devices=1, timeout=90, patience=80)

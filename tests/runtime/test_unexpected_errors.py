@@ -41,6 +41,7 @@ def test_a_failing_library_call_takes_one_line(name, monkeypatch, tmp_path, caps
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_traceback_is_shown_on_request(name, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("AVSI_DEBUG", "1")

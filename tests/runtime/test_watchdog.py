@@ -45,6 +45,7 @@ def wait_for(condition, timeout_s: float, *running) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_short_phases_and_a_suspension_of_the_whole_process_do_not_end_it(tmp_path):
     """Phases that are shorter than the limit but not in sum, then a process that is itself stopped for longer than the limit."""
     command = [sys.executable, "-c", SUSPENDED, str(tmp_path)]

@@ -200,6 +200,7 @@ def check_command(workspace: Workspace, code: int, outcomes: list[dict], err: st
     check_untouched(workspace)
 
 
+@pytest.mark.slow
 def test_six_hostile_inputs_of_different_kinds(few):
     assert len({i.kind for i in few.inputs}) == len(few.inputs) == 6
     outcomes, command = one_by_one(few, "command")
@@ -278,6 +279,7 @@ def test_samples_whose_squares_overflow(peak):
         masked_audio.MaskedAudio(clip_source.source_from_clip(clip), [(16_000, 20_000)]).read_native(0, 16_000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [1, 7, 200, 999, 1000, 3000, 2**31 - 1])
 def test_gap_detection_accepts_any_rate(rate):
     samples = np.random.default_rng(0).normal(0, 0.1, (2000, 1)).astype(np.float32)

@@ -256,10 +256,12 @@ tfds.testing.test_main()
 """
 
 
+@pytest.mark.slow
 def test_tfds_and_our_reader_give_the_same_records(folder):
     run_code(TFDS_READS, folder)
 
 
+@pytest.mark.slow
 def test_the_builder_passes_the_tests_of_tfds(synthetic_dir):
     """On synthetic data, as `tfds build` does it: no cache, the builder measures the clips itself."""
     pytest.importorskip("dill", reason="TFDS's test class needs the package dill")

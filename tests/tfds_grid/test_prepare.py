@@ -66,6 +66,7 @@ def damage_clips(synthetic_dir, raw):
     return dict(zip(("zero", "cut", "wav", "words", "name", "undamaged"), ids, strict=True))
 
 
+@pytest.mark.slow
 def test_every_damaged_clip_is_in_the_report(synthetic_dir, tmp_path):
     ids = damage_clips(synthetic_dir, tmp_path / "raw")
     refused = run(f"--raw={tmp_path / 'raw'}", f"--data_dir={tmp_path / 'data'}", code=2).stderr.strip().splitlines()
@@ -107,11 +108,13 @@ def test_a_full_disk_is_reported(synthetic_dir, tmp_path, limit, message):
         pipeline.find_dataset(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_read_only_data_dir_is_reported(synthetic_dir):
     done = run(f"--raw={synthetic_dir}", "--data_dir=/proc/data", code=2)
     assert "/proc/data" in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_swapped_folders_in_zip_files_do_not_change_speakers_or_words(grid_dir, tmp_path):
     """Four real clips; s1.zip holds those of s4 and the reverse, also in alignments.zip."""
     ids = {s: [p.stem for p in sorted(grid_dir.glob(f"{s}/*.mpg"))[:2]] for s in ("s1", "s4")}

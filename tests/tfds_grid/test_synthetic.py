@@ -186,6 +186,7 @@ def test_a_killed_run_leaves_complete_files_and_can_be_continued(raw, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- face and voice
 
 
+@pytest.mark.slow
 def test_the_face_is_detected_in_every_frame(tracked_clips):
     for clip, track in tracked_clips:
         assert track.valid.all() and len(track.valid) == 75 and track.warnings == (), clip.speaker

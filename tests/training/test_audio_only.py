@@ -131,6 +131,7 @@ def arrays(batch: dict) -> dict:
     return {k: v for k, v in batch.items() if k != "clip_id"}
 
 
+@pytest.mark.slow
 def test_an_excerpt_counts_in_the_gap_but_not_in_the_ctc_loss(config, normalisation, clips, recordings, quickly_compiled):
     batch = arrays(next(batches(clips, recordings, count=3)))
     loss, params = jax.jit(objective.make_loss(config, normalisation)), build.init_params(config)

@@ -34,6 +34,7 @@ def files_of(folder: Path) -> list[Path]:
 # --------------------------------------------------------------------------------------------------------- damaged checkpoints
 
 
+@pytest.mark.slow
 def test_a_changed_byte_in_any_file_of_a_checkpoint_is_detected(run):
     """In the first, the last and random bytes of every file, including those of Orbax; the file is named."""
     newest, rng, flips = run / "checkpoints" / "4", np.random.default_rng(0), 0
@@ -50,6 +51,7 @@ def test_a_changed_byte_in_any_file_of_a_checkpoint_is_detected(run):
     assert flips > 500 and find_fault(newest) is None
 
 
+@pytest.mark.slow
 def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(run, trained, tiny_config, capsys):
     """A warning names file and folder, the damaged checkpoint is moved, and the run ends with the same numbers."""
     victim = max(files_of(run / "checkpoints" / "4" / "state"), key=lambda p: p.stat().st_size)
@@ -153,6 +155,7 @@ sys.exit(done.returncode)
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_keeps_its_checkpoints(run, tiny_dir):
     """The third epoch's checkpoint can't be written: one line names path and bytes, the two earlier checkpoints stay valid."""
     command = ["-c", LIMITED, 30_000, *arguments(run, tiny_dir, epochs=3)]

@@ -161,6 +161,7 @@ def loss_of(train, **more):
     return jax.jit(objective.make_loss(unified(**more), train=train))
 
 
+@pytest.mark.slow
 def test_validation_does_not_depend_on_training_only_fields(params, batch):
     """Bit for bit, and in every step; a training step does."""
     plain, all_fields = loss_of(False), loss_of(False, **TRAINING_ONLY)

@@ -101,6 +101,7 @@ def assert_same_rows(workdir, other) -> None:
         assert row["val_cer"] == other_row["val_cer"] and row["step"] == other_row["step"]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(pod, trained):
     assert_same_rows(pod.workdir, trained)
     run = json.loads((pod.workdir / "run.json").read_text())
@@ -109,6 +110,7 @@ def test_two_processes_train_as_one(pod, trained):
     assert pod.messages[1] == "", "only process 0 prints what concerns all"
 
 
+@pytest.mark.slow
 def test_every_file_is_written_by_one_process(pod, trained):
     """The second process writes a heartbeat and its part of the checkpoints, process 0 everything else."""
     first, second = pod.written
@@ -118,6 +120,7 @@ def test_every_file_is_written_by_one_process(pod, trained):
     assert sorted(p.name for p in pod.workdir.iterdir()) == sorted(p.name for p in trained.iterdir())
 
 
+@pytest.mark.slow
 def test_checkpoints_of_two_processes_are_valid_and_equal_those_of_one(pod, trained):
     """Parameters, optimiser, plateau schedule and position."""
     import jax
@@ -182,6 +185,7 @@ def test_several_processes_resume_a_run_of_two(stopped, trained, pod, arguments,
         assert (workdir / "metrics.csv").read_bytes() == (pod.workdir / "metrics.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_devices_of_all_processes_cannot_share_is_refused(arguments, tmp_path):
     """By both processes, which count each other's devices, and before a file is written."""
     finished = processes.run(["-m", "avsi_jax.train", *arguments(tmp_path / "run", batch_size=6)], timeout=120)

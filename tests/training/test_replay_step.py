@@ -69,6 +69,7 @@ def test_a_diagnosis_has_the_metrics_of_the_step(config, start, batch, compile_q
     assert not any(diagnosis[k] for k in ("batch", "params", "optimiser", "gradients"))
 
 
+@pytest.mark.slow
 def test_a_clip_with_nan_is_named(config, start, batch, compile_quickly):
     compile_quickly()
     batch = batch | {"landmarks": batch["landmarks"].copy()}
@@ -124,6 +125,7 @@ def content_of(folder: Path) -> dict[Path, bytes]:
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_can_be_replayed(run, nan_clip, tiny_dir, compile_quickly, capsys):
     """File and message name step and clips, the replay names the clip."""
     assert cli.main(arguments(run, tiny_dir, epochs=3)) == 2
@@ -154,6 +156,7 @@ def test_a_replay_with_debug_nans_ends_at_the_operation(run, nan_clip, tiny_dir,
     assert not jax.config.jax_debug_nans
 
 
+@pytest.mark.slow
 def test_a_replay_gives_the_original_numbers(run, tiny_dir, trained, compile_quickly, capsys):
     """Steps 3 and 4, repeated from the checkpoint of step 2, have the mean gradient norm of the second row of metrics.csv."""
     from avsi_jax.training.run_directory import read_rows

@@ -74,6 +74,7 @@ def test_a_run_that_is_stopped_before_its_first_step_ends_without_saving(argumen
     assert not folder.exists() or list(folder.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_the_run_without_saving(arguments, tmp_path):
     """An echo of the first SIGTERM is ignored; further ones arrive while the checkpoint is being written."""
     command = ["-c", STOPPED_TWICE, *arguments(tmp_path / "run", checkpoint_seconds=0)]

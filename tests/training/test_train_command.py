@@ -83,6 +83,7 @@ def test_config_and_run_are_written(trained, tiny_config, tiny_dir):
     assert run["revision"]
 
 
+@pytest.mark.slow
 def test_a_validation_can_be_repeated(trained, tiny_config):
     """Gaps depend on the clip ids alone: the last checkpoint gives the numbers of the last row, also in another order of clips."""
     import jax
@@ -310,6 +311,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.slow
 def test_training_needs_no_tensorflow(tiny_dir, tmp_path):
     """In a process of its own, as for a user; without a terminal no progress line is printed."""
     command = [sys.executable, "-c", WITHOUT_TENSORFLOW, *tiny_runs.arguments(tmp_path / "run", tiny_dir, epochs=1)]
@@ -392,6 +394,7 @@ def test_early_stopping_and_plateau_can_be_turned_off():
     assert not any(progress.update(epoch, 1.0) for epoch in range(1, 40)) and progress.lr_scale == 1
 
 
+@pytest.mark.slow
 def test_a_run_without_gain_reduces_the_rate_and_stops_early(tiny_config, tmp_path):
     """No gain from epoch 2 on: the rate is reduced after epochs 2 and 3, and the run stops after 3 of 9."""
     fields = {"epochs": 9, "min_delta": 100, "plateau_patience": 1}
@@ -402,6 +405,7 @@ def test_a_run_without_gain_reduces_the_rate_and_stops_early(tiny_config, tmp_pa
     assert resumed["epoch"] == 4, "with more patience it continues"
 
 
+@pytest.mark.slow
 def test_lr_scale_multiplies_the_update(tiny_config):
     """With 0 nothing is trained."""
     import jax

@@ -83,6 +83,7 @@ def split_step(request, step_of, mapped):
     return lambda state, batch: mapped(devices.replicate(state), devices.split(batch))
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_whole_batch(split_step, step_of, batch):
     """With augmentation and dropout, by the change of the parameters in one step of gradient descent."""
     before = start(rate=1.0)
@@ -93,6 +94,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(split_step, step_of,
         assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max() + 2e-7 * np.abs(p).max()
 
 
+@pytest.mark.slow
 def test_three_accumulated_steps_are_those_of_the_whole_batch(split_step, unsplit, batch):
     states, metrics = run(split_step, arrays(batch), 3, start())
     for a, b in zip(metrics, unsplit[1], strict=False):  # the norm differs more, as in tests/runtime/test_devices.py
@@ -313,6 +315,7 @@ def test_validation_returns_the_most_likely_labels(batch):
     assert means.result(config, "val")["val_cer"] == 1 - len(letters) / sum(letters)
 
 
+@pytest.mark.slow
 def test_validation_losses_of_other_seeds_are_comparable(batch):
     """The same parameters have the same sums whatever config.seed is; the training draws other gaps for another seed."""
     params, results = start().params, []
