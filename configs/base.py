@@ -41,6 +41,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.dropout = 0.0  # share of the values set to 0 after each layer, in [0, 1)
     # Output layer of the audio-visual systems: linear; or relu, the paper's code, which leaves bands dead (docs/results_long.md).
     config.output = "linear"
+    # ConvNeXt blocks of the refiner, which adds the detail of speech to the predicted log-mel; 0: none. Weights get one by
+    # python -m avsi_jax.refine; avsi-train trains networks without it.
+    config.refiner = 0
     config.lstm = "auto"  # LSTM implementation: auto, separate (for CPU), joined (for GPU and TPU), cudnn (NVIDIA, float32)
     # Type of the LSTM matrix products. bfloat16: they accumulate in float32; parameters and state stay float32.
     config.dtype = "float32"

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "app": {"runtime", "media", "audio", "inpainting"},
     "tfds_grid": {"runtime", "media", "face", "data"},
 }
-ROOT_MODULES = {"__init__", "presets", "train", "evaluate", "report", "weights", "landmarks"}
+ROOT_MODULES = {"__init__", "presets", "train", "evaluate", "refine", "report", "weights", "landmarks"}
 FORWARDERS = ROOT_MODULES - {"__init__", "presets"}
 FEWEST_MODULES, MOST_MODULES = 3, 17  # of a package
 
@@ -45,6 +45,8 @@ OWNERS = {
     "orbax": ("avsi_jax/training/checkpoints.py",),
     "grain": ("avsi_jax/data/input_pipeline.py",),
     "gradio": ("avsi_jax/app/ui.py",),
+    "onnxruntime": ("avsi_jax/evaluation/listener_models.py",),
+    "speechmos": ("avsi_jax/evaluation/listener_models.py", "tests/evaluation/test_listener_models.py"),
     "tensorflow": ("tfds_grid/",),
     "tensorflow_datasets": ("tfds_grid/",),
     "apache_beam": ("tfds_grid/beam_pipeline.py", "tfds_grid/beam_build.py"),

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         check_address(args.host, args.port)
         for number in STOP_SIGNALS:
             signal.signal(number, _stop)
-        with served(_load_inpainter(args.checkpoint), limits, args.host, args.port) as address:
+        with served(_load_inpainter(args.checkpoint, args.mode), limits, args.host, args.port) as address:
             isolation.block_outgoing_connections(args.host)
             print(f"avsi-app: {address}  (Ctrl-C stops the server and deletes the uploads)", flush=True)
             threading.Event().wait()
@@ -66,6 +66,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--checkpoint", default="pretrained", help="name of shipped weights (default: pretrained), a folder of "
                         "weights, or the working directory of a training")  # fmt: skip
+    parser.add_argument("--mode", choices=("natural", "mean"), default="natural", help="as --mode of avsi-inpaint")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 admits other machines, without a password"
     )
@@ -86,12 +87,12 @@ def _limits(args: argparse.Namespace) -> Limits:
     return Limits(args.max_seconds, args.max_mb)
 
 
-def _load_inpainter(checkpoint: str) -> Inpainter:
+def _load_inpainter(checkpoint: str, mode: str) -> Inpainter:
     from avsi_jax.inpainting.api import Inpainter
     from avsi_jax.runtime import compilation_cache
 
     compilation_cache.enable()
-    return Inpainter.load(checkpoint)
+    return Inpainter.load(checkpoint, mode=mode)
 
 
 def _stop(*_) -> None:

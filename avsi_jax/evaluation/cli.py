@@ -39,7 +39,7 @@ COLUMNS = (
     *METRICS, "transcript", "text", "recognized", "touched", "reason",
 )  # fmt: skip
 UNSEEN_SPLITS = ("validation", "test")  # splits of unseen speakers: intervals are over speakers
-PAIRED = ("baseline", "interpolation", "other_video")  # kinds with which the system is compared clip by clip
+PAIRED = ("baseline", "mean", "interpolation", "other_video")  # kinds with which the system is compared clip by clip
 OTHER_VIDEO_IN = ("lengths", "unseen", "multigap")  # suites with a row for another clip's video
 
 
@@ -218,6 +218,8 @@ def results_folder(config: ml_collections.ConfigDict, workdir: str | Path) -> Pa
 def systems_of(restorer: Restorer, *, other_video: bool) -> list[dict]:
     """Names and kinds of all rows of a clip, in the order of the tables."""
     names = [{"name": "masked audio", "kind": "masked"}, {"name": "interpolation", "kind": "interpolation"}]
+    if restorer.config.refiner:
+        names.append({"name": f"{restorer.name}, not refined", "kind": "mean"})
     names.append({"name": restorer.name, "kind": "system"})
     if restorer.system.uses_video and other_video:
         names.append({"name": f"{restorer.name}, another clip's video", "kind": "other_video"})

@@ -155,7 +155,7 @@ def restore_case(
 ) -> list[SystemOutput]:  # fmt: skip
     """The audio of all systems for all clips of a batch in one case: clip by clip, in the order of `systems`.
 
-    systems: [{"name", "kind"}] with the kinds masked, interpolation, system, other_video, oracle_mel.
+    systems: [{"name", "kind"}] with the kinds masked, interpolation, mean, system, other_video, oracle_mel.
     """
     spec, kinds = restorer.spec, {s["kind"] for s in systems}
     gap = protocol.place(batch, case)
@@ -210,6 +210,8 @@ def restore_levels(
     results = {}
     if "system" in kinds:
         results["system"] = restorer.restore(changed, gap)
+    if "mean" in kinds:
+        results["mean"] = restorer.mean.restore(changed, gap)
     if "other_video" in kinds:
         results["other_video"] = restorer.restore(changed | batch["donors"]["clip"], gap)
     levels = {kind: r.level for kind, r in results.items()}

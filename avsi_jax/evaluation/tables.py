@@ -20,7 +20,7 @@ import numpy as np
 
 from avsi_jax.evaluation import bootstrap
 
-KINDS = ("masked", "interpolation", "baseline", "system", "other_video", "oracle_mel")  # in the order of every table
+KINDS = ("masked", "interpolation", "baseline", "mean", "system", "other_video", "oracle_mel")  # in the order of every table
 REFERENCES = ("masked", "interpolation", "oracle_mel")  # kinds that depend on no system
 COLUMNS = set("clip_id speaker case gap_ms gaps_s in_words system kind reason".split())  # required in clips.csv
 KEYS = set(  # required in summary.json
@@ -232,7 +232,7 @@ def varied(summary: dict) -> dict[tuple[int, str], list[dict]]:
 
 def headline(summary: dict) -> dict:
     """A column per system and a row per gap, for the metrics of HEADLINE: cases without a change, or all if there is none."""
-    systems = [s for s in summary["systems"] if s["kind"] in ("masked", "interpolation", "baseline", "system")]
+    systems = [s for s in summary["systems"] if s["kind"] in ("masked", "interpolation", "baseline", "mean", "system")]
     estimates, rows = by_place(summary["table"], "system"), []
     for metric in HEADLINE:
         m = METRICS[metric]

@@ -25,7 +25,7 @@ METRICS = {
     "gap_l1_db": "error in the gap, dB", "stoi_gap": "STOI in the gap", "stoi": "STOI", "pesq_nb": "PESQ nb", "pesq_wb": "PESQ wb",
     "plcmos": "PLCMOS", "dnsmos": "DNSMOS", "level_error_db": "level error in the gap, dB",
 }  # fmt: skip
-KINDS = ("system", "masked", "interpolation", "other_video", "oracle_mel")
+KINDS = ("system", "mean", "masked", "interpolation", "other_video", "oracle_mel")
 AUDIO_VIDEO, AUDIO, VIDEO = "audio and video", "audio", "video"  # the streams that a restoration used
 STREAMS = {"": AUDIO_VIDEO, "no_video=1": AUDIO, "whole_clip=1": VIDEO}  # cases of suite `streams` -> streams used
 DIGITS = 5  # significant digits of stored numbers
@@ -260,9 +260,10 @@ def _table(e: dict, streams: dict[str, str]) -> str:
         f"| gap, ms | input | {' | '.join(METRICS[m] for m in metrics)} |", "|---|---|" + "---|" * len(metrics),
     ]  # fmt: skip
     for case, ms in dict.fromkeys((case, ms) for case, ms, *_ in cell):
-        for kind, label in (("system", streams.get(case, case)), ("masked", "masked audio"), ("interpolation", "interpolation")):
+        labels = {"system": streams.get(case, case), "mean": "the same, not refined", "masked": "masked audio"}
+        for kind, label in (labels | {"interpolation": "interpolation"}).items():
             cells = [_cell(cell.get((case, ms, kind, m))) for m in metrics]
-            if any(cells) and (kind == "system" or not case):
+            if any(cells) and (kind in ("system", "mean") or not case):
                 lines.append(f"| {ms} | {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

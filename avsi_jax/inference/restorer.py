@@ -36,6 +36,7 @@ from avsi_jax.models import build, ctc_decoding, systems
 from avsi_jax.presets import RECORD_RATE, Spec, get
 from avsi_jax.runtime import cpu_batching
 
+MODES = ("natural", "mean")
 MAX_MISREAD = 0.5  # share of a sentence's letters or phones that the text head may miss before the sentence counts as a guess
 
 
@@ -63,12 +64,18 @@ class Restorer:
 
     protocol: one of gap_masks.PROTOCOLS. The default sets the gap to zero in the waveform, whatever the training did, so that no
     sample of the gap can reach the network; 'paper' is only for the comparison with the paper.
+    mode: one of MODES, which differ for weights with a refiner. 'natural': with the detail of speech that the refiner adds;
+    'mean': the prediction of the network itself.
     """
 
     def __init__(
         self, config: ml_collections.ConfigDict, params, step: int, normalisation: Normalisation | None = None,
-        *, protocol: str = "waveform",
+        *, protocol: str = "waveform", mode: str = "natural",
     ):  # fmt: skip
+        if mode not in MODES:
+            raise ValueError(f"mode: found {mode!r}, expected {' or '.join(MODES)}")
+        if mode == "mean":
+            config, params = build.without_refiner(config, params)
         self.config, self.params, self.step = config, params, step
         self.spec = get(config.preset)
         self.system = systems.get(config.system)
@@ -77,20 +84,22 @@ class Restorer:
         self._features = jax.jit(functools.partial(unstandardised_features, config=self.feature_config))
 
     @classmethod
-    def load(cls, checkpoint: str | Path, which: str = "best", *, protocol: str = "waveform") -> Restorer:
+    def load(cls, checkpoint: str | Path, which: str = "best", *, protocol: str = "waveform", mode: str = "natural") -> Restorer:
         """Loads any checkpoint that `read_run` accepts; ValueError names what is missing, or a system that restores nothing."""
-        return cls.of_run(read_run(checkpoint, which), checkpoint, protocol)
+        return cls.of_run(read_run(checkpoint, which), checkpoint, protocol, mode)
 
     @classmethod
-    def from_workdir(cls, workdir: str | Path, which: str = "best", *, protocol: str = "waveform") -> Restorer:
+    def from_workdir(
+        cls, workdir: str | Path, which: str = "best", *, protocol: str = "waveform", mode: str = "natural"
+    ) -> Restorer:
         """Loads a run directory; CheckpointError names what is missing, or a system that restores nothing."""
-        return cls.of_run(trained_run.read(workdir, which), workdir, protocol)
+        return cls.of_run(trained_run.read(workdir, which), workdir, protocol, mode)
 
     @classmethod
-    def of_run(cls, run: Run, where: str | Path, protocol: str) -> Restorer:
+    def of_run(cls, run: Run, where: str | Path, protocol: str, mode: str = "natural") -> Restorer:
         """From a run that was read already; `where` names it in an error."""
         cls.check(run, where)
-        return cls(*run, protocol=protocol)
+        return cls(*run, protocol=protocol, mode=mode)
 
     @staticmethod
     def check(run: Run, where: str | Path) -> None:
@@ -107,6 +116,14 @@ class Restorer:
     def name(self) -> str:
         """The system's name, such as 'av_unified'."""
         return self.config.system
+
+    @functools.cached_property
+    def mean(self) -> Restorer:
+        """The same system in mode 'mean'; itself without a refiner."""
+        config, feature_config = self.config, self.feature_config
+        if not config.refiner:
+            return self
+        return Restorer(config, self.params, self.step, feature_config.normalisation, protocol=feature_config.protocol, mode="mean")
 
     def restore(self, batch: dict, gap: np.ndarray) -> Restored:
         """Restores a raw batch of `input_pipeline` in its gaps (B, G, 2) in record samples; samples inside them are ignored."""

@@ -38,7 +38,8 @@ KEYS = {"format", "system", "preset", "step", "sha256", "config", "normalisation
 MAX_CONFIG = 2**20  # bytes of config.json, most of which is measured quality
 MAX_HEADER = 2**20  # bytes of the tensors' names, shapes and types
 MAX_PARAMETERS = 100_000_000
-MAX_VALUES = {"layers": 12, "units": 2048, "bottleneck": 4096, "seed": 2**32 - 1}  # of config fields; a million for others
+# Of config fields; a million for others.
+MAX_VALUES = {"layers": 12, "refiner": 24, "units": 2048, "bottleneck": 4096, "seed": 2**32 - 1}
 DTYPES = {"F16": 2, "F32": 4}  # bytes
 FIX = "write them again with python -m avsi_jax.weights, or get another copy"
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     Gaps = Sequence[tuple[float, float]] | Literal["auto"]
     Sync = Literal["off", "auto"] | float
+    Mode = Literal["natural", "mean"]
 
 MAX_LOG_MEL_S = 60.0  # longest clip for which the log-mel spectrograms of a Repair are computed
 LOG_MEL_PAD_S = 3.0  # their audio is padded to this, twice this, ...: few shapes, each compiled once
@@ -164,38 +165,39 @@ class Inpainter:
         self._lock = threading.Lock()
 
     @classmethod
-    def load(cls, checkpoint: str | Path = "pretrained") -> Inpainter:
+    def load(cls, checkpoint: str | Path = "pretrained", *, mode: Mode = "natural") -> Inpainter:
         """Loads a system: 'pretrained', the name of shipped weights, a folder of weights, or the working directory of a training.
 
-        Raises ValueError if there is nothing to load there.
+        mode: for weights with a refiner, which adds the detail of speech to the network's prediction. 'natural': with it; 'mean':
+        the prediction itself. Raises ValueError if there is nothing to load there.
         """
         from avsi_jax.inference import weights
 
         if folder := weights.locate(checkpoint):
-            return cls._from_weights(folder)
-        return cls.from_workdir(checkpoint)
+            return cls._from_weights(folder, mode)
+        return cls.from_workdir(checkpoint, mode=mode)
 
     @classmethod
-    def _from_weights(cls, folder: Path) -> Inpainter:
+    def _from_weights(cls, folder: Path, mode: Mode) -> Inpainter:
         from avsi_jax.inference import weights
         from avsi_jax.inference.restorer import Restorer
 
         loaded = weights.read(folder)
-        return cls(Restorer.of_run(loaded.run, folder, "waveform"), loaded.facts.get("measured"))
+        return cls(Restorer.of_run(loaded.run, folder, "waveform", mode), loaded.facts.get("measured"))
 
     @classmethod
-    def from_pretrained(cls, name: str = "av_unified") -> Inpainter:
-        """Loads the weights of that name that are installed with the package. Raises ValueError, which lists the names."""
+    def from_pretrained(cls, name: str = "av_unified", *, mode: Mode = "natural") -> Inpainter:
+        """`load` for the weights of that name that are installed with the package. Raises ValueError, which lists the names."""
         from avsi_jax.inference import weights
 
-        return cls._from_weights(weights.find(name))
+        return cls._from_weights(weights.find(name), mode)
 
     @classmethod
-    def from_workdir(cls, workdir: str | Path, which: str = "best") -> Inpainter:
-        """Loads a system trained in `workdir`; which: 'best', 'last' or a training step. Raises checkpoints.CheckpointError."""
+    def from_workdir(cls, workdir: str | Path, which: str = "best", *, mode: Mode = "natural") -> Inpainter:
+        """`load` for a run directory; which: 'best', 'last' or a training step. Raises checkpoints.CheckpointError."""
         from avsi_jax.inference.restorer import Restorer
 
-        return cls(Restorer.from_workdir(workdir, which))
+        return cls(Restorer.from_workdir(workdir, which, mode=mode))
 
     def inpaint(
         self, clip: str | Path | Clip | Source, gaps: Gaps, *, face: int | None = None, sync: Sync = "off", track: int | None = None

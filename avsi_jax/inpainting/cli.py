@@ -119,6 +119,9 @@ def parser() -> Parser:
         "video. Default: same as IN, but .mkv (.wav without video) for formats that would lose audio quality")  # fmt: skip
     add("--checkpoint", default="pretrained", help="name of shipped weights, a folder of weights, or the working directory of a "
         "training; default: %(default)s")  # fmt: skip
+    add("--mode", choices=("natural", "mean"), default="natural", help="natural: with the detail of speech that the refiner of the "
+        "weights adds; mean: the prediction of the network itself, for research; the same where the weights have no refiner; "
+        "default: %(default)s")  # fmt: skip
     add("--track", type=_type(parse_track), metavar="N", help="which audio track to restore if there are several, counted from 1; "
         "default: the one that the clip marks as default, or the first")  # fmt: skip
     add("--face", type=_type(parse_face), metavar="N", help="which face is speaking if there are several, counted from 0 at the "
@@ -265,7 +268,7 @@ def run(args: argparse.Namespace, command: str, outcomes: list[ClipOutcome]) -> 
     try:
         jobs, report = plan(args)
         todo = [job for job in jobs if not job.exists and not job.problem]
-        inpainter = _load(args.checkpoint) if todo else None
+        inpainter = _load(args.checkpoint, args.mode) if todo else None
     except Exception as error:
         print_message(error_line(error))
         return 2
@@ -295,12 +298,12 @@ def run(args: argparse.Namespace, command: str, outcomes: list[ClipOutcome]) -> 
     return 2 if failed == len(outcomes) else 1
 
 
-def _load(checkpoint: str) -> Inpainter:
+def _load(checkpoint: str, mode: str) -> Inpainter:
     from avsi_jax.inpainting.api import Inpainter
     from avsi_jax.runtime import compilation_cache
 
     compilation_cache.enable()
-    return Inpainter.load(checkpoint)
+    return Inpainter.load(checkpoint, mode=mode)
 
 
 def write_report(path: Path, outcomes: Sequence[ClipOutcome], args: argparse.Namespace, command: str) -> bool:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 LINE_STYLES = {  # kind -> colour, dashes in line widths, marker
     "masked": ("#6b6b6b", (1, 1.5), "o"), "interpolation": ("#e69f00", (4, 2), "s"), "baseline": ("#56b4e9", (7, 2), "^"),
+    "mean": ("#009999", (1, 1), "v"),
     "system": ("#0072b2", (), "o"), "other_video": ("#cc79a7", (3, 1.5, 1, 1.5), "D"), "oracle_mel": ("#009e73", (8, 2, 1, 2), "v"),
 }  # fmt: skip
 

@@ -17,10 +17,10 @@ def make_model(config: ConfigDict) -> nn.Module:
     """The network of a config; ValueError names the field whose value the system does not support."""
     from avsi_jax import presets
     from avsi_jax.data import grid_text
-    from avsi_jax.models import ctc_decoding, systems
+    from avsi_jax.models import ctc_decoding, refiner, systems
 
     system = systems.get(config.system)
-    for field, minimum in (("layers", 1), ("units", 1), ("bottleneck", 0)):
+    for field, minimum in (("layers", 1), ("units", 1), ("bottleneck", 0), ("refiner", 0)):
         if config[field] < minimum:
             raise ValueError(f"config.{field}: found {config[field]}, expected {minimum} or more")
     choices = {k: v if k in system.options else v[:1] for k, v in systems.OPTIONS.items()} | {
@@ -36,7 +36,9 @@ def make_model(config: ConfigDict) -> nn.Module:
         raise ValueError(f"config.dropout: found {config.dropout}, expected a share in [0, 1)")
     same = ("layers", "units", "bottleneck", "bottleneck_relu", "skip", "mask_input", "stack", "video_layers", "feedback",
             "dropout", "video_rate", "lstm", "dtype")  # fmt: skip
-    return system.build(
+    if config.refiner and not system.restores:
+        raise ValueError(f"config.refiner: found {config.refiner}, expected 0 for {config.system}, which restores nothing")
+    network = system.build(
         systems.Sizes(
             bands=presets.get(config.preset).bands,
             labels=grid_text.NUM_PHONES if config.ctc_units == "phones" else grid_text.NUM_LABELS,
@@ -44,6 +46,19 @@ def make_model(config: ConfigDict) -> nn.Module:
             **{name: config[name] for name in same},
         )
     )
+    return refiner.RefinedNetwork(network, config.refiner) if config.refiner else network
+
+
+def without_refiner(config: ConfigDict, params: dict) -> tuple[ConfigDict, dict]:
+    """Config and parameters of the network alone: it predicts the mean over what could have been spoken."""
+    from avsi_jax.models import refiner
+
+    if not config.refiner:
+        return config, params
+    plain = config.copy_and_resolve_references()
+    with plain.unlocked():
+        plain.refiner = 0
+    return plain.lock(), params[refiner.NETWORK]
 
 
 def standardised(config: ConfigDict) -> tuple[str, ...]:

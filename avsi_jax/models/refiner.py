@@ -10,10 +10,18 @@ Letters: B clips, F spectrogram frames, K bands.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from avsi_jax.models.systems import Output, composite
+
+if TYPE_CHECKING:
+    from avsi_jax.data.features import Features
+
+NETWORK, REFINER = "network", "refiner"  # parameters of a RefinedNetwork
 NUM_NOISE = 8  # noise channels of a frame
 TAPS = 7  # frames that a block sees
 CRITIC_SCALES = (1, 2)  # frames that are averaged before each critic
@@ -52,6 +60,21 @@ class Refiner(nn.Module):
         for _ in range(self.num_blocks):
             x = ConvNeXtBlock()(x)
         return level + inside * nn.Dense(level.shape[-1], kernel_init=nn.initializers.zeros)(nn.LayerNorm()(x))
+
+
+class RefinedNetwork(nn.Module):
+    """A network that restores spectrograms, followed by a refiner of its predictions."""
+
+    network: nn.Module
+    num_blocks: int
+
+    @nn.compact
+    def __call__(self, features: Features, train: bool = False) -> Output:
+        """Features with standardised levels -> the output of `network` with a refined level."""
+        output = self.network(features, train)
+        noise = clip_noise(features.id_hash, features.mask.shape[1])
+        refined = Refiner(num_blocks=self.num_blocks, name=REFINER)(composite(output.level, features), features.mask, noise)
+        return output._replace(level=refined)
 
 
 class Critic(nn.Module):

@@ -52,6 +52,8 @@ def make_objective(config: ConfigDict, normalisation: Normalisation | None = Non
     from avsi_jax.models import build, losses, systems
     from avsi_jax.runtime import devices
 
+    if config.refiner:
+        raise ValueError(f"config.refiner: found {config.refiner}, expected 0; python -m avsi_jax.refine adds a refiner afterwards")
     model, feature_config = build.make_model(config), build.make_feature_config(config, normalisation)
     system = systems.get(config.system)
     changes = {k: v for k, v in config.augment.items() if k != "drop_audio"}

@@ -309,7 +309,7 @@ def test_mistakes_are_one_line(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(signal, "signal", lambda *a: None)
     assert cli.main([f"--checkpoint={tmp_path}", "--port=0"]) == 2
     assert str(tmp_path) in one_line(capsys)
-    monkeypatch.setattr(cli, "_load_inpainter", lambda checkpoint: ToneInpainter())
+    monkeypatch.setattr(cli, "_load_inpainter", lambda checkpoint, mode: ToneInpainter())
     for argument in ("--max_mb=0", "--max_seconds=inf", "--port=70000"):
         assert cli.main([argument]) == 2
         assert argument in one_line(capsys)
@@ -323,7 +323,7 @@ def test_mistakes_are_one_line(capsys, monkeypatch, tmp_path):
 
 def test_a_port_in_use_and_an_unknown_host_are_reported_before_anything_is_loaded(capsys, monkeypatch):
     monkeypatch.setattr(cli, "check_gradio_installed", lambda: None)
-    monkeypatch.setattr(cli, "_load_inpainter", lambda checkpoint: pytest.fail("loaded"))
+    monkeypatch.setattr(cli, "_load_inpainter", lambda checkpoint, mode: pytest.fail("loaded"))
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert cli.main([f"--port={port}"]) == 2

@@ -145,7 +145,7 @@ class Slow:
             time.sleep(60)
         finally:
             part.unlink()
-api.Inpainter.load = staticmethod(lambda checkpoint: Slow())
+api.Inpainter.load = staticmethod(lambda checkpoint, mode: Slow())
 sys.exit(cli.main(["a.wav", "-o", "out"]))
 """
 
@@ -172,7 +172,7 @@ def test_a_closed_stdout_ends_the_run_silently(tmp_path):
         (tmp_path / f"{name}.wav").touch()
     script = (
         "import sys\nfrom avsi_jax.inpainting import api, cli\nfrom tests.support.fake_inpainter import FakeInpainter\n"
-        "api.Inpainter.load = staticmethod(lambda checkpoint: FakeInpainter())\nsys.stdin.read()\n"
+        "api.Inpainter.load = staticmethod(lambda checkpoint, mode: FakeInpainter())\nsys.stdin.read()\n"
         "sys.exit(cli.main(['a.wav', 'b.wav', 'c.wav', '--json']))"
     )
     options = {"stdin": -1, "stdout": -1, "stderr": -1, "cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}}

@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avsi_jax.models import refiner
+from avsi_jax import configs
+from avsi_jax.data import input_pipeline
+from avsi_jax.inference.restorer import Restorer
+from avsi_jax.models import build, refiner
+from avsi_jax.training import objective
+from tests.support import tiny_data
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +90,54 @@ def test_a_critic_learns_to_tell_two_kinds_of_levels_apart(inputs):
         values.append(float(value))
     scores = [float(critic.apply(params, x, mask)[0].mean()) for x in (smooth, rough)]
     assert values[-1] < 0.7 * values[0] and scores[0] < 0 < scores[1]
+
+
+# ---- in a network ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def refined_config():
+    return configs.load("tiny", [("system", "a_si"), ("units", "4"), ("refiner", "2")])
+
+
+@pytest.fixture(scope="module")
+def refined_params(refined_config):
+    """Parameters of which those of the refiner are not zero."""
+    noisy = lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape)
+    params = build.init_params(refined_config)
+    return params | {refiner.REFINER: jax.tree.map(noisy, params[refiner.REFINER])}
+
+
+def test_a_config_with_a_refiner_has_the_network_of_the_same_config_without(refined_config, refined_params):
+    plain, params = build.without_refiner(refined_config, refined_params)
+    assert plain.refiner == 0 and refined_config.refiner == 2
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+    assert shapes(params) == shapes(build.init_params(plain))
+    assert build.without_refiner(plain, params) == (plain, params)
+
+
+def test_the_restorer_refines_in_mode_natural_and_only_in_the_gap(refined_config, refined_params):
+    gap = np.array([[[16_000, 24_000]], [[8_000, 12_000]]])
+    example = input_pipeline.to_example(tiny_data.measurement(0) | {"id": "a", "speaker": "s1", "text": "", "words": []})
+    batch = {k: np.stack([v, v]) for k, v in example.items() if k != "clip_id"} | {"id_hash": np.uint32([1, 2])}
+    natural = Restorer(refined_config, refined_params, step=0)
+    mean = Restorer(refined_config, refined_params, step=0, mode="mean")
+    results = [np.asarray(r.restore(batch, gap).level) for r in (natural, mean, natural.mean)]
+    inside = np.asarray(natural.features(batch, gap).mask)
+    assert np.abs(results[0] - results[1])[inside].max() > 1e-2
+    np.testing.assert_array_equal(results[0][~inside], results[1][~inside])
+    np.testing.assert_array_equal(results[1], results[2])
+    swapped = {k: v[::-1] for k, v in batch.items()}
+    np.testing.assert_allclose(natural.restore(swapped, gap[::-1]).level[::-1], results[0], atol=1e-5)
+    with pytest.raises(ValueError, match="mode: found 'loud', expected natural or mean"):
+        Restorer(refined_config, refined_params, step=0, mode="loud")
+
+
+def test_a_training_refuses_a_refiner(refined_config):
+    with pytest.raises(ValueError, match="config.refiner: found 2, expected 0; .*avsi_jax.refine"):
+        objective.make_loss(refined_config)
+
+
+def test_a_recognizer_has_no_refiner():
+    with pytest.raises(ValueError, match="config.refiner: found 1, expected 0 for asr"):
+        build.make_model(configs.load("asr", [("refiner", "1")]))

@@ -57,7 +57,8 @@ ERRORS = {
 def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> FakeInpainter:
     """Makes Inpainter.load return a FakeInpainter, and `folder` the current folder."""
     inpainter = FakeInpainter()
-    monkeypatch.setattr(api.Inpainter, "load", staticmethod(lambda checkpoint: inpainter.loaded.append(checkpoint) or inpainter))
+    load = lambda checkpoint, mode: inpainter.loaded.append(checkpoint) or inpainter
+    monkeypatch.setattr(api.Inpainter, "load", staticmethod(load))
     monkeypatch.chdir(folder)
     return inpainter
 

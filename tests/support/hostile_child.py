@@ -119,7 +119,7 @@ def run_command(root: Path, inpainter) -> dict:
     """avsi-inpaint with all clips, in this process: exit code, output, seconds of CPU, MB."""
     from avsi_jax.inpainting import api, cli
 
-    api.Inpainter.load = staticmethod(lambda checkpoint: inpainter)  # the same weights, compiled already
+    api.Inpainter.load = staticmethod(lambda checkpoint, **_: inpainter)  # the same weights, compiled already
     out, err = io.StringIO(), io.StringIO()
     peak_mb()
     began = time.process_time()
