@@ -52,16 +52,18 @@ def load(name_or_path: str, overrides: Iterable[tuple[str, str]] = (), *, like: 
 PAPER_SYSTEMS = ("a_si", "av_si", "av_mtl_si", "av_s2s", "av_mtl_s2s")
 PAPER = {
     "preset": "paper", "levels": "preset", "landmarks": "face", "motion": "pixels", "video_rate": "audio",
+    "interpolation": "spline", "init": "keras",
     "ctc_units": "characters", "mask_input": False,
     "layers": 3, "units": 256, "bottleneck_relu": True, "skip": False, "dropout": 0.0, "output": "relu",
     "gaps.protocol": "paper", "gaps.max_count": 8, "gaps.total": "normal", "gaps.total_mean_ms": 900.0,
     "gaps.total_std_ms": 300.0,
-    "gaps.min_ms": 60.0, "gaps.curriculum_steps": 0, "validation_gaps": "drawn", "audio_only_clips": 0,
+    "gaps.min_ms": 60.0, "gaps.placement": "paper", "gaps.fixed": True, "gaps.curriculum_steps": 0,
+    "validation_gaps": "drawn", "audio_only_clips": 0,
     "augment.speed": 0.0, "augment.gain_db": 0.0, "augment.mirror": 0.0, "augment.stretch": 0.0, "augment.noise_px": 0.0,
     "augment.jitter_ms": 0.0, "augment.drop_video": 0.0, "augment.drop_audio": 0.0, "augment.trim": 0.0,
     "loss.kind": "mse", "loss.whole": 1.0, "loss.gap": 0.0, "loss.near_frames": 0, "loss.ctc": 1e-3,
     "dtype": "float32", "ema": 0.0,
-    "batch_size": 32, "learning_rate": 1e-3, "clip_norm": 0.0, "schedule": "plateau", "monitor": "val_loss",
+    "batch_size": 32, "learning_rate": 1e-3, "adam_epsilon": 1e-7, "clip_norm": 0.0, "schedule": "plateau", "monitor": "val_loss",
     "plateau_factor": 0.1, "plateau_patience": 5, "early_stop_patience": 10, "min_delta": 1e-4,
 }  # fmt: skip
 

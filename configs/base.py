@@ -1,4 +1,6 @@
-"""The default experiment: the values of the paper's code, except output, clip_norm and gaps.protocol, whose comments say why.
+"""The default experiment: the values of the paper's code, except those of the fields below, whose comments say why.
+
+Different are interpolation, init, output, gaps.protocol, gaps.placement, gaps.fixed, adam_epsilon and clip_norm.
 
 Every other config is this one with some values changed. "The paper" is Elyaderani & Shirani, INTERSPEECH 2023 (docs/systems.md).
 
@@ -28,6 +30,9 @@ def get_config() -> ml_collections.ConfigDict:
     # Rate of the visual features. audio: interpolated to the spectrogram frames (the paper's code); video: one encoder time step
     # per video frame, interpolated after the encoder.
     config.video_rate = "audio"
+    # Interpolation of the landmarks to the spectrogram frames. time: linear, every video frame at its own time; spline: cubic, the
+    # 75 video frames of a clip spread evenly over the frames (the paper's code), for motion=pixels at video_rate=audio.
+    config.interpolation = "time"
     config.ctc_units = "characters"  # labels of the CTC head: characters (the paper's code) or phones (its text, Morrone et al.)
     config.mask_input = False  # whether the network also gets the gap mask: one value per frame
     config.layers = 3  # bidirectional LSTM layers, in the encoder and in the decoder each (the paper)
@@ -44,6 +49,9 @@ def get_config() -> ml_collections.ConfigDict:
     # ConvNeXt blocks of the refiner, which adds the detail of speech to the predicted log-mel; 0: none. Weights get one by
     # python -m avsi_jax.refine; avsi-train trains networks without it.
     config.refiner = 0
+    # Initial parameters. flax: the defaults of flax, every gate of an LSTM for itself; keras: those of Keras, all gates of an LSTM
+    # together and dense layers by Glorot & Bengio, with orthogonal input weights of the encoder, as the paper's code has them.
+    config.init = "flax"
     config.lstm = "auto"  # LSTM implementation: auto, separate (for CPU), joined (for GPU and TPU), cudnn (NVIDIA, float32)
     # Type of the LSTM matrix products. bfloat16: they accumulate in float32; parameters and state stay float32.
     config.dtype = "float32"
@@ -70,6 +78,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.gaps.total_min_ms = 160.0  # for total='uniform'
     config.gaps.total_max_ms = 1600.0  # for total='uniform'
     config.gaps.min_ms = 60.0  # shortest gap, ms: 3 frames (the paper)
+    # apart: gaps neither overlap nor leave the clip; paper: as in the paper's code, in whole frames, where the last gap may overlap
+    # the one before it and run over the end of the clip.
+    config.gaps.placement = "apart"
+    config.gaps.fixed = False  # whether a clip has the same gaps in every training step (the paper's code) or new ones
     config.gaps.curriculum_steps = 0  # training steps over which the total duration grows linearly to its full value; 0: none
     # drawn: validation draws gaps as training does. words: one gap of 300, 600, 900, 1200 and 1500 ms per clip, inside the words.
     config.validation_gaps = "drawn"
@@ -101,6 +113,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.accumulate = 1
     config.epochs = 200  # at most
     config.learning_rate = 1e-3  # of Adam (the paper)
+    config.adam_epsilon = 1e-8  # of Adam; optax has 1e-8, Keras, and so the paper's code, 1e-7
     # Largest global norm of the gradient; 0: no clipping, as in the paper, where one burst of the gradient stalled the training
     # (docs/results_long.md).
     config.clip_norm = 1.0

@@ -20,6 +20,8 @@ from avsi_jax.audio import stft
 from avsi_jax.presets import RECORD_RATE, Spec
 
 PROTOCOLS = ("waveform", "paper")
+PLACEMENTS = ("apart", "paper")
+PAPER_FRAME = 320  # record samples from one frame of preset paper to the next, 20 ms
 MAX_SHARE = 0.8  # largest share of a clip that gaps take in training
 
 
@@ -28,16 +30,22 @@ MAX_SHARE = 0.8  # largest share of a clip that gaps take in training
 
 def draw_gaps(
     key: jax.Array, length: jax.Array, *, max_count: int, total: str, min_ms: float, total_mean_ms: float = 0.0,
-    total_std_ms: float = 0.0, total_min_ms: float = 0.0, total_max_ms: float = 0.0,
+    total_std_ms: float = 0.0, total_min_ms: float = 0.0, total_max_ms: float = 0.0, placement: str = "apart",
 ) -> jax.Array:  # fmt: skip
     """Random gaps for one clip of `length` record samples (scalar int): int32 (max_count, 2), unused rows (0, 0).
 
     The number of gaps is U{1..max_count}. Their total length is N(total_mean_ms, total_std_ms) for total='normal' (the paper: 900,
     300) or U(total_min_ms, total_max_ms) for 'uniform', at least min_ms for each gap and at most MAX_SHARE of the clip. It is
     divided by sequential uniform draws whose upper bound shrinks by exp(-(count - 1) / 6), as in the code of the paper and of
-    Morrone et al. Positions are uniform under the condition that gaps neither overlap nor leave the clip. (In the paper's code the
-    last gap can run over the end, which costs a ninth of the nominal length.) ValueError for an unknown `total`.
+    Morrone et al. Positions are uniform under the condition that gaps neither overlap nor leave the clip. ValueError for an unknown
+    `total` or `placement`.
+
+    placement 'paper': as in that code, in frames of PAPER_FRAME samples. A gap begins in the first half of what is free behind the
+    one before it, so that gaps gather at the start; the last may begin with the one before it and run over the end, where it is
+    cut. That costs about a ninth of the nominal length.
     """
+    if placement not in PLACEMENTS:
+        raise ValueError(f"gaps.placement: found {placement!r}, expected {' or '.join(map(repr, PLACEMENTS))}")
     if total not in ("normal", "uniform"):
         raise ValueError(f"gaps.total: found {total!r}, expected 'normal' or 'uniform'")
     k_count, k_total, k_share, k_order, k_place = jax.random.split(key, 5)
@@ -53,11 +61,45 @@ def draw_gaps(
     lengths = _divide(k_share, samples, count, jnp.minimum(smallest, samples / count), max_count)
     order = jnp.argsort(jnp.where(used, jax.random.uniform(k_order, (max_count,)), 2.0))  # used rows first, shuffled
     lengths = lengths[order]
+    if placement == "paper":
+        return _placed_as_in_the_paper(k_place, samples, lengths, count, length, round(smallest))
     slack = jnp.maximum(length - lengths.sum(), 0)
     places = jnp.sort(jnp.where(used, jax.random.uniform(k_place, (max_count,)), 2.0))
     starts = jnp.floor(jnp.minimum(places, 1.0) * slack).astype(jnp.int32) + jnp.cumsum(lengths) - lengths
     gaps = jnp.stack([starts, starts + lengths], -1)
     return jnp.where(used[:, None], gaps, 0)
+
+
+def _placed_as_in_the_paper(
+    key: jax.Array, samples: jax.Array, lengths: jax.Array, count: jax.Array, length: jax.Array, smallest: int
+) -> jax.Array:
+    """Gaps (max_count, 2) of `lengths` samples, rounded to frames, by the rule of the paper's code (read 2026-12-01).
+
+    With S frames in the clip, L in all gaps and n gaps: a single gap starts at U{0..S - L}; the first of several at half of
+    U{0..S - L - (n - 1)}, the following ones between the end of the one before, + 1, and half of what is left for them; the last
+    between the start of the one before and S - its length after the end of that one.
+    """
+    max_count, frames = len(lengths), -(-length // PAPER_FRAME)
+    in_frames = jnp.round(lengths / PAPER_FRAME).astype(jnp.int32)
+    wanted = jnp.maximum(jnp.round(samples / PAPER_FRAME).astype(jnp.int32), count * (smallest // PAPER_FRAME))
+    in_frames = in_frames.at[0].add(wanted - in_frames.sum())  # rounding does not change the sum
+    keys, starts, start, end = jax.random.split(key, max_count), [], 0, 0
+    draw = lambda k, low, high: jax.random.randint(k, (), low, jnp.maximum(high, low) + 1)  # both ends included
+    for i, k in enumerate(keys):
+        rest = in_frames[i:].sum()
+        first = draw(k, 0, frames - wanted - (count - 1)) // 2
+        between = draw(k, end + 1, (end + 1 + frames - rest - (count - i - 1)) // 2)
+        last = draw(k, start, end + 1 + frames - in_frames[i])
+        single = draw(k, 0, frames - wanted)
+        if i == 0:
+            start = jnp.where(count == 1, single, first)
+        else:
+            start = jnp.where(i == count - 1, last, between)
+        end = start + in_frames[i]
+        starts.append(start)
+    starts = jnp.stack(starts)
+    gaps = jnp.minimum(jnp.stack([starts, starts + in_frames], -1) * PAPER_FRAME, length)
+    return jnp.where((jnp.arange(max_count) < count)[:, None], gaps, 0).astype(jnp.int32)
 
 
 def _divide(key: jax.Array, total: jax.Array, count: jax.Array, smallest: jax.Array, max_count: int) -> jax.Array:

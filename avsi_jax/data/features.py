@@ -8,6 +8,7 @@ audio rate, T at video rate) and V their size.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -46,6 +47,8 @@ class FeatureConfig:
     protocol: 'waveform' or 'paper' (gap_masks.PROTOCOLS).
     landmarks: 'face' (all 68, as in the paper's code) or 'mouth' (as in the paper's text).
     motion: 'pixels' (`motion`, as in the paper's code) or 'pose' (`pose`).
+    interpolation: of motion in pixels at audio rate: 'time' (linear, every video frame at its own time) or 'spline'
+      (`spread_evenly`, as in the paper's code).
     video_rate: 'audio' (visual features interpolated to the spectrogram frames, as in the paper's code) or 'video' (one time step
       per video frame; the network upsamples by `Features.positions`).
     """
@@ -56,11 +59,13 @@ class FeatureConfig:
     normalisation: Normalisation = Normalisation()
     motion: str = "pixels"
     video_rate: str = "audio"
+    interpolation: str = "time"
 
     def __post_init__(self):
         if self.protocol not in gap_masks.PROTOCOLS:
             raise ValueError(f"protocol: found {self.protocol!r}, expected one of {', '.join(gap_masks.PROTOCOLS)}")
         choices = {"landmarks": ("face", "mouth"), "motion": ("pixels", "pose"), "video_rate": ("audio", "video")}
+        choices["interpolation"] = ("time", "spline") if (self.motion, self.video_rate) == ("pixels", "audio") else ("time",)
         for field, known in choices.items():
             if getattr(self, field) not in known:
                 raise ValueError(f"{field}: found {getattr(self, field)!r}, expected {' or '.join(map(repr, known))}")
@@ -182,12 +187,39 @@ def motion(batch: dict, config: FeatureConfig) -> jax.Array:
     """Landmark motion (B, S, V): linear interpolation to the times of the spectrogram frames, then the first difference.
 
     In pixels of a frame 360 wide, as in the paper's code; the first time step is 0. The paper's code spreads the video frames
-    evenly over the spectrogram frames with a spline that also runs across the landmark index; here every video frame keeps its own
-    time. The audio is never shifted: the video at time t belongs to the audio at t + offset_s. At video rate the difference is
+    evenly over the spectrogram frames (config.interpolation 'spline'); otherwise every video frame keeps its own time. The audio is
+    never shifted: the video at time t belongs to the audio at t + offset_s. At video rate the difference is
     between successive video frames.
     """
     points = batch["landmarks"] * (GRID_WIDTH / batch["frame_size"][:, :1].astype(jnp.float32))[:, :, None, None]
+    if config.interpolation == "spline":
+        return _first_difference(spread_evenly(_flat(points, config), batch["num_frames"], config.spec.num_frames))
     return _first_difference(_at_rate(_flat(points, config), batch, config))
+
+
+def spread_evenly(values: jax.Array, num_video_frames: jax.Array, num_frames: int) -> jax.Array:
+    """Values per video frame (B, T, V) -> (B, num_frames, V): spread evenly by a cubic spline, as in the paper's code.
+
+    A clip with fewer than T video frames repeats its first one in front. The spline of that code also runs across the landmark
+    numbers, which changes nothing: at the numbers themselves it goes through the values.
+    """
+    count = values.shape[1]
+    source = jnp.clip(jnp.arange(count)[None] - (count - num_video_frames[:, None]), 0, count - 1)
+    aligned = jnp.take_along_axis(values, source[..., None], axis=1)
+    return jnp.einsum("ft,btv->bfv", spline_matrix(count, num_frames), aligned, precision=jax.lax.Precision.HIGHEST)
+
+
+@functools.cache
+def spline_matrix(count: int, num_frames: int) -> np.ndarray:
+    """(num_frames, count) float32: the interpolating cubic spline of `count` values, at `num_frames` evenly spread positions.
+
+    The positions are count * k / num_frames, at most count - 1; the spline has knots at all values but the second and the last but
+    one (FITPACK, scipy.interpolate.make_interp_spline).
+    """
+    from scipy import interpolate
+
+    positions = np.minimum(np.linspace(0, count * (1 - 1 / num_frames), num_frames), count - 1)
+    return interpolate.make_interp_spline(np.arange(count), np.eye(count), k=3)(positions).astype(np.float32)
 
 
 def pose(batch: dict, config: FeatureConfig) -> jax.Array:

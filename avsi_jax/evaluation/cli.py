@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 METRICS = (
     "gap_l1_mel_db", "gap_l1_db", "level_error_db", "pesq_nb", "pesq_wb", "stoi", "estoi", "stoi_gap", "plcmos", "dnsmos",
-    "wer_gap", "cer", "per",
+    "wer_gap", "cer", "per", "psnr_db", "ssim", "gap_mse",
 )  # fmt: skip
 COLUMNS = (
     "clip_id", "speaker", "case", "gap_ms", "start_s", "end_s", "gaps_s", "in_words", "system", "kind",

@@ -41,6 +41,7 @@ QUALITY = ("pesq_nb", "pesq_wb", "stoi", "estoi", "stoi_gap", "level_error_db", 
 SCORES = ("gap_l1_db", *QUALITY)
 AROUND_S = 0.2  # of audio on either side of a gap that stoi_gap includes
 LEVEL_FLOOR = 1e-4  # RMS, of full scale 1: quieter gaps count as -80 dB
+SSIM_WINDOW = 7  # frames and bands
 STOI_RATE = 10_000  # Hz, what STOI is defined at
 BATCH_SIZE = 32  # clips whose gap error is computed at once
 AHEAD = 8  # clips queued per worker, so that it stays busy while a batch is restored
@@ -324,6 +325,35 @@ def _gap_input(item: Item, seconds: int) -> tuple[np.ndarray, np.ndarray, np.nda
         np.arange(frames) * preset.hop < len(waveforms[0])
     )
     return *(np.pad(x, (0, length - len(x))) for x in waveforms), centred
+
+
+# ---- of spectrograms -----------------------------------------------------------------------------------------------------------
+
+
+def psnr(reference: np.ndarray, degraded: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of two levels (F, K) in [0, 1], with peak 1; infinite for equal ones."""
+    error = np.mean(np.square(np.asarray(reference, np.float64) - degraded))
+    return math.inf if error == 0 else -10 * math.log10(error)
+
+
+def ssim(reference: np.ndarray, degraded: np.ndarray) -> float:
+    """Structural similarity (Wang et al. 2004) of two levels (F, K) in [0, 1]: the mean over all windows of 7 x 7 values.
+
+    K1 = 0.01, K2 = 0.03, range 1, unbiased covariances: the defaults of scikit-image. NaN for fewer than 7 frames or bands.
+    """
+    from scipy import ndimage
+
+    x, y = (np.asarray(level, np.float64) for level in (reference, degraded))
+    if min(x.shape) < SSIM_WINDOW:
+        return math.nan
+    border = SSIM_WINDOW // 2
+    mean = lambda a: ndimage.uniform_filter(a, SSIM_WINDOW)[border:-border, border:-border]
+    unbiased = SSIM_WINDOW**2 / (SSIM_WINDOW**2 - 1)
+    mean_x, mean_y = mean(x), mean(y)
+    var_x, var_y, covariance = (unbiased * (mean(a * b) - mean(a) * mean(b)) for a, b in ((x, x), (y, y), (x, y)))
+    c1, c2 = 0.01**2, 0.03**2
+    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    return float(similarity.mean())
 
 
 # ---- many clips --------------------------------------------------------------------------------------------------------------

@@ -163,6 +163,7 @@ def restore_case(
     levels, transcripts = restore_levels(batch, changed, gap, restorer, kinds)
     clean = restorer.features(batch, gap)
     error = _level_errors(levels, clean, gap, spec)
+    of_levels = _paper_scores(levels, clean) if protocol.name == "paper" else {}
     waveforms = protocol.waveforms(levels, changed, gap, restorer.config.preset)
     references = protocol.reference(batch, clean.target, restorer.config.preset)
     rate, score_rate = protocol.audio_rate(spec), protocol.score_rate(spec)
@@ -180,6 +181,7 @@ def restore_case(
                 "system": system["name"],
                 "kind": kind,
                 "gap_l1_mel_db": error[kind][b] if kind in error else None,
+                **{metric: values[b] for metric, values in of_levels.get(kind, {}).items()},
                 **transcript_cells(transcripts.get(kind), restorer.config.ctc_units, batch["text"][b], b),
                 **{k: v[b] for k, v in judge_cells.get(kind, {}).items()},
             }
@@ -231,6 +233,24 @@ def _level_errors(levels: dict, clean, gap: np.ndarray, spec) -> dict:
     cells = lambda errors: [float(e) if math.isfinite(e) else None for e in errors]
     difference = {kind: np.abs(np.asarray(level - clean.target)).mean(-1) for kind, level in levels.items() if kind != "masked"}
     return {kind: cells(stft.db_per_level(spec) * (e * inside).sum(-1) / count) for kind, e in difference.items()}
+
+
+def _paper_scores(levels: dict, clean) -> dict[str, dict[str, list[float | None]]]:
+    """{kind: {metric: a value or None of each clip}} of the paper's scores of levels in [0, 1].
+
+    psnr_db and ssim are of the valid frames of the spectrogram that is restored in the gaps, gap_mse of the frames in the gaps.
+    """
+    target, mask, valid = (np.asarray(x) for x in (clean.target, clean.mask, clean.valid))
+    scores = {}
+    for kind, level in levels.items():
+        rows = [(np.asarray(x)[v], t[v], m[v]) for x, t, m, v in zip(level, target, mask, valid, strict=True)]
+        cells = {
+            "psnr_db": [metrics.psnr(t, x) for x, t, _ in rows],
+            "ssim": [metrics.ssim(t, x) for x, t, _ in rows],
+            "gap_mse": [float(np.square(x - t)[m].mean()) if m.any() else math.nan for x, t, m in rows],
+        }
+        scores[kind] = {k: [v if math.isfinite(v) else None for v in values] for k, values in cells.items()}
+    return scores
 
 
 def transcript_cells(transcripts: list[str] | None, units: str, text: str, b: int) -> dict:

@@ -27,6 +27,7 @@ def make_model(config: ConfigDict) -> nn.Module:
         "ctc_units": tuple(ctc_decoding.UNITS)
     }
     choices["feedback"] = tuple(n for n in choices["feedback"] if n < config.layers)  # at least one layer must follow
+    choices |= {"init": ("flax", "keras")}
     for field, known in choices.items():
         if config[field] not in known:
             raise ValueError(
@@ -35,7 +36,7 @@ def make_model(config: ConfigDict) -> nn.Module:
     if not 0 <= config.dropout < 1:
         raise ValueError(f"config.dropout: found {config.dropout}, expected a share in [0, 1)")
     same = ("layers", "units", "bottleneck", "bottleneck_relu", "skip", "mask_input", "stack", "video_layers", "feedback",
-            "dropout", "video_rate", "lstm", "dtype")  # fmt: skip
+            "dropout", "video_rate", "lstm", "dtype", "init")  # fmt: skip
     if config.refiner and not system.restores:
         raise ValueError(f"config.refiner: found {config.refiner}, expected 0 for {config.system}, which restores nothing")
     network = system.build(
@@ -75,6 +76,8 @@ def standardised(config: ConfigDict) -> tuple[str, ...]:
     if config.motion == "standardised" and config.video_rate == "video":
         raise ValueError("config.motion: found 'standardised' with video_rate='video', but its statistics are those of the audio "
                          "rate; expected 'pixels' or 'pose'")  # fmt: skip
+    if config.interpolation == "spline" and config.motion != "pixels":
+        raise ValueError(f"config.interpolation: found 'spline' with motion={config.motion!r}, expected motion='pixels'")
     if config.levels not in ("preset", "standardised"):
         raise ValueError(f"config.levels: found {config.levels!r}, expected 'preset' or 'standardised'")
     needed = {
@@ -127,6 +130,7 @@ def _feature_config(config: ConfigDict, normalisation: Normalisation) -> Feature
         normalisation,
         motion="pose" if config.motion == "pose" else "pixels",
         video_rate=config.video_rate,
+        interpolation=config.interpolation,
     )
 
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 GATES = "ifgo"
 IMPLEMENTATIONS = ("auto", "separate", "joined", "cudnn")
 DTYPES = ("float32", "bfloat16")
+INITS = ("flax", "keras", "keras_orthogonal")  # keras_orthogonal: the input weights are orthogonal too
 CLOSED = -1e9  # its sigmoid is exactly 0
 
 
@@ -50,8 +51,8 @@ class BidirectionalLSTM(nn.Module):
     """x (B, T, I), lengths (B,) or None -> (B, T, 2 units): forward outputs, then backward ones, in the type of x.
 
     With lengths, the backward direction starts at the last valid time step of each clip, and outputs at padding are 0; padding does
-    not change any valid output. Initial values (those of Keras): kernels Glorot uniform, recurrent kernels orthogonal, biases 0,
-    those of the forget gate 1.
+    not change any valid output. Initial values: kernels Glorot uniform, recurrent kernels orthogonal, biases 0, those of the forget
+    gate 1; drawn for each gate (initial 'flax') or for all gates of a direction together (initial 'keras').
     dtype 'bfloat16': factors of the products in bfloat16, sums in float32; parameters, gates and c stay float32.
     dtype 'float32': everything in the type of x and the parameters (float64 under x64).
     """
@@ -59,12 +60,13 @@ class BidirectionalLSTM(nn.Module):
     units: int
     implementation: str = "auto"
     dtype: str = "float32"
+    initial: str = "flax"  # one of INITS
 
     @nn.compact
     def __call__(self, x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
         implementation = resolve_implementation(self.implementation, self.dtype)
-        forward = CellParameters(self.units, name="forward")(x.shape[-1])
-        backward = CellParameters(self.units, name="backward")(x.shape[-1])
+        forward = CellParameters(self.units, self.initial, name="forward")(x.shape[-1])
+        backward = CellParameters(self.units, self.initial, name="backward")(x.shape[-1])
         if implementation == "cudnn":
             return run_cudnn(x, lengths, forward, backward)
         inputs = jnp.moveaxis(x, 1, 0)  # (T, B, I)
@@ -91,17 +93,34 @@ def run_joined(x: jax.Array, ended: jax.Array | None, forward: Weights, backward
 
 
 class CellParameters(nn.Module):
-    """Weights of one direction, named as in flax's LSTMCell; returns Wx (4, I, H), Wh (4, H, H), b (4, H), gates in order ifgo."""
+    """Weights of one direction, named as in flax's LSTMCell; returns Wx (4, I, H), Wh (4, H, H), b (4, H), gates in order ifgo.
+
+    With another `initial` than 'flax' the weights of all gates are drawn as one matrix, as Keras does it: (I, 4 H) and (H, 4 H).
+    """
 
     units: int
+    initial: str = "flax"
 
     @nn.compact
     def __call__(self, num_inputs: int) -> Weights:
         h = self.units
         gate = lambda g: nn.initializers.ones if g == "f" else nn.initializers.zeros
-        wx = [Affine((num_inputs, h), nn.initializers.glorot_uniform(), name=f"i{g}")()[0] for g in GATES]
-        wh, b = zip(*[Affine((h, h), nn.initializers.orthogonal(), gate(g), name=f"h{g}")() for g in GATES], strict=True)
+        input_init, recurrent_init = nn.initializers.glorot_uniform(), nn.initializers.orthogonal()
+        inits = {g: (input_init, recurrent_init) for g in GATES}
+        if self.initial != "flax" and self.is_initializing():
+            input_init = recurrent_init if self.initial == "keras_orthogonal" else input_init
+            shapes = ((num_inputs, 4 * h), (h, 4 * h))
+            drawn = [init(self.make_rng("params"), s) for init, s in zip((input_init, recurrent_init), shapes, strict=True)]
+            parts = zip(*(jnp.split(matrix, 4, axis=1) for matrix in drawn), strict=True)
+            inits = {g: tuple(_constant(x) for x in part) for g, part in zip(GATES, parts, strict=True)}
+        wx = [Affine((num_inputs, h), inits[g][0], name=f"i{g}")()[0] for g in GATES]
+        wh, b = zip(*[Affine((h, h), inits[g][1], gate(g), name=f"h{g}")() for g in GATES], strict=True)
         return jnp.stack(wx), jnp.stack(wh), jnp.stack(b)
+
+
+def _constant(value: jax.Array) -> nn.initializers.Initializer:
+    """An initialiser that returns `value`."""
+    return lambda key, shape, dtype=jnp.float32: value.astype(dtype)
 
 
 class Affine(nn.Module):

@@ -49,6 +49,7 @@ class Sizes:
     video_rate: str = "audio"
     lstm: str = "auto"
     dtype: str = "float32"  # of the LSTMs' products
+    init: str = "flax"  # initial parameters, or 'keras'
 
 
 # ---- blocks --------------------------------------------------------------------------------------------------------------------
@@ -65,11 +66,12 @@ class Stack(nn.Module):
     lstm: str
     dropout: float = 0.0
     dtype: str = "float32"
+    initial: str = "flax"
 
     @nn.compact
     def __call__(self, x: jax.Array, lengths: jax.Array, dropout_ids: jax.Array | None = None) -> jax.Array:
         for i in range(self.layers):
-            x = BidirectionalLSTM(self.units, self.lstm, self.dtype, name=f"blstm_{i + 1}")(x, lengths)
+            x = BidirectionalLSTM(self.units, self.lstm, self.dtype, self.initial, name=f"blstm_{i + 1}")(x, lengths)
             if self.dropout and dropout_ids is not None:
                 x = apply_dropout(x, self.dropout, self.make_rng("dropout"), dropout_ids)
         return x
@@ -87,7 +89,18 @@ def apply_dropout(x: jax.Array, rate: float, key: jax.Array, clip_ids: jax.Array
 def make_stack(sizes: Sizes, name: str, layers: int | None = None) -> Stack:
     """A Stack of `layers` layers (default: sizes.layers), as a submodule `name` of the module that calls it."""
     layers = sizes.layers if layers is None else layers
-    return Stack(layers, sizes.units, sizes.lstm, sizes.dropout, sizes.dtype, name=name)
+    init = "keras_orthogonal" if sizes.init == "keras" and name == "encoder" else sizes.init  # as the paper's code has it
+    return Stack(layers, sizes.units, sizes.lstm, sizes.dropout, sizes.dtype, init, name=name)
+
+
+def dense_init(sizes: Sizes) -> nn.initializers.Initializer:
+    """Initial weights of dense layers, except those of CTC heads: LeCun normal as in flax, Glorot uniform as in Keras."""
+    return nn.initializers.glorot_uniform() if sizes.init == "keras" else nn.linear.default_kernel_init
+
+
+def ctc_init(sizes: Sizes) -> nn.initializers.Initializer:
+    """Initial weights of the CTC head behind the decoder: He normal as in the paper's code for sizes.init 'keras'."""
+    return nn.initializers.he_normal() if sizes.init == "keras" else nn.linear.default_kernel_init
 
 
 def audio_inputs(features: Features, sizes: Sizes) -> list[jax.Array]:
@@ -98,7 +111,7 @@ def audio_inputs(features: Features, sizes: Sizes) -> list[jax.Array]:
 
 def output_layer(x: jax.Array, sizes: Sizes) -> jax.Array:
     """The output layer (B, S, I) -> (B, S, K), as submodule `output` of the module that calls it."""
-    bands = nn.Dense(sizes.bands, name="output")(x)
+    bands = nn.Dense(sizes.bands, kernel_init=dense_init(sizes), name="output")(x)
     return nn.relu(bands) if sizes.output == "relu" else bands
 
 
@@ -138,9 +151,11 @@ class SingleStage(nn.Module):
         if not self.ctc:
             return Output(level)
         has_bottleneck = self.ctc == "hidden" and self.sizes.bottleneck
-        ctc_input = nn.Dense(self.sizes.bottleneck, name="bottleneck")(x) if has_bottleneck else x
+        bottleneck = nn.Dense(self.sizes.bottleneck, kernel_init=dense_init(self.sizes), name="bottleneck")
+        ctc_input = bottleneck(x) if has_bottleneck else x
         ctc_input = nn.relu(ctc_input) if has_bottleneck and self.sizes.bottleneck_relu else ctc_input
-        return Output(level, nn.Dense(self.sizes.labels, name="ctc")(ctc_input), features.num_frames)
+        ctc_head = nn.Dense(self.sizes.labels, kernel_init=ctc_init(self.sizes), name="ctc")
+        return Output(level, ctc_head(ctc_input), features.num_frames)
 
 
 class Seq2Seq(nn.Module):
@@ -161,7 +176,7 @@ class Seq2Seq(nn.Module):
         steps = features.num_video_frames if at_video_rate else features.num_frames
         encoded = make_stack(sizes, "encoder")(features.video, steps, dropout_ids)
         if sizes.bottleneck:
-            encoded = nn.Dense(sizes.bottleneck, name="bottleneck")(encoded)
+            encoded = nn.Dense(sizes.bottleneck, kernel_init=dense_init(sizes), name="bottleneck")(encoded)
             encoded = nn.relu(encoded) if sizes.bottleneck_relu else encoded
         to_audio_rate = (lambda a: interpolate(a, features.positions)) if at_video_rate else lambda a: a
         encoded = to_audio_rate(encoded)

@@ -102,7 +102,9 @@ def make_objective(config: ConfigDict, normalisation: Normalisation | None = Non
             return jnp.zeros((len(batch["audio"]), 1, 2), jnp.int32)
         if "gaps" in batch:
             return batch["gaps"]
-        options = {k: v for k, v in config.gaps.items() if k not in ("protocol", "curriculum_steps")}
+        options = {k: v for k, v in config.gaps.items() if k not in ("protocol", "curriculum_steps", "fixed")}
+        if train and config.gaps.fixed:
+            key = jax.random.key(config.seed)
         if train and config.gaps.curriculum_steps:
             share = jnp.minimum((step + 1) / config.gaps.curriculum_steps, 1.0)
             durations = ("total_mean_ms", "total_std_ms", "total_min_ms", "total_max_ms")

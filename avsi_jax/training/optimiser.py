@@ -15,7 +15,7 @@ def make_optimiser(config: ConfigDict, steps_per_epoch: int) -> optax.GradientTr
     import optax
 
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    return optax.chain(*clip, optax.adam(_schedule(config, steps_per_epoch)))
+    return optax.chain(*clip, optax.adam(_schedule(config, steps_per_epoch), eps=config.adam_epsilon))
 
 
 def learning_rate(config: ConfigDict, steps_per_epoch: int) -> Callable[[int], float]:

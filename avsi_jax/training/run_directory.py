@@ -45,7 +45,8 @@ LATER_FIELDS = {  # config fields added later: the value that describes runs fro
     "mask_input": False, "bottleneck_relu": True, "skip": False, "stack": 1, "video_layers": 0, "feedback": 0, "dropout": 0.0,
     "dtype": "float32", "accumulate": 1, "ema": 0.0, "checkpoint_seconds": 60.0, "images_every": 0, "watchdog_s": 60.0,
     "debug_nans": False, "audio_only_clips": 0, "audio_only_config": "test_clean",
-    "validation_gaps": "drawn", "refiner": 0, "gaps": {"curriculum_steps": 0}, "loss": {"near_frames": 0},
+    "validation_gaps": "drawn", "refiner": 0, "interpolation": "time", "init": "flax", "adam_epsilon": 1e-8,
+    "gaps": {"curriculum_steps": 0, "placement": "apart", "fixed": False}, "loss": {"near_frames": 0},
     "augment": dict.fromkeys("speed gain_db mirror stretch noise_px jitter_ms drop_video drop_audio trim".split(), 0.0),
 }  # fmt: skip
 

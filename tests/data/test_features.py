@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import librosa
 import numpy as np
 import pytest
-from scipy import signal
+from scipy import interpolate, signal
 
 from avsi_jax import presets
 from avsi_jax.audio import gap_masks, stft
@@ -54,6 +54,26 @@ NO_GAP = np.zeros((B, 1, 2), np.int32)
 
 
 # ---- video -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", [PAPER, WIDE], ids=lambda s: s.name)
+def test_the_spline_is_that_of_the_papers_code(batch, preset):
+    """scipy's bicubic spline over time and landmark numbers (FITPACK), of 75 frames of which the first is repeated in front."""
+    config = features.FeatureConfig(preset, interpolation="spline")
+    found = np.asarray(make(batch, NO_GAP, config).video)
+    for b, count in enumerate(VIDEO):
+        points = batch["landmarks"][b, :count].reshape(count, -1) * (360 / batch["frame_size"][b, 0])
+        points = np.vstack([np.tile(points[:1], (75 - count, 1)), points]).astype(np.float64)
+        spline = interpolate.RectBivariateSpline(np.arange(75), np.arange(136), points)
+        even = spline(np.linspace(0, 75 * (1 - 1 / preset.num_frames), preset.num_frames), np.arange(136))
+        expected = np.diff(even, axis=0, prepend=even[:1])
+        np.testing.assert_allclose(found[b], expected, atol=2e-3 * np.abs(expected).max() + 1e-3)
+
+
+def test_a_spline_is_refused_where_it_has_no_meaning():
+    for fields in ({"motion": "pose"}, {"video_rate": "video"}):
+        with pytest.raises(ValueError, match="interpolation: found 'spline', expected 'time'"):
+            features.FeatureConfig(PAPER, interpolation="spline", **fields)
 
 
 def expected_motion(batch, s, points):

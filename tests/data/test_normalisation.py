@@ -285,7 +285,7 @@ def test_the_gap_error_is_in_unscaled_levels(restorer, wide_config, data_dir, ba
     normalisation = build.read_normalisation(config, input_pipeline.find_dataset(data_dir))
     arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
     sums = jax.jit(objective.make_loss(config, normalisation))(restorer.params, arrays, key)[1]
-    draw = {k: v for k, v in config.gaps.items() if k not in ("protocol", "curriculum_steps")}
+    draw = {k: v for k, v in config.gaps.items() if k not in ("protocol", "curriculum_steps", "fixed")}
     drawn = gap_masks.draw_batch(key, batch["id_hash"], batch["audio_length"], **draw)
     restored = restorer.restore(batch, np.asarray(drawn))
     predicted, true = np.asarray(restored.level), np.asarray(restored.features.target)

@@ -247,6 +247,21 @@ def test_malformed_input_is_refused(arguments, says):
         metrics.score_many([arguments], workers=0)
 
 
+# ---- of spectrograms ---------------------------------------------------------------------------------------------------------
+
+
+def test_ssim_and_psnr_are_those_of_scikit_image():
+    skimage = pytest.importorskip("skimage.metrics")
+    rng = np.random.default_rng(0)
+    x = rng.uniform(size=(149, 64)).astype(np.float32)
+    for y in (np.clip(x + 0.1 * rng.standard_normal(x.shape), 0, 1), x * (np.arange(149) % 50 > 10)[:, None], 1 - x):
+        y = y.astype(np.float32)
+        assert metrics.ssim(x, y) == pytest.approx(skimage.structural_similarity(x, y, data_range=1.0), abs=1e-5)
+        assert metrics.psnr(x, y) == pytest.approx(skimage.peak_signal_noise_ratio(x, y, data_range=1.0), abs=1e-4)
+    assert metrics.ssim(x, x) == pytest.approx(1) and metrics.psnr(x, x) == math.inf
+    assert math.isnan(metrics.ssim(x[:6], x[:6]))
+
+
 # ---- many clips --------------------------------------------------------------------------------------------------------------
 
 

@@ -149,7 +149,7 @@ def test_padding_does_not_change_valid_outputs(implementation):
     assert not clean[2][padding].any() and clean[2][~padding].any()  # and padding gets no gradient
 
 
-def test_initial_parameters_are_those_of_keras():
+def test_initial_values_are_drawn_for_each_gate_by_default():
     """Glorot uniform kernels, orthogonal recurrent ones, biases 0 but 1 for the forget gate."""
     cell = lstm.CellParameters(32).init(jax.random.key(0), 48)["params"]
     assert sorted(cell) == sorted(f"{a}{g}" for a in "ih" for g in "ifgo")
@@ -274,3 +274,34 @@ def test_cudnn_refuses_unsupported_types_and_devices(monkeypatch):
     monkeypatch.setattr(lstm, "has_cudnn", lambda: False)
     with pytest.raises(ValueError, match="expected an NVIDIA GPU"):
         lstm.resolve_implementation("cudnn")
+
+
+# ---- initial values ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init", lstm.INITS)
+def test_initial_values_are_those_that_are_documented(init):
+    """Keras draws the weights of all gates as one matrix (I, 4 H), (H, 4 H): Glorot's limit is sqrt(6 / (I + 4 H)) (Keras 3
+    documentation of LSTM and GlorotUniform); an orthogonal matrix with more columns than rows has orthonormal rows.
+    """
+    inputs, units = 12, 16
+    params = lstm.BidirectionalLSTM(units, "separate", initial=init).init(jax.random.key(0), jnp.zeros((1, 3, inputs)))["params"]
+    same = jax.eval_shape(lambda: lstm.BidirectionalLSTM(units).init(jax.random.key(0), jnp.zeros((1, 3, inputs)))["params"])
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, same)
+    for direction in params.values():
+        wx = np.concatenate([direction[f"i{g}"]["kernel"] for g in lstm.GATES], 1)
+        wh = np.concatenate([direction[f"h{g}"]["kernel"] for g in lstm.GATES], 1)
+        each = [np.asarray(direction[f"h{g}"]["kernel"]) for g in lstm.GATES]
+        for g in lstm.GATES:
+            np.testing.assert_array_equal(direction[f"h{g}"]["bias"], float(g == "f"))
+        if init == "flax":
+            for matrix in each:
+                np.testing.assert_allclose(matrix @ matrix.T, np.eye(units), atol=1e-5)
+        else:
+            np.testing.assert_allclose(wh @ wh.T, np.eye(units), atol=1e-5)
+        if init == "keras_orthogonal":
+            np.testing.assert_allclose(wx @ wx.T, np.eye(inputs), atol=1e-5)
+        else:
+            limit = np.sqrt(6 / (inputs + (units if init == "flax" else 4 * units)))
+            assert 0.9 * limit < np.abs(wx).max() <= limit
+    assert not np.allclose(params["forward"]["hi"]["kernel"], params["backward"]["hi"]["kernel"])

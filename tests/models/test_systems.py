@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from avsi_jax import configs
 from avsi_jax.data import features
-from avsi_jax.models import systems
+from avsi_jax.models import build, systems
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -351,3 +352,21 @@ def test_dropout_is_applied_in_training_only(system):
     assert_same(one, again)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), off, network(system)(given))
     assert differs(main_output(one), main_output(other)) and np.abs(main_output(one) - main_output(off)).max() > 1e-2
+
+
+# ---- initial values ----------------------------------------------------------------------------------------------------------
+
+
+def test_dense_layers_of_init_keras_are_glorot_uniform_and_the_encoder_is_orthogonal():
+    """The paper's code: Dense layers as Keras has them, except the CTC head (He normal), encoder kernels orthogonal."""
+    sizes = systems.Sizes(bands=64, units=8, init="keras", output="relu")
+    features_of = build.example_features(configs.load("av_mtl_s2s"))
+    params = systems.get("av_mtl_s2s").build(sizes).init(jax.random.key(0), features_of)["params"]
+    for name, fan_in in (("output", 16), ("bottleneck", 16)):
+        kernel = np.asarray(params[name]["kernel"])
+        limit = np.sqrt(6 / (fan_in + kernel.shape[1]))
+        assert kernel.shape[0] == fan_in and 0.95 * limit < np.abs(kernel).max() <= limit
+    assert np.asarray(params["ctc"]["kernel"]).std() == pytest.approx(np.sqrt(2 / 136), rel=0.1)
+    joined = lambda part: np.concatenate([params[part]["blstm_2"]["forward"][f"i{g}"]["kernel"] for g in "ifgo"], 1)
+    np.testing.assert_allclose(joined("encoder") @ joined("encoder").T, np.eye(16), atol=1e-5)
+    assert np.abs(joined("decoder")).max() <= np.sqrt(6 / (16 + 32))

@@ -69,7 +69,7 @@ def test_the_test_batch_has_different_counts_on_every_device(config, batch):
     from avsi_jax.runtime import devices
 
     assert jax.device_count() == 4
-    options = {k: v for k, v in config.gaps.items() if k not in ("protocol", "curriculum_steps")}
+    options = {k: v for k, v in config.gaps.items() if k not in ("protocol", "curriculum_steps", "fixed")}
     drawn = jax.jit(functools.partial(gap_masks.draw_batch, **options))(jax.random.key(0), batch["id_hash"], batch["audio_length"])
     gap_samples = np.asarray((drawn[..., 1] - drawn[..., 0]).sum(-1)).reshape(4, 2).sum(1)
     shares = devices.split(batch)

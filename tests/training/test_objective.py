@@ -64,7 +64,7 @@ def gaps_of(monkeypatch, config, *, step=0, train=True, count=2_000, without_fac
 
 def expected_gaps(config, batch, share=1.0):
     """The gaps that gap_masks.draw_batch draws from the key itself, with the total duration scaled by `share`."""
-    options = {k: v for k, v in config.gaps.items() if k not in ("protocol", "curriculum_steps")}
+    options = {k: v for k, v in config.gaps.items() if k not in ("protocol", "curriculum_steps", "fixed")}
     durations = ("total_mean_ms", "total_std_ms", "total_min_ms", "total_max_ms")
     options |= {k: np.float32(options[k] * share) for k in durations}
     return np.asarray(gap_masks.draw_batch(KEY, batch["id_hash"], batch["audio_length"], **options))
@@ -90,6 +90,19 @@ def test_the_curriculum_lets_gaps_grow_in_training_only(monkeypatch, total, low,
         means.append((gaps[..., 1] - gaps[..., 0]).sum(1).mean())
     assert means[0] < means[1] < means[2] == means[3] and means[1] / means[2] == pytest.approx(0.25, rel=0.05)
     np.testing.assert_array_equal(gaps_of(monkeypatch, config, train=False)[0], expected_gaps(config, batch))
+
+
+def test_fixed_gaps_are_the_same_in_every_training_step_and_differ_between_clips_and_seeds(monkeypatch):
+    drawn = {}
+    for seed in (0, 1):
+        config = unified(**{"gaps.fixed": True, "seed": seed})
+        for key in (KEY, jax.random.fold_in(KEY, 1)):
+            monkeypatch.setattr(f"{__name__}.KEY", key)
+            gaps, batch = gaps_of(monkeypatch, config, step=7)
+            drawn.setdefault(seed, []).append(gaps)
+    for first, second in drawn.values():
+        np.testing.assert_array_equal(first, second)
+    assert len(np.unique(drawn[0][0], axis=0)) > 1_000 and (drawn[0][0] != drawn[1][0]).any()
 
 
 def test_drop_audio_masks_whole_clips_in_training_only(monkeypatch):

@@ -224,6 +224,15 @@ def test_inference_uses_the_moving_average_if_there_is_one(tmp_path, ema):
 # ---- schedule and clipping -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("epsilon", [1e-8, 1e-7, 1.0])
+def test_adams_epsilon_is_that_of_the_config(epsilon):
+    """The first step of Adam is rate * g / (|g| + epsilon) (Kingma & Ba 2015, algorithm 1)."""
+    config = config_of(schedule="plateau", learning_rate=0.5, adam_epsilon=epsilon, clip_norm=0.0)
+    optimiser, gradient = make_optimiser(config, 1), np.float32(1e-7)
+    update, _ = jax.jit(optimiser.update)(gradient, optimiser.init(np.float32(0)))
+    assert float(update) == pytest.approx(-0.5 * 1e-7 / (1e-7 + epsilon), rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("epochs", "per_epoch", "warmup_epochs", "warmup"),
     [(10, 3, 2.0, 6), (10, 3, 0.0, 0), (4, 5, 0.5, 2), (2, 3, 7.0, 5), (1, 1, 1.0, 0)],
