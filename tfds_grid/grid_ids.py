@@ -7,7 +7,6 @@ The table `speakers_of_ids.txt` is made from the corpus' alignments (s1/bbaf2n.a
 
 from __future__ import annotations
 
-import argparse
 import base64
 import functools
 import itertools
@@ -20,6 +19,7 @@ import zlib
 from collections.abc import Iterable
 
 from avsi_jax.data import grid_text
+from avsi_jax.runtime.command_line import Parser
 
 MIN_CLIPS = 33_000  # fewest alignments that a table is made from
 TABLE = pathlib.Path(__file__).with_name("speakers_of_ids.txt")  # base64(zlib(one byte per id: n for speaker sn, 0 for none))
@@ -62,7 +62,7 @@ def make_table(alignments: Iterable[str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command `python -m tfds_grid.grid_ids`; returns the exit status."""
-    parser = argparse.ArgumentParser("python -m tfds_grid.grid_ids", description="Makes the table of the speakers of Grid's ids.")
+    parser = Parser("python -m tfds_grid.grid_ids", description="Makes the table of the speakers of Grid's ids.")
     parser.add_argument("--alignments", required=True, metavar="TAR", help="the corpus' alignments: s1/bbaf2n.align ... in a .tar")
     args = parser.parse_args(argv)
     try:

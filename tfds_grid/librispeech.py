@@ -11,11 +11,11 @@ V. Panayotov, G. Chen, D. Povey, S. Khudanpur, "LibriSpeech: an ASR corpus based
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 import sys
 
 from avsi_jax.runtime import unexpected_errors
+from avsi_jax.runtime.command_line import Parser
 from tfds_grid import librispeech_files, prepare
 
 NAME = "python -m tfds_grid.librispeech"
@@ -24,9 +24,10 @@ NAME = "python -m tfds_grid.librispeech"
 @unexpected_errors.reported(NAME)
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code: 0 if the dataset was written, else 2."""
-    parser = argparse.ArgumentParser(NAME, description="Builds the dataset `librispeech`.")
+    parser = Parser(NAME, description="Builds the dataset `librispeech`.")
     parser.add_argument("--raw", required=True, metavar="DIR", help="folder with the .flac and .trans.txt files of test-clean")
     parser.add_argument("--data_dir", required=True, metavar="DIR", help="records are written to DIR/librispeech/test_clean/...")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     args = parser.parse_args(argv)
     raw = pathlib.Path(args.raw).expanduser()
     try:
@@ -36,10 +37,13 @@ def main(argv: list[str] | None = None) -> int:
         from tfds_grid import librispeech_dataset_builder
 
         data_dir = pathlib.Path(args.data_dir).expanduser()
-        builder = librispeech_dataset_builder.Builder(config="test_clean", data_dir=data_dir, file_format="tfrecord")
-        if builder.data_path.exists():
-            raise FileExistsError(f"{builder.data_path} already holds a dataset; remove it or choose another --data_dir")
-        prepare.pack(builder, raw, max_shard_mb=64)
+        make_builder = lambda: librispeech_dataset_builder.Builder(config="test_clean", data_dir=data_dir, file_format="tfrecord")
+        builder = make_builder()
+        if builder.data_path.exists() and not args.overwrite:
+            raise FileExistsError(f"{builder.data_path} already holds a dataset; pass --overwrite, or choose another --data_dir")
+        with prepare.replacing(builder.data_path):
+            builder = make_builder()
+            prepare.pack(builder, raw, max_shard_mb=64)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

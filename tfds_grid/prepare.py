@@ -25,6 +25,7 @@ import time
 from etils import epath
 
 from avsi_jax.runtime import storage, unexpected_errors
+from avsi_jax.runtime.command_line import Parser
 from tfds_grid import measuring, speakers
 from tfds_grid.measuring import Measured
 
@@ -278,7 +279,7 @@ def _build(name: str, args, exclude: set[str], corpus: speakers.RawCorpus, measu
 
 def parser() -> argparse.ArgumentParser:
     """The command's argument parser."""
-    parser = argparse.ArgumentParser("avsi-prepare", description="Builds the dataset `grid` from raw Grid clips.")
+    parser = Parser("avsi-prepare", description="Builds the dataset `grid` from raw Grid clips.")
     add = parser.add_argument
     add("--raw", required=True, metavar="DIR", help="folder with the corpus as downloaded, zipped or not: videos, alignments, wavs")
     add("--data_dir", required=True, metavar="DIR", help="folder of datasets: records go to DIR/grid/...")

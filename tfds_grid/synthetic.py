@@ -29,6 +29,7 @@ import avsi_jax
 from avsi_jax.data import grid_text
 from avsi_jax.media import clip_io, grid_mpeg
 from avsi_jax.runtime import process_pool, unexpected_errors
+from avsi_jax.runtime.command_line import Parser
 from tfds_grid import espeak, grid_ids, visemes
 
 NUM_FRAMES, RATE = 75, 25_000  # video frames, Hz: as in Grid's videos and its audio_25k
@@ -271,7 +272,7 @@ def _write_all(raw: pathlib.Path, jobs: Sequence[tuple[str, str]], seed: int, nu
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m tfds_grid.synthetic", description="Makes a small synthetic corpus like Grid.")
+    parser = Parser("python -m tfds_grid.synthetic", description="Makes a small synthetic corpus like Grid.")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add = parser.add_argument
     add("--out", required=True, metavar="RAW", help="folder to write to: new or empty")

@@ -17,9 +17,9 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from avsi_jax.app import isolation
-from avsi_jax.inpainting.cli import Parser
 from avsi_jax.inpainting.cli_output import error_line
 from avsi_jax.runtime import unexpected_errors
+from avsi_jax.runtime.command_line import Parser
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,7 +7,6 @@ another clip's video, the oracle mel (the true log-mel through the same vocoder)
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import os
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from avsi_jax import configs
 from avsi_jax.runtime import storage, unexpected_errors
+from avsi_jax.runtime.command_line import Parser
 
 if TYPE_CHECKING:
     import ml_collections
@@ -432,7 +432,7 @@ def print_progress(done: int, total: int, began: float, what: str = "clips score
 @unexpected_errors.reported("avsi-evaluate")
 def main(argv: list[str] | None = None) -> int:
     """The command avsi-evaluate; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "avsi-evaluate", description="Evaluate a trained system on one split and write a report into its run directory."
     )
     parser.add_argument("--config", default="eval", help="name or .py file of the config; default %(default)s")

@@ -9,7 +9,6 @@ in avsi_jax/templates/.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from avsi_jax.evaluation import compare_runs, curves, table_export, tables, word
 from avsi_jax.evaluation.tables import METRICS, Evaluation
 from avsi_jax.media import clip_io, plots
 from avsi_jax.runtime import shown_paths, storage, unexpected_errors
+from avsi_jax.runtime.command_line import Parser
 
 MEDIA_TYPES = {".wav": "audio/wav", ".flac": "audio/flac"}
 MAX_EXAMPLE_BYTES = 9_000_000  # of images and audio embedded in the page
@@ -200,7 +200,7 @@ def compared(reference: str, transcript: str) -> list[tuple[str, bool]]:
 @unexpected_errors.reported("avsi_jax.report")
 def main(argv: list[str] | None = None) -> int:
     """The command python -m avsi_jax.report; returns its exit code."""
-    parser = argparse.ArgumentParser("python -m avsi_jax.report", description="Writes the reports of finished evaluations.")
+    parser = Parser("python -m avsi_jax.report", description="Writes the reports of finished evaluations.")
     parser.add_argument("folders", nargs="+", metavar="EVAL", help="results of an evaluation: RUN/eval/PROTOCOL-SPLIT-SUITE")
     parser.add_argument("--output", help="FILE.html: page that compares all runs with the first; its tables are written beside it")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE.html")

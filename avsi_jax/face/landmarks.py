@@ -11,7 +11,6 @@ several faces at once, recognising people.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import sys
@@ -32,6 +31,7 @@ from avsi_jax.face.model_files import (
     model_folder,
 )
 from avsi_jax.runtime import stderr_filter
+from avsi_jax.runtime.command_line import Parser
 
 # fmt: off
 MESH_TO_IBUG68 = np.array([
@@ -399,7 +399,7 @@ def _check_rgb(rgb: np.ndarray) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `python -m avsi_jax.landmarks`; returns the exit code."""
     description = "Verifies the face model files, or downloads them."
-    parser = argparse.ArgumentParser(prog="python -m avsi_jax.landmarks", description=description)
+    parser = Parser(prog="python -m avsi_jax.landmarks", description=description)
     parser.add_argument("--fetch", action="store_true", help=f"extract the files from the wheel of {MODEL_WHEEL} (36 MB download)")
     parser.add_argument("--model_dir", help="folder of the model files (default: inside the package)")
     args = parser.parse_args(argv)

@@ -11,7 +11,6 @@ the system.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from avsi_jax.runtime import unexpected_errors
+from avsi_jax.runtime.command_line import Parser
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -176,7 +176,7 @@ only jax and numpy (`pip install jax flatbuffers`):
 @unexpected_errors.reported("avsi-export")
 def main(argv: list[str] | None = None) -> int:
     """The command avsi-export; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "avsi-export", description="Write a trained system as one file that only needs jax, with its weights beside it."
     )
     parser.add_argument(

@@ -12,7 +12,6 @@ Letters: B clips, F spectrogram frames, K bands.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import shutil
 import sys
@@ -31,6 +30,7 @@ from avsi_jax.inference.restorer import Restorer, read_run
 from avsi_jax.models import refiner
 from avsi_jax.presets import RECORD_RATE
 from avsi_jax.runtime import unexpected_errors
+from avsi_jax.runtime.command_line import Parser
 
 GAP_MS = (300, 1500)
 WINDOW = 160  # frames of a training example
@@ -224,7 +224,7 @@ def write(out: Path, restorer: Restorer, params: dict, facts: dict, *, steps: in
 @unexpected_errors.reported("avsi_jax.refine")
 def main(argv: list[str] | None = None) -> int:
     """The command python -m avsi_jax.refine; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m avsi_jax.refine", description="Trains a refiner on the predictions of a system; writes weights with both."
     )
     parser.add_argument("--checkpoint", required=True, help="run directory, folder of weights, or a name such as pretrained")

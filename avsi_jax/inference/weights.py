@@ -8,7 +8,6 @@ of the config before any tensor is read. float16 halves the size; the network co
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from avsi_jax.inference import trained_run
 from avsi_jax.inference.trained_run import Run
 from avsi_jax.runtime import storage, unexpected_errors
+from avsi_jax.runtime.command_line import Parser
 from avsi_jax.training import old_names
 from avsi_jax.training import run_directory as workdir_files
 
@@ -347,7 +347,7 @@ def write(folder: str | Path, run: Run, facts: dict, *, overwrite: bool = False)
 @unexpected_errors.reported("avsi_jax.weights")
 def main(argv: list[str] | None = None) -> int:
     """The command python -m avsi_jax.weights; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m avsi_jax.weights", description="Writes a checkpoint as a folder of weights to share, with a model card."
     )
     parser.add_argument("--workdir", required=True, help="the run directory; measured quality is taken from its eval/")

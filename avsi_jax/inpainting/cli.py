@@ -19,12 +19,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from avsi_jax.inpainting import cli_jobs
 from avsi_jax.inpainting.cli_jobs import AUTO, Job
 from avsi_jax.inpainting.cli_output import NAME, ClipOutcome, ProgressReporter, error_line, print_message, printable
 from avsi_jax.runtime import unexpected_errors
+from avsi_jax.runtime.command_line import Parser
 
 if TYPE_CHECKING:
     from avsi_jax.inpainting.api import Inpainter
@@ -48,13 +49,6 @@ exit codes: 0 success, 1 some clips failed, 2 nothing was done, 130 interrupted 
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
 def _type(parse: Callable) -> Callable:
@@ -93,6 +87,10 @@ def parse_sync(text: str) -> str | float:
         seconds = math.nan
     if not math.isfinite(seconds):
         raise ValueError(f"{text!r}: expected off, auto or seconds, such as 0.12")
+    from avsi_jax.inpainting.clip_inpainter import MAX_OFFSET_S
+
+    if abs(seconds) > MAX_OFFSET_S:
+        raise ValueError(f"{text}: expected at most {MAX_OFFSET_S:g} s in either direction")
     return seconds
 
 

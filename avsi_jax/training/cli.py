@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from avsi_jax import configs
 from avsi_jax.runtime import distributed, unexpected_errors
+from avsi_jax.runtime.command_line import Parser
 from avsi_jax.runtime.goodput import PhaseTimer
 from avsi_jax.runtime.signals import Stopped, StopSignals
 from avsi_jax.training.progress_log import Console
@@ -50,7 +51,7 @@ def show(config: ConfigDict) -> None:
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """(options, remaining arguments, which override config fields)."""
     names = [n for n in configs.names() if n != "eval"]
-    parser = argparse.ArgumentParser("avsi-train", description="Train a system of avsi_jax; resumes from its workdir.")
+    parser = Parser("avsi-train", description="Train a system of avsi_jax; resumes from its workdir.")
     parser.add_argument("--config", default="av_mtl_s2s", help=f"a name ({', '.join(names)}) or a .py file; default %(default)s")
     parser.add_argument("--workdir", help="folder of the run, local or gs://; an earlier run in it is resumed")
     parser.add_argument("--show", action="store_true", help="print config, signal preset, network and parameter count, and exit")
