@@ -47,7 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Output layer of the audio-visual systems: linear; or relu, the paper's code, which leaves bands dead (docs/results_long.md).
     config.output = "linear"
     # ConvNeXt blocks of the refiner, which adds the detail of speech to the predicted log-mel; 0: none. Weights get one by
-    # python -m avsi_jax.refine; avsi-train trains networks without it.
+    # python -m avsi_jax.inference.refine; avsi-train trains networks without it.
     config.refiner = 0
     # Initial parameters. flax: the defaults of flax, every gate of an LSTM for itself; keras: those of Keras, all gates of an LSTM
     # together and dense layers by Glorot & Bengio, with orthogonal input weights of the encoder, as the paper's code has them.

@@ -175,6 +175,15 @@ def test_the_version_is_printed(script, tmp_path):
     assert done.returncode == 0 and done.stdout.splitlines()[0] == f"avsi_jax {avsi_jax.__version__}"
 
 
+def test_the_list_of_commands_names_every_script_and_module(tmp_path):
+    from tests import test_layers
+
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "avsi_jax"], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    modules = {f"python -m avsi_jax.{name}" for name in test_layers.FORWARDERS - {"train", "evaluate"}}
+    assert all(name in done.stdout for name in {*SCRIPTS, *modules}), done.stdout
+
+
 NEEDS_NO_ARGUMENT = {"avsi-app"}  # it starts with the shipped weights
 
 

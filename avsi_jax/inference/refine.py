@@ -1,6 +1,6 @@
 """Trains a refiner (models/refiner.py) on the predictions of a trained system, and writes weights that contain both.
 
-    python -m avsi_jax.refine --checkpoint=RUN --data_dir=DATA --out=WEIGHTS
+    python -m avsi_jax.inference.refine --checkpoint=RUN --data_dir=DATA --out=WEIGHTS
 
 The gaps are those of the train split and, where the dataset librispeech is in DATA, of as many excerpts of its recordings, without
 video. The system was trained on the former, so its predictions for them are better than for a new clip; of the latter that is true
@@ -221,12 +221,11 @@ def write(out: Path, restorer: Restorer, params: dict, facts: dict, *, steps: in
     weights.write(out, run, facts | {"evaluations": [], "measured": {}, "refiner": {"steps": steps}}, overwrite=overwrite)
 
 
-@unexpected_errors.reported("avsi_jax.refine")
+@unexpected_errors.reported("avsi_jax.inference.refine")
 def main(argv: list[str] | None = None) -> int:
-    """The command python -m avsi_jax.refine; returns its exit code."""
-    parser = Parser(
-        "python -m avsi_jax.refine", description="Trains a refiner on the predictions of a system; writes weights with both."
-    )
+    """The command python -m avsi_jax.inference.refine; returns its exit code."""
+    description = "Trains a refiner on the predictions of a system; writes weights with both."
+    parser = Parser("python -m avsi_jax.inference.refine", description=description)
     parser.add_argument("--checkpoint", required=True, help="run directory, folder of weights, or a name such as pretrained")
     parser.add_argument("--data_dir", required=True, help="folder of datasets, as avsi-prepare --data_dir wrote it")
     parser.add_argument("--out", required=True, type=Path, help="output folder of the weights")
@@ -243,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
         numbers = {k: getattr(known, k) for k in ("steps", "batch_size", "gaps_per_clip", "seed")}
         print(refine(known.checkpoint, known.data_dir, known.out, **numbers, overwrite=known.overwrite))
     except (ValueError, OSError) as error:
-        print(f"avsi_jax.refine: {error}", file=sys.stderr)
+        print(f"avsi_jax.inference.refine: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,6 +83,17 @@ class Restorer:
         self.feature_config = dataclasses.replace(build.make_feature_config(config, normalisation), protocol=protocol)
         self._predict = jax.jit(functools.partial(predict, build.make_model(config), self.feature_config))
         self._features = jax.jit(functools.partial(unstandardised_features, config=self.feature_config))
+
+    def __getstate__(self) -> dict:
+        """For pickle: what `__init__` takes, since compiled functions cannot be pickled."""
+        feature_config = self.feature_config
+        settings = {"normalisation": feature_config.normalisation, "protocol": feature_config.protocol}
+        return settings | {"config": self.config.to_json(), "params": jax.device_get(self.params), "step": self.step}
+
+    def __setstate__(self, state: dict) -> None:
+        config = ml_collections.ConfigDict(json.loads(state["config"])).lock()
+        settings = {k: state[k] for k in ("params", "step", "normalisation", "protocol")}
+        self.__init__(config, **settings)
 
     @classmethod
     def load(cls, checkpoint: str | Path, which: str = "best", *, protocol: str = "waveform", mode: str = "natural") -> Restorer:

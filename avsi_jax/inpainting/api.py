@@ -51,7 +51,7 @@ class Gap:
     inputs: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Repair:
     """The restored audio of a clip and how it was made. Letters: N samples, C channels, F mel frames, T video frames.
 
@@ -86,6 +86,38 @@ class Repair:
     def transcript(self) -> tuple[str, ...]:
         """The transcript of each gap."""
         return tuple(gap.transcript for gap in self.gaps)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Writes the samples to a .wav or .flac file, in their own subtype; returns its path.
+
+        Raises FileExistsError for an existing file unless `overwrite`, clip_io.MediaError for another suffix or a failed write.
+        """
+        from avsi_jax.media import clip_io
+
+        path = Path(path)
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists; pass overwrite=True, or choose another name")
+        clip_io.write_audio(path, self.samples, self.rate, self.subtype)
+        return path
+
+    def __repr__(self) -> str:
+        gaps = ", ".join(f"{gap.start_s:.3f}-{gap.end_s:.3f} s" for gap in self.gaps)
+        duration = f"{len(self.samples) / self.rate:.2f} s at {self.rate} Hz"
+        return f"Repair({duration}, gaps: {gaps}, warnings: {len(self.warnings)})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the spectrograms with the gaps and restored, and a player."""
+        from avsi_jax.inpainting import clip_plots
+
+        restored = self.samples.mean(1)
+        masked, gaps = restored.copy(), [(gap.start_s, gap.end_s) for gap in self.gaps]
+        for start_s, end_s in gaps:
+            masked[round(start_s * self.rate) : round(end_s * self.rate)] = 0
+        top_db = clip_plots.peak_db(restored, self.rate)
+        images = [clip_plots.audio(x, self.rate, gaps, top_db) for x in (masked, restored)]
+        labels = ("with the gap" + "s" * (len(gaps) != 1), "restored")
+        shown = "".join(f'<div>{label}<br><img src="{uri}" alt="{label}"></div>' for label, uri in zip(labels, images, strict=True))
+        return f'{shown}<audio controls src="{clip_plots.audio_uri(self.samples, self.rate)}"></audio>'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +165,7 @@ def clip_of(samples: np.ndarray, rate: int, *, rgb: np.ndarray | None = None, fp
 
 
 class Inpainter:
-    """Restores gaps in clips with one trained system.
+    """Restores gaps in clips with one trained system. Can be pickled.
 
     >>> inpainter = Inpainter.from_pretrained()     # doctest: +SKIP
     >>> repair = inpainter.inpaint("clip.mpg", gaps=[(0.93, 1.73)])  # doctest: +SKIP
@@ -163,6 +195,13 @@ class Inpainter:
         self._tracker = None
         self._mouth_visible = None
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict:
+        """For pickle and multiprocessing: everything but the face tracker and the lock, which are made again when needed."""
+        return self.__dict__ | {"_tracker": None, "_lock": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state | {"_lock": threading.Lock()})
 
     @classmethod
     def load(cls, checkpoint: str | Path = "pretrained", *, mode: Mode = "natural") -> Inpainter:

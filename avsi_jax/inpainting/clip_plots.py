@@ -6,7 +6,9 @@ Letters: N samples.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +28,14 @@ MARGIN = 0.25  # around a face, as a share of its size
 MOUTH = (range(48, 60), range(60, 68))  # closed lines of the 68 landmarks: outer and inner border of the lips
 EYES = (range(36, 42), range(42, 48))  # closed lines
 OPEN_LINES = (range(17), range(17, 22), range(22, 27), range(27, 31), range(31, 36))  # jaw, brows, nose
+
+
+def audio_uri(samples: np.ndarray, rate: int) -> str:
+    """Audio (N,) or (N, C) as the data URI of a 16-bit FLAC file, for a player."""
+    with tempfile.TemporaryDirectory(prefix="avsi-") as folder:
+        path = Path(folder, "piece.flac")
+        clip_io.write_audio(path, samples, rate)
+        return plots.data_uri(path.read_bytes(), "audio/flac")
 
 
 def peak_db(samples: np.ndarray, rate: int) -> float:

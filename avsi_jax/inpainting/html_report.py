@@ -12,7 +12,6 @@ import dataclasses
 import datetime
 import os
 import secrets
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import numpy as np
 
 from avsi_jax.inpainting import clip_plots
 from avsi_jax.inpainting.cli_output import ClipOutcome, printable
-from avsi_jax.media import channels, clip_io, clip_source, plots
+from avsi_jax.media import channels, clip_io, clip_source
 from avsi_jax.runtime import shown_paths
 
 FULL_CLIP_S = 12.0  # clips up to this length are shown in full
@@ -182,14 +181,7 @@ def _cards(
             "name": name,
             "kind": kind,
             "image": clip_plots.audio(*mono, inside, top_db, first_s=start_s),
-            "audio": plots.data_uri(_flac(*piece), "audio/flac"),
+            "audio": clip_plots.audio_uri(*piece),
         }
         for (name, kind, piece), mono in zip(shown, mixed, strict=True)
     ]
-
-
-def _flac(samples: np.ndarray, rate: int) -> bytes:
-    with tempfile.TemporaryDirectory(prefix="avsi-") as folder:
-        path = Path(folder, "piece.flac")
-        clip_io.write_audio(path, samples, rate)
-        return path.read_bytes()

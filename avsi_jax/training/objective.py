@@ -53,7 +53,8 @@ def make_objective(config: ConfigDict, normalisation: Normalisation | None = Non
     from avsi_jax.runtime import devices
 
     if config.refiner:
-        raise ValueError(f"config.refiner: found {config.refiner}, expected 0; python -m avsi_jax.refine adds a refiner afterwards")
+        fix = "train without, then add one with python -m avsi_jax.inference.refine"
+        raise ValueError(f"config.refiner: found {config.refiner}, expected 0; {fix}")
     model, feature_config = build.make_model(config), build.make_feature_config(config, normalisation)
     system = systems.get(config.system)
     changes = {k: v for k, v in config.augment.items() if k != "drop_audio"}

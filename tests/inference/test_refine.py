@@ -81,4 +81,4 @@ def test_the_command_writes_weights_and_continues_where_it_was_stopped(trained, 
 def test_wrong_arguments_take_one_line(arguments, message, tmp_path, capsys):
     assert refine.main([*arguments, f"--data_dir={tmp_path}", f"--out={tmp_path / 'out'}"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("avsi_jax.refine: ") and error.count("\n") == 1 and message in error
+    assert error.startswith("avsi_jax.inference.refine: ") and error.count("\n") == 1 and message in error

@@ -5,6 +5,7 @@ How good trained networks are is measured by avsi-evaluate.
 """
 
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
@@ -361,3 +362,35 @@ def test_the_examples_in_the_docstrings_run():
 
     result = doctest.testmod(api)
     assert result.attempted > 8 and result.failed == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ use in Python
+
+
+def test_a_result_is_saved_in_its_own_sample_format_and_never_over_a_file_by_accident(audio_only, tmp_path):
+    repair = audio_only.inpaint(make_clip(voice(2.5, 22_050, channels=2), 22_050), [(0.8, 1.3)])
+    path = repair.save(tmp_path / "restored.wav")
+    written = clip_io.read_clip(path).audio
+    assert (written.rate, written.subtype) == (22_050, "PCM_16") and written.samples.shape == repair.samples.shape
+    assert np.abs(written.samples - repair.samples).max() <= 1 / 65_536
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match="restored.wav exists; pass overwrite=True"):
+        repair.save(path)
+    assert path.read_bytes() == before and repair.save(path, overwrite=True) == path
+    with pytest.raises(clip_io.MediaError, match="found suffix '.mp3', expected .wav or .flac"):
+        repair.save(tmp_path / "restored.mp3")
+
+
+def test_a_result_is_shown_in_one_line_and_in_notebooks(audio_only):
+    repair = audio_only.inpaint(make_clip(voice(2.5, 16_000), 16_000), [(0.8, 1.3)])
+    assert repr(repair) == "Repair(2.50 s at 16000 Hz, gaps: 0.800-1.300 s, warnings: 0)"
+    html = repair._repr_html_()
+    assert html.count("<img ") == 2 and html.count("<audio ") == 1 and html.count("data:audio/flac;base64,") == 1
+
+
+def test_an_inpainter_can_be_pickled(audio_only):
+    """As multiprocessing does it: the copy gives the same samples, and has a tracker and a lock of its own."""
+    clip = make_clip(voice(2.5, 16_000), 16_000)
+    copy = pickle.loads(pickle.dumps(audio_only))
+    assert copy._lock is not None and copy._lock is not audio_only._lock and copy.restorer.step == audio_only.restorer.step
+    np.testing.assert_array_equal(copy.inpaint(clip, [(0.8, 1.3)]).samples, audio_only.inpaint(clip, [(0.8, 1.3)]).samples)

@@ -134,7 +134,7 @@ def test_the_restorer_refines_in_mode_natural_and_only_in_the_gap(refined_config
 
 
 def test_a_training_refuses_a_refiner(refined_config):
-    with pytest.raises(ValueError, match="config.refiner: found 2, expected 0; .*avsi_jax.refine"):
+    with pytest.raises(ValueError, match="config.refiner: found 2, expected 0; .*avsi_jax.inference.refine"):
         objective.make_loss(refined_config)
 
 
