@@ -209,6 +209,7 @@ def convergence(audio, magnitude, s):
     return np.linalg.norm(actual - magnitude) / np.linalg.norm(magnitude)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("s", "iterations", "momentum"), [(PAPER, 32, 0.99), pytest.param(WIDE, 32, 0.99, marks=pytest.mark.slow), (PAPER, 32, 0.0)]
 )

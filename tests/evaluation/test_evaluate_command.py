@@ -274,6 +274,7 @@ def fake_track_all(jobs, num_workers, progress):
 SLOW_SUITES = ("streams", "robustness", "multigap", "occlusion")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suite", [pytest.param(s, marks=pytest.mark.slow) for s in SLOW_SUITES])
 def test_a_suite_has_a_row_for_every_case(runs, suite, monkeypatch):
     """References that a case does not change are not scored again."""
@@ -298,6 +299,7 @@ def test_a_suite_has_a_row_for_every_case(runs, suite, monkeypatch):
         assert len(set(error.values())) > len(error) / 2, "the network's input differs from case to case"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["peer", pytest.param("paper", marks=pytest.mark.slow)])
 def test_results_of_other_protocols_are_labelled_as_such(runs, protocol):
     copy = runs / f"protocol_{protocol}"

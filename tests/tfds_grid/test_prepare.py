@@ -94,6 +94,7 @@ sys.exit(prepare.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "message"), [(100_000, "File too large"), pytest.param(300_000, "records can't be", marks=pytest.mark.slow)]
 )

@@ -63,6 +63,7 @@ def test_a_run_that_was_stopped_saves_and_resumes(arguments, uninterrupted, tmp_
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "signal handlers are restored after a training"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moment",
     [("import", 0.05), *(pytest.param(m, marks=pytest.mark.slow) for m in (("import", 1.0), ("restore", 1))), ("compile", 1)],
