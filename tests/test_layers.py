@@ -304,3 +304,43 @@ def test_a_machine_path_is_caught():
     assert machine_paths("docs/x.md", f"--raw={folder}") and machine_paths("avsi_jax/x.py", f'p = "{folder}"')
     assert machine_paths("docs/x.md", "see https://x.org/ho" + "me/page and ../wo" + "rk/x") == []
     assert machine_paths("launch/pod.sh", folder) == []
+
+
+# ---- members -----------------------------------------------------------------------------------------------------------------
+
+
+def undefined_members(trees: list[ast.Module]) -> list[str]:
+    """'Class._name' of every private member that a class of the modules uses on self and that neither it nor a base class defines.
+
+    A method that was renamed or removed would otherwise be noticed only when that line runs. Bases are found by their names.
+    """
+    classes = {node.name: node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    bases = {name: [ast.unparse(base).split(".")[-1] for base in node.bases] for name, node in classes.items()}
+
+    def known(name: str) -> bool:
+        """Whether all base classes are among the modules; one of a library may define members."""
+        return all(b in ("NamedTuple", "Exception") or (b in classes and b != name and known(b)) for b in bases[name])
+
+    def defined(name: str) -> set[str]:
+        nodes = list(ast.walk(classes[name]))
+        own = {n.name for n in nodes if isinstance(n, ast.FunctionDef)}
+        own |= {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+        own |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        return own.union(*(defined(b) for b in bases[name] if b in classes))
+
+    missing = []
+    for name in filter(known, classes):
+        attributes = [n for n in ast.walk(classes[name]) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)]
+        used = {n.attr for n in attributes if isinstance(n.value, ast.Name) and n.value.id == "self"}
+        private = {a for a in used if re.match("_[a-z]", a)} - {"_asdict", "_replace", "_fields"}
+        missing += [f"{name}.{a}" for a in sorted(private - defined(name))]
+    return missing
+
+
+def test_private_members_that_are_used_are_defined():
+    assert undefined_members([ast.parse((ROOT / path).read_text()) for path in sources()]) == []
+
+
+def test_an_undefined_private_member_is_noticed():
+    code = "class A:\n def _known(self): self._set = 1\nclass B(A):\n def f(self): self._known(); self._set; self._gone()\n"
+    assert undefined_members([ast.parse(code)]) == ["B._gone"]

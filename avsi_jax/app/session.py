@@ -268,7 +268,7 @@ class Session:
                 repair = self.inpainter.inpaint(clip.source, gaps, face=face, sync=sync)
                 result = self._result(clip, gaps, repair, worker)
         except (ValueError, OSError) as error:
-            raise clip_io.MediaError(self._public(str(error).replace(str(clip.path), clip.name))) from error
+            raise clip_io.MediaError(shown_paths.without_folders(str(error), {str(clip.path): clip.name})) from error
         finally:
             clip.source.worker = None
         self.restored = gaps, self.token, face, sync

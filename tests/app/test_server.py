@@ -22,8 +22,9 @@ from avsi_jax.media import clip_io
 from tests.support.session_fakes import EXAMPLES, HOSTILE, RATE, ToneInpainter, outside
 
 ROOT = Path(__file__).resolve().parents[2]
-# Printed by Gradio's client whenever it closes its stream, and by its library when a component is hidden.
-GRADIO_WARNINGS = ("Method not implemented.", "svelte.dev/e/derived_inert")
+# Printed by Gradio's client whenever it closes its stream, by its library when a component is hidden, and by its player when a clip
+# is replaced before its audio has been fetched, as on a slow machine.
+GRADIO_WARNINGS = ("Method not implemented.", "svelte.dev/e/derived_inert", "signal is aborted without reason")
 
 
 # ------------------------------------------------------------------------------------------------------------- isolation

@@ -58,6 +58,20 @@ def test_confidence_in_words_decreases_with_its_value():
 # ------------------------------------------------------------------------------------------------- from upload to result
 
 
+def test_an_error_while_restoring_names_the_file_of_the_user_and_no_folder(user, noise, monkeypatch):
+    """Such as that of a clip with NaN outside the gap, which is found only then."""
+    clip = user.load(noise)
+
+    def fail(source, gaps, **options):
+        raise clip_io.MediaError(f"{source.path}: the audio has NaN or infinite samples")
+
+    monkeypatch.setattr(user.inpainter, "inpaint", fail)
+    with pytest.raises(clip_io.MediaError) as error:
+        user.restore("0.2-0.4")
+    assert str(error.value) == "some noise.wav: the audio has NaN or infinite samples"
+    assert str(clip.path) not in str(error.value) and user.restored is None
+
+
 def test_a_clip_with_a_gap_is_shown_and_restored(user):
     clip = user.load(EXAMPLES / "drawn_mouth_with_gap.mp4")
     ((start, end, kind),) = clip.detected_gaps
