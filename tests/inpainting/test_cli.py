@@ -259,7 +259,7 @@ def test_a_folder_that_is_not_writable(fake, capsys, monkeypatch):
 def test_an_error_in_loading_the_checkpoint_is_one_line(fake, capsys, monkeypatch):
     touch("a.wav")
 
-    def load(checkpoint):
+    def load(checkpoint, mode):
         raise ValueError(f"no config.json in {checkpoint}")
 
     monkeypatch.setattr(api.Inpainter, "load", staticmethod(load))

@@ -24,7 +24,7 @@ class NameWriter:
 @pytest.fixture
 def work(monkeypatch, tmp_path):
     """The current folder, `work`; outputs contain the names of their clips."""
-    monkeypatch.setattr(api.Inpainter, "load", staticmethod(lambda checkpoint: NameWriter()))
+    monkeypatch.setattr(api.Inpainter, "load", staticmethod(lambda checkpoint, mode: NameWriter()))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path / "work"
