@@ -12,6 +12,8 @@ from avsi_jax.models import build, refiner
 from avsi_jax.training import objective
 from tests.support import tiny_data
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 @pytest.fixture(scope="module")
 def inputs():
@@ -30,7 +32,7 @@ def small():
 
 @pytest.fixture(scope="module")
 def params(small, inputs):
-    return small.init(jax.random.key(0), *inputs)
+    return jax.jit(small.init)(jax.random.key(0), *inputs)
 
 
 def test_without_training_the_prediction_is_returned(small, params, inputs):
@@ -72,7 +74,7 @@ def test_a_critic_learns_to_tell_two_kinds_of_levels_apart(inputs):
     rough, mask, _ = inputs
     smooth = np.repeat(rough[:, ::8], 8, axis=1)
     critic = refiner.Critic(channels=4)
-    params = critic.init(jax.random.key(0), rough, mask)
+    params = jax.jit(critic.init)(jax.random.key(0), rough, mask)
 
     @jax.jit
     def descend(params):

@@ -360,8 +360,8 @@ def test_dropout_is_applied_in_training_only(system):
 def test_dense_layers_of_init_keras_are_glorot_uniform_and_the_encoder_is_orthogonal():
     """The paper's code: Dense layers as Keras has them, except the CTC head (He normal), encoder kernels orthogonal."""
     sizes = systems.Sizes(bands=64, units=8, init="keras", output="relu")
-    features_of = build.example_features(configs.load("av_mtl_s2s"))
-    params = systems.get("av_mtl_s2s").build(sizes).init(jax.random.key(0), features_of)["params"]
+    example = build.example_features(configs.load("av_mtl_s2s"))
+    params = jax.jit(systems.get("av_mtl_s2s").build(sizes).init)(jax.random.key(0), example)["params"]
     for name, fan_in in (("output", 16), ("bottleneck", 16)):
         kernel = np.asarray(params[name]["kernel"])
         limit = np.sqrt(6 / (fan_in + kernel.shape[1]))
