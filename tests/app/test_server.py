@@ -183,9 +183,10 @@ def wait(page, milliseconds: float) -> None:
     page.evaluate(f"new Promise(ok => setTimeout(ok, {milliseconds}))")
 
 
-def check_no_errors_or_requests(page, address: str) -> None:
-    """No error on the console except Gradio's own, and no request to another machine."""
-    assert [message for message in page.console_errors() if not any(known in message for known in GRADIO_WARNINGS)] == []
+def check_no_errors_or_requests(page, address: str, known: tuple[str, ...] = ()) -> None:
+    """No error on the console except Gradio's own and `known` ones, and no request to another machine."""
+    known += GRADIO_WARNINGS
+    assert [message for message in page.console_errors() if not any(text in message for text in known)] == []
     assert [url for url in page.requested() if not url.startswith((address, f"blob:{address}"))] == []
 
 
@@ -281,7 +282,8 @@ def test_the_command_with_a_network_restores_real_clips_and_refuses_hostile_ones
             upload(chromium, address, tmp_path / name)
             message = chromium.wait_for(STATE["errors"])
             assert name in message and "Traceback" not in message and str(temp) not in message
-        check_no_errors_or_requests(chromium, address)
+        # Gradio's client prints this on a page that is left for the next upload while an event still runs, as on a slow machine.
+        check_no_errors_or_requests(chromium, address, ("Connection errored out.",))
         chromium.open("about:blank", 1280)
         # Gradio itself leaves an empty file for every upload, until the server stops.
         left = lambda: [p for p in temp.glob(f"{isolation.PREFIX}*/gradio/**/*.*") if p.is_file()]
